@@ -1,0 +1,409 @@
+"""A from-scratch Llama / Qwen decoder that reads Hugging Face folders.
+
+It covers Llama 3, 3.1, 3.2 and SmolLM2 (`llama`), Qwen2 and Qwen2.5 (`qwen2`), Qwen3 (`qwen3`), and the compact backbones
+that `koff.py` makes of them. The one thing that an ordinary decoder does not have is the seam: every block takes the
+*gates* and the *memory* of one domain as arguments. `None` for both is the unchanged pretrained model (the teacher), so
+that teacher and student are the same weights in memory.
+
+Shapes: B batch, T text tokens, M memory tokens, S = M + T keys, D model width, H query heads, G key-value heads,
+hd head dimension, F MLP neurons, V vocabulary rows.
+"""
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from torch.nn.attention.bias import causal_lower_right
+from torch.utils.checkpoint import checkpoint
+
+from data import BadInput
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configuration: sizes come from config.json, never from a table.
+
+
+@dataclass(frozen=True)
+class Config:
+    """What `config.json` says, under its own names. `kept` is ours: per block, how many channels a compact block kept."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: dict | None  # llama3 scaling, or None
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    eos_token_ids: tuple[int, ...]
+    kept: tuple[dict | None, ...] = ()  # {"k", "v", "neuron", "down"} -> channels left, None for an untouched block
+    raw: dict = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def from_dict(cls, raw, where="config.json"):
+        """Read old and new spellings. Raises BadInput for anything that this file does not implement, by its name."""
+        kind = raw.get("model_type")
+        if kind not in ("llama", "qwen2", "qwen3"):
+            raise BadInput(f"{where}: model_type {kind!r} is not implemented; use llama, qwen2 or qwen3.")
+        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        rope_type = rope.get("rope_type", rope.get("type", "default"))
+        sliding = raw.get("use_sliding_window") or "sliding_attention" in raw.get("layer_types", ())
+        for refused, what in [
+            (rope_type not in ("default", "llama3"), f"RoPE scaling {rope_type!r}"),
+            (raw.get("partial_rotary_factor", 1) != 1 or rope.get("partial_rotary_factor", 1) != 1, "partial rotary embedding"),
+            (sliding or (kind == "llama" and raw.get("sliding_window")), "sliding-window attention"),
+            (raw.get("hidden_act", "silu") != "silu", f"activation {raw.get('hidden_act')!r}"),
+            (raw.get("quantization_config") is not None, "a quantised checkpoint"),
+        ]:
+            if refused:
+                raise BadInput(f"{where}: {what} is not implemented; choose a model without it.")
+        attention_bias = kind == "qwen2" or raw.get("attention_bias", False)  # Qwen2 always has it and has no key for it
+        eos = raw.get("eos_token_id")
+        try:
+            heads = raw["num_attention_heads"]
+            return cls(
+                model_type=kind,
+                vocab_size=raw["vocab_size"],
+                hidden_size=raw["hidden_size"],
+                intermediate_size=raw["intermediate_size"],
+                num_hidden_layers=raw["num_hidden_layers"],
+                num_attention_heads=heads,
+                num_key_value_heads=raw.get("num_key_value_heads") or heads,
+                head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
+                rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
+                rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 10_000.0),
+                rope_scaling=dict(rope) if rope_type == "llama3" else None,
+                max_position_embeddings=raw.get("max_position_embeddings", 2048),
+                tie_word_embeddings=raw.get("tie_word_embeddings", False),
+                qkv_bias=attention_bias,
+                o_bias=attention_bias and kind != "qwen2",
+                mlp_bias=kind == "llama" and raw.get("mlp_bias", False),
+                qk_norm=kind == "qwen3",
+                eos_token_ids=tuple(eos if isinstance(eos, list) else [] if eos is None else [eos]),
+                kept=tuple(raw.get("koff_kept", ())),
+                raw=raw,
+            )
+        except KeyError as missing:
+            raise BadInput(f"{where}: the key {missing} is missing; take the config.json of the checkpoint.") from None
+
+    @classmethod
+    def from_folder(cls, folder):
+        path = Path(folder, "config.json")
+        try:
+            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")), path)
+        except FileNotFoundError:
+            raise BadInput(f"{path} does not exist; give the folder of a Hugging Face checkpoint.") from None
+        except ValueError:
+            raise BadInput(f"{path} is not valid JSON; download it again.") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pieces.
+
+
+def rope_frequencies(config):
+    """Inverse wavelengths [hd / 2] (RoFormer, arXiv 2104.09864), stretched for long texts as Llama 3.1 does."""
+    f = 1.0 / config.rope_theta ** (torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
+    if (s := config.rope_scaling) is None:
+        return f
+    turns = s["original_max_position_embeddings"] * f / (2 * math.pi)  # within the original context
+    low, high = s["low_freq_factor"], s["high_freq_factor"]
+    share = ((turns - low) / (high - low)).clamp(0, 1)  # 1: high frequency, kept; 0: low frequency, divided
+    return share * f + (1 - share) * f / s["factor"]
+
+
+def rope_table(config, start, length, like):
+    """(cos, sin), each [length, hd / 2], for positions start .. start + length - 1, on the device and in the dtype of `like`."""
+    positions = torch.arange(start, start + length, dtype=torch.float32, device=like.device)
+    angles = torch.outer(positions, rope_frequencies(config).to(like.device))
+    return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
+
+
+def rotate(x, table):
+    """Rotate [..., T, hd] in the half-split layout of Hugging Face: channel i turns with channel i + hd / 2."""
+    cos, sin = table
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+def causal_mask(T, S, device):
+    """Lower-right causal alignment: text token t sees all S - T earlier positions, and the text up to itself.
+
+    Returns None where `is_causal` (T == S) or no mask at all (T == 1) says the same.
+    """
+    if T in (1, S):
+        return None
+    if device.type == "cuda":
+        return causal_lower_right(T, S)  # a description, not a tensor: keeps the flash kernel
+    return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
+
+
+@dataclass
+class BlockMemory:
+    """One domain's memory in one block, in the dtype of the model.
+
+    lora: projection -> (A [r, in], B [out, r]), the scale already in B. keys, values: [G, M, hd] or None; keys after RoPE.
+    """
+
+    lora: dict
+    keys: torch.Tensor | None = None
+    values: torch.Tensor | None = None
+
+    @property
+    def length(self):
+        return 0 if self.keys is None else self.keys.shape[1]
+
+
+class Cache:
+    """Keys and values of the tokens so far, memory tokens included. `room`: tokens that may follow the first call."""
+
+    def __init__(self, room):
+        self.room, self.layers, self.lengths = room, {}, {}
+
+    def extend(self, i, k, v):
+        """Append k, v [B, G, T, hd] to block i; return all of its keys and values [B, G, S, hd]."""
+        start = self.lengths.get(i, 0)
+        end = self.lengths[i] = start + k.shape[2]
+        if start == 0:
+            shape = (*k.shape[:2], end + self.room, k.shape[3])
+            self.layers[i] = k.new_empty(shape), v.new_empty(shape)
+        for buffer, new in zip(self.layers[i], (k, v), strict=True):
+            buffer[:, :, start:end] = new
+        return tuple(buffer[:, :, :end] for buffer in self.layers[i])
+
+
+def project(linear, x, name, gates, memory):
+    """y = z * (W x + dW x), biases inside the bracket: a closed gate closes the LoRA with it."""
+    y = linear(x)
+    if memory is not None and name in memory.lora:
+        a, b = memory.lora[name]
+        y = y + F.linear(F.linear(x, a), b)
+    if gates is not None and name in gates:
+        y = y * gates[name]
+    return y
+
+
+class Block(nn.Module):
+    """One decoder block. `kept` (see `Config`) makes it the compact one, whose matrices have only the open channels."""
+
+    def __init__(self, c, kept=None):
+        super().__init__()
+        self.c = c
+        D, q_width, kv_width = c.hidden_size, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+        kept = kept or {"k": kv_width, "v": kv_width, "neuron": c.intermediate_size, "down": D}
+        self.input_layernorm = nn.RMSNorm(D, eps=c.rms_norm_eps)
+        self.self_attn = nn.Module()
+        self.self_attn.q_proj = nn.Linear(D, q_width, bias=c.qkv_bias)
+        self.self_attn.k_proj = nn.Linear(D, kept["k"], bias=c.qkv_bias)
+        self.self_attn.v_proj = nn.Linear(D, kept["v"], bias=c.qkv_bias)
+        self.self_attn.o_proj = nn.Linear(q_width, D, bias=c.o_bias)
+        if c.qk_norm:
+            self.self_attn.q_norm = nn.RMSNorm(c.head_dim, eps=c.rms_norm_eps)
+            self.self_attn.k_norm = nn.RMSNorm(c.head_dim, eps=c.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(D, eps=c.rms_norm_eps)
+        self.mlp = nn.Module()
+        self.mlp.gate_proj = nn.Linear(D, kept["neuron"], bias=c.mlp_bias)
+        self.mlp.up_proj = nn.Linear(D, kept["neuron"], bias=c.mlp_bias)
+        self.mlp.down_proj = nn.Linear(kept["neuron"], kept["down"], bias=c.mlp_bias)
+        # Where the open channels of a compact block belong; None in a dense one.
+        for name, full in (("k", kv_width), ("v", kv_width), ("down", D)):
+            index = torch.zeros(kept[name], dtype=torch.int64) if kept[name] < full else None
+            self.register_buffer(f"{name}_kept", index)
+
+    def forward(self, x, i, rope, mask, gates=None, memory=None, cache=None):
+        """x [B, T, D] -> [B, T, D]. `i`: number of this block, for the cache; `rope`, `mask`: see `Model.run`."""
+        x = x + self.attention(self.input_layernorm(x), i, rope, mask, gates, memory, cache)
+        y = self.mlp_out(self.post_attention_layernorm(x), gates, memory)
+        return x + y if self.down_kept is None else x.index_add(-1, self.down_kept, y)
+
+    def attention(self, x, i, rope, mask, gates, memory, cache):
+        c, at = self.c, self.self_attn
+        B, T, _ = x.shape
+        kv_width = c.num_key_value_heads * c.head_dim
+        q = at.q_proj(x).view(B, T, -1, c.head_dim)
+        k = widen(project(at.k_proj, x, "k", gates, memory), self.k_kept, kv_width).view(B, T, -1, c.head_dim)
+        v = widen(project(at.v_proj, x, "v", gates, memory), self.v_kept, kv_width).view(B, T, -1, c.head_dim)
+        if c.qk_norm:
+            q, k = at.q_norm(q), at.k_norm(k)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, heads, T, hd]
+        q, k = rotate(q, rope), rotate(k, rope)
+        if memory is not None and memory.length and (cache is None or not cache.lengths.get(i)):
+            # Eq. 3: softmax(Q [K_mem; K]^T) [V_mem; V]. The memory is shared by the batch and bypasses the gates.
+            k = torch.cat([memory.keys.expand(B, -1, -1, -1), k], dim=2)  # [B, G, M + T, hd]
+            v = torch.cat([memory.values.expand(B, -1, -1, -1), v], dim=2)
+        if cache is not None:
+            k, v = cache.extend(i, k, v)
+        causal = T > 1 and mask is None
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True)
+        return at.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+    def mlp_out(self, x, gates, memory):
+        h = F.silu(project(self.mlp.gate_proj, x, "gate", gates, memory))
+        h = h * project(self.mlp.up_proj, x, "up", gates, memory)
+        if gates is not None and "neuron" in gates:
+            h = h * gates["neuron"]
+        return project(self.mlp.down_proj, h, "down", gates, memory)
+
+
+def widen(y, kept, width):
+    """Put the open channels [..., kept] at their places in [..., width]; a closed channel is a zero in its head."""
+    return y if kept is None else y.new_zeros(*y.shape[:-1], width).index_copy(-1, kept, y)
+
+
+class Model(nn.Module):
+    """The decoder. Parameters carry the names of Hugging Face checkpoints, less the leading `model.`."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        kept = config.kept or [None] * config.num_hidden_layers
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, k) for k in kept)
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def head(self):
+        """The output matrix [V, D]: the embedding itself where the checkpoint ties the two."""
+        return self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    def run(self, x, first, last, gates=None, memory=None, cache=None, checkpointing=False):
+        """Blocks first .. last - 1 on x [B, T, D].
+
+        gates: block -> {"k", "v", "gate", "up", "neuron", "down"} -> z, broadcast against [B, T, channels].
+        memory: block -> BlockMemory. In blocks with a memory the text's positions start at M.
+        """
+        T = x.shape[1]
+        shared = {}  # positions and mask depend on what stands before the text, not on the block
+        for i in range(first, last):
+            own = memory.get(i) if memory else None
+            past = (cache.lengths.get(i, 0) if cache else 0) or (own.length if own else 0)
+            if past not in shared:
+                shared[past] = rope_table(self.config, past, T, x), causal_mask(T, past + T, x.device)
+            args = (x, i, *shared[past], gates.get(i) if gates else None, own, cache)
+            x = checkpoint(self.layers[i], *args, use_reentrant=False) if checkpointing else self.layers[i](*args)
+        return x
+
+    def logits(self, x):
+        """Hidden states [..., D] after the last block -> float32 logits [..., V]."""
+        return F.linear(self.norm(x), self.head).float()
+
+    def forward(self, tokens, gates=None, memory=None, cache=None):
+        """tokens [B, T] -> logits [B, T, V]."""
+        x = self.run(self.embed_tokens(tokens), 0, len(self.layers), gates, memory, cache)
+        return self.logits(x)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading.
+
+
+def checkpoint_files(folder):
+    """{file: None, or the names that the index expects in it}. File names in an index are untrusted."""
+    index, single = Path(folder, "model.safetensors.index.json"), Path(folder, "model.safetensors")
+    if not index.exists():
+        if not single.exists():
+            raise BadInput(f"{single} does not exist; only safetensors are read: download or convert the weights.")
+        return {single: None}
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (ValueError, KeyError):
+        raise BadInput(f"{index} has no valid weight_map; download it again.") from None
+    files = {}
+    for name, file in weight_map.items():
+        if Path(file).name != file or "\\" in file or not file.endswith(".safetensors"):
+            raise BadInput(f"{index} names the file {file!r}, which is not a plain .safetensors name; do not trust it.")
+        files.setdefault(Path(folder, file), set()).add(name)
+    return files
+
+
+def load(folder, dtype=torch.float32, device="cpu"):
+    """Read a Hugging Face folder (or a compact backbone) into a frozen `Model`.
+
+    Every tensor name and shape has to be accounted for. Raises BadInput otherwise.
+    """
+    config = Config.from_folder(folder)
+    with torch.device("meta"):
+        model = Model(config)
+    expected = {n if n.startswith("lm_head.") else f"model.{n}": t.shape for n, t in model.state_dict().items()}
+    state, extra_head = {}, None
+    for path, promised in checkpoint_files(folder).items():
+        try:
+            with safe_open(path, "pt") as file:
+                names = set(file.keys())
+                for name in sorted(names):
+                    if name.endswith("rotary_emb.inv_freq"):  # old checkpoints store what the config says
+                        continue
+                    if name == "lm_head.weight" and config.tie_word_embeddings:
+                        extra_head = file.get_tensor(name)
+                        continue
+                    shape = tuple(file.get_slice(name).get_shape())
+                    if name not in expected:
+                        raise BadInput(f"{path} holds {name}, which a {config.model_type} of this config does not have.")
+                    if shape != tuple(expected[name]):
+                        raise BadInput(f"{path}: {name} has shape {list(shape)}, config.json says {list(expected[name])}.")
+                    tensor = file.get_tensor(name)
+                    target = dtype if tensor.is_floating_point() else None
+                    state[name.removeprefix("model.")] = tensor.to(device, target)
+        except FileNotFoundError:
+            raise BadInput(f"{path} does not exist, though the index names it; download it again.") from None
+        except (SafetensorError, OSError) as error:
+            raise BadInput(f"{path} is truncated or not a safetensors file ({error}); download it again.") from None
+        if promised is not None and promised - names:
+            raise BadInput(f"{path} lacks {min(promised - names)}, which the index places there; download it again.")
+    missing = expected.keys() - {n if n.startswith("lm_head.") else f"model.{n}" for n in state}
+    if missing:
+        raise BadInput(f"{folder}: {len(missing)} tensors are missing, {min(missing)} among them; download it again.")
+    if extra_head is not None and not torch.equal(extra_head.to(device, dtype), state["embed_tokens.weight"]):
+        raise BadInput(f"{folder}: lm_head.weight differs from the embedding that config.json says it is tied to.")
+    model.load_state_dict(state, assign=True)
+    return model.requires_grad_(False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Generation.
+
+
+@torch.no_grad()
+def generate(model, tokens, steps, vocab_size, eos=(), temperature=0.0, top_p=1.0, memory=None, generator=None):
+    """Continue tokens [B, T] (rows of equal length); yield one [B] per step until every row has met an id of `eos`.
+
+    temperature 0 is greedy; `top_p` keeps the smallest set of tokens with that probability. Rows of the vocabulary from
+    `vocab_size` on are padding and never sampled. A finished row repeats its eos id.
+    """
+    B, T = tokens.shape
+    limit = model.config.max_position_embeddings
+    if T + steps > limit:
+        raise BadInput(f"{T} prompt tokens and {steps} new ones exceed the model's context of {limit}; ask for less.")
+    cache, stop = Cache(steps), torch.tensor(list(eos), dtype=tokens.dtype, device=tokens.device)
+    done, last = torch.zeros(B, dtype=torch.bool, device=tokens.device), None
+    x = tokens
+    for _ in range(steps):
+        x = model.run(model.embed_tokens(x), 0, len(model.layers), memory=memory, cache=cache)
+        logits = model.logits(x[:, -1])[:, :vocab_size]  # [B, V]
+        if temperature == 0:
+            new = logits.argmax(-1)
+        else:
+            p, order = (logits / temperature).softmax(-1).sort(dim=-1, descending=True)
+            p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)  # the first token always stays
+            new = order.gather(1, torch.multinomial(p, 1, generator=generator))[:, 0]
+        last = new if last is None else torch.where(done, last, new)
+        done = done | torch.isin(last, stop)
+        yield last
+        if done.all():
+            return
+        x = last[:, None]

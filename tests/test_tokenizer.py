@@ -1,0 +1,352 @@
+"""data/tokenizer.py against the `tokenizers` library, on real text in six languages and on text meant to hurt."""
+
+import functools
+import json
+import os
+import random
+import string
+from pathlib import Path
+
+import pytest
+import tokenizers
+from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, processors, trainers
+
+from data import BadInput
+from data.tokenizer import Tokenizer, to_bytes
+
+ROOT = Path(__file__).parent.parent
+LANGUAGES = ["english", "spanish", "french", "german", "italian", "portuguese"]
+STYLES = ["smollm2", "llama3", "qwen", "gpt2", "shuffled", "unreached", "whole"]
+
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+QWEN = LLAMA3.replace("{1,3}", "")
+
+NASTY = [
+    "", " ", "\n", "\t", "  \n\n  \t \r\n \r x", "a  b   c    d", "   lead", "trail   ", "1 2  3   4\n5\t6", "x \n 7",
+    "1234567890", "12 345.678,90 0x1F", "٣٤٥ ½ Ⅷ ² ① 一二三 १२३", "a1b22c333d4444", "a" * 23, "=" * 77,
+    " " * 300 + "x", "I'm you're he'll we've it's can't she'd", "I'M YOU'RE HE'LL WE'VE IT'S CAN'T SHE'D",
+    "'S'T'rE'Ve x'ſ y'K 's ''s ' s", "\U0001f469\u200d\U0001f469\u200d\U0001f467 \U0001f44d\U0001f3fd \U0001f1e9\U0001f1ea \u2764\ufe0f",
+    "\U0001f3f4\U000e0067\U000e0062\U000e007f", "e\u0301 \u00e9 n\u0303 \u00f1 A\u030a \u212b \u0301alone",
+    "\u1e9b\u0323 ﬁ Ω", "한국어 \u1112\u1161\u11ab", "汉字和かな、カタカナ。", "مَرْحَبًا بِالعَالَم ١٢٣", "שָׁלוֹם", "नमस्ते दुनिया",
+    "Привет, мир!", "ภาษาไทย", "Zażółć gęślą jaźń", "\x00\x01\x02\x03\x04\x05\x06\x07\x08\x0b\x0c\x0e\x13\x14\x16\x1b\x7f",
+    "a\x04b", "(\x04)", ".\x04.\x06.", " \x04\x04..", "x\x1dy \x1d z\x1d\x1d\n", "\x1c\x1c a \x1e\x1f", "the\x04 \x04the",
+    "1\x041", "'\x04s", "\n\x04\n", " \x04 ", "\x04", "\u2028\n\x85\r\n\xa0x",
+    "\x85 \xa0 \xad\u1680\u180e\u2000\u200a\u200b\u200d\u2028\u2029\u202f\u205f\u2060\u3000\ufeff a",
+    "\U00040000 \U000f0000x \U0010ffff", "\ufffd\ufffe\uffff\ue000", "𝕳𝖊𝖑𝖑𝖔 𝟙𝟚 𐍈 𒀀", "ǅ ʰ ª º ǃ", "\u0378\u0e3f\u20bf",
+    "def f(x):\n\treturn x**2  # hi\n\n\n    pass\r\n", "https://a.b/c?d=e&f=%20#g", "<|im_start|>user\nhi<|im_end|>\n",
+    "<|endoftext|>", "a <|im_start|> b<|im_start|><|im_start|>", "<|im_start", "<|begin_of_text|>x<|eot|>",
+    "<|eot|>er <|eot|>er<|eot|>", "<tool_call> {}</tool_call>", " <|endoftext|>  \n<|endoftext|> 's", "e<|im_end|>\u0301",
+    "zqj zqj  zqj azqj zqjb zqjjq", "  zqj\nzqj",
+]  # fmt: skip
+
+
+@functools.cache
+def paragraphs(per_language=900):
+    """The first paragraphs of each language; 5,000 at least."""
+    texts = []
+    for language in LANGUAGES:
+        lines = (ROOT / f"data/handbook/{language}.txt").read_text(encoding="utf-8").splitlines()
+        texts += [line for line in lines if line.strip()][:per_language]
+    assert len(texts) >= 5000
+    return texts
+
+
+def hostile(count=3000):
+    """Short random strings over characters that meet badly."""
+    rng = random.Random(0)
+    alphabet = (
+        " " * 6 + "\n\n\r\t''sStlLeEvdm019.,(!=<|>\x04\x1d\x1c\x85\xa0\u3000\u0301ſéñ½²ßΩя汉가ع👍\u200d\ufe0f\U000f0000"
+    )
+    return ["".join(rng.choices(alphabet, k=rng.randint(1, 14))) for _ in range(count)]
+
+
+def split(regex):
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(regex), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+
+
+def train(pre_tokenizer, alphabet, normalizer=None, special=(), size=3000):
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizer
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    if normalizer:
+        tokenizer.normalizer = normalizer
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, initial_alphabet=alphabet, special_tokens=list(special), show_progress=False
+    )
+    tokenizer.train_from_iterator(paragraphs()[::12], trainer)
+    return tokenizer
+
+
+def all_splits(vocab):
+    """Merges as Llama-3's file has them: every pair of entries that spells an entry, in the order of its id."""
+    by_id = sorted(vocab, key=vocab.__getitem__)
+    return [[t[:i], t[i:]] for t in by_id for i in range(1, len(t)) if t[:i] in vocab and t[i:] in vocab]
+
+
+def with_bos(file):
+    """Llama-3's added tokens and template."""
+    tokenizer = tokenizers.Tokenizer.from_str(json.dumps(file))
+    tokenizer.add_special_tokens(["<|begin_of_text|>", "<|end_of_text|>", "<|eot|>", "<|eot|>er"])
+    bos = ("<|begin_of_text|>", tokenizer.token_to_id("<|begin_of_text|>"))
+    template = processors.TemplateProcessing(single="<|begin_of_text|> $A", pair=None, special_tokens=[bos])
+    tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), template])
+    # The library writes merges as pairs; Llama-3's file has strings.
+    return json.loads(tokenizer.to_str()) | {"model": file["model"]}
+
+
+def add_unreached(file):
+    """The file with three more entries, which no merge spells."""
+    vocab = file["model"]["vocab"]
+    more = {token: len(vocab) + i for i, token in enumerate(["zqj", "Ġzqj", "Ġzqjjq"])}
+    return file | {"model": file["model"] | {"vocab": vocab | more}}
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """{style: folder with a tokenizer.json}: the three real styles, GPT-2's, and three with awkward numbering."""
+    every_byte = pre_tokenizers.ByteLevel.alphabet()
+    plain = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    files = {}
+
+    digits = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), plain])
+    smollm2 = train(digits, [], special=["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    files["smollm2"] = json.loads(smollm2.to_str())
+
+    llama3 = json.loads(train(split(LLAMA3), every_byte).to_str())
+    llama3["model"]["ignore_merges"] = True
+    llama3["model"]["merges"] = [" ".join(merge) for merge in all_splits(llama3["model"]["vocab"])]
+    files["llama3"] = with_bos(llama3)
+
+    qwen = train(split(QWEN), every_byte, normalizers.NFC())
+    qwen.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    qwen.add_tokens([AddedToken(text, normalized=False) for text in ("<tool_call>", "</tool_call>")])
+    qwen.post_processor = processors.ByteLevel(trim_offsets=False)
+    files["qwen"] = json.loads(qwen.to_str())
+
+    gpt2 = train(plain, every_byte, size=2000)
+    gpt2.add_special_tokens([AddedToken("<|endoftext|>", normalized=True)])
+    files["gpt2"] = json.loads(gpt2.to_str())
+
+    # Ids in no order at all: only the order of the merges says what merges first.
+    shuffled = json.loads(gpt2.to_str())
+    vocab = shuffled["model"]["vocab"]
+    ids = random.Random(1).sample(range(len(vocab)), len(vocab))
+    shuffled["model"]["vocab"] = dict(zip(vocab, ids, strict=True))
+    files["shuffled"] = shuffled
+
+    # Entries that no merge reaches: with ignore_merges they count as whole pieces, without it not at all.
+    files["whole"] = with_bos(add_unreached(llama3))
+    files["unreached"] = add_unreached(json.loads(train(plain, every_byte, size=2000).to_str()))
+
+    folders = {}
+    for style, file in files.items():
+        folders[style] = tmp_path_factory.mktemp(style)
+        (folders[style] / "tokenizer.json").write_text(json.dumps(file), encoding="utf-8")
+    return folders
+
+
+def pair(folder):
+    return Tokenizer.from_folder(folder), tokenizers.Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
+
+
+def assert_same(folder, texts):
+    ours, oracle = pair(folder)
+    expected = oracle.encode_batch(texts, add_special_tokens=False)
+    wrong = [
+        (t, ours.encode(t), e.ids, e.tokens) for t, e in zip(texts, expected, strict=True) if ours.encode(t) != e.ids
+    ]
+    assert not wrong, f"{len(wrong)} of {len(texts)} differ, the first: {min(wrong, key=lambda w: len(w[0]))}"
+
+
+def real_smollm2():
+    folder = os.environ.get("KOFF_SMOLLM2")
+    return folder or pytest.skip("KOFF_SMOLLM2 does not name a folder with the real SmolLM2")
+
+
+def base_model():
+    folder = ROOT / "data/base"
+    return (
+        folder if (folder / "tokenizer.json").exists() else pytest.skip(f"{folder}/tokenizer.json does not exist yet")
+    )
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_ids_equal_tokenizers(trained, style):
+    assert_same(trained[style], paragraphs() + NASTY + hostile())
+
+
+@pytest.mark.parametrize("folder", [real_smollm2, base_model])
+def test_ids_equal_tokenizers_on_a_real_file(folder):
+    assert_same(folder(), paragraphs() + NASTY + hostile())
+
+
+@pytest.mark.parametrize("style", ["smollm2", "llama3", "qwen"])
+def test_one_long_text(trained, style):
+    assert_same(
+        trained[style], ["\n\n".join(paragraphs())[:1_500_000], "\n\n".join(paragraphs() + ["(\x04)"])[-200_000:]]
+    )
+
+
+def test_the_fixtures_have_what_they_are_for(trained):
+    files = {style: json.loads((folder / "tokenizer.json").read_text()) for style, folder in trained.items()}
+    missing = Tokenizer.from_folder(trained["smollm2"])._missing
+    assert b"\x04" in missing and "汉".encode()[0] in missing
+    merged = {
+        s: [f["model"]["vocab"]["".join(m).replace(" ", "")] for m in f["model"]["merges"]] for s, f in files.items()
+    }
+    assert all((merged[style] == sorted(merged[style])) == (style != "shuffled") for style in STYLES)
+    assert len(merged["llama3"]) > len(set(merged["llama3"]))  # several merges per entry, as in the real file
+    assert isinstance(files["llama3"]["model"]["merges"][0], str) and isinstance(
+        files["qwen"]["model"]["merges"][0], list
+    )
+    assert len(Tokenizer.from_folder(trained["whole"]).encode(" zqj")) == 1
+    assert len(Tokenizer.from_folder(trained["unreached"]).encode(" zqj")) > 1
+
+
+def test_a_missing_byte_is_dropped_before_bpe(trained):
+    ours = Tokenizer.from_folder(trained["smollm2"])
+    vocab = json.loads((trained["smollm2"] / "tokenizer.json").read_text())["model"]["vocab"]
+    a, b = next(token for token in vocab if len(token) == 2 and set(token) <= set(string.punctuation))
+    assert ours.encode(f"{a}\x04{b}") == [vocab[a + b]]
+    assert ours.encode("th\x04e") == ours.encode("th") + ours.encode("e") != ours.encode("the")
+
+
+def test_a_regex_that_cannot_drop_a_missing_byte_is_refused(trained, tmp_path):
+    for regex in (r"\p{Han}|\S+|\s+", r"\P{L}|\S"):
+        file = json.loads((trained["smollm2"] / "tokenizer.json").read_text())
+        file["pre_tokenizer"] = sequence(SPLIT | {"pattern": {"Regex": regex}}, BYTES)
+        (tmp_path / "tokenizer.json").write_text(json.dumps(file))
+        ours = Tokenizer.from_folder(tmp_path)
+        assert ours.decode(ours.encode("a b")) == "a b"
+        with pytest.raises(BadInput, match="bytes that the vocabulary lacks"):
+            ours.encode("a\x04b")
+
+
+def test_a_regex_with_gaps_loses_no_text(trained, tmp_path):
+    file = json.loads((trained["qwen"] / "tokenizer.json").read_text())
+    file["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = r"\p{L}+|\p{N}"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(file))
+    assert_same(tmp_path, paragraphs()[:300] + NASTY + hostile(500))
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_bos_is_what_the_post_processor_says_and_never_twice(trained, style):
+    ours, oracle = pair(trained[style])
+    assert len(ours.bos) == (style in ("llama3", "whole"))
+    for text in ("", "Hello", " 12"):
+        assert ours.encode(text, bos=True) == oracle.encode(text).ids == ours.bos + ours.encode(text)
+    if ours.bos:
+        assert ours.encode("<|begin_of_text|>Hello", bos=True) == ours.encode("Hello", bos=True)
+
+
+@pytest.mark.parametrize("style", ["llama3", "gpt2", "shuffled", "unreached", "whole"])
+def test_decode_is_the_inverse(trained, style):
+    ours, oracle = pair(trained[style])
+    for text in paragraphs()[::40] + NASTY:
+        ids = ours.encode(text)
+        assert ours.decode(ids) == text == b"".join(ours.decode_bytes([id]) for id in ids).decode()
+        assert ours.decode(ids) == oracle.decode(ids, skip_special_tokens=False)
+
+
+def test_decode_of_part_of_a_character(trained):
+    ours = Tokenizer.from_folder(trained["llama3"])
+    ids = ours.encode("汉")
+    assert len(ids) > 1 and ours.decode(ids[:1]) == "\ufffd" and ours.decode([]) == ""
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_sizes_and_unknown_ids(trained, style):
+    ours, oracle = pair(trained[style])
+    vocab = oracle.get_vocab(with_added_tokens=True)
+    assert ours.vocab_size == max(vocab.values()) + 1
+    assert ours.special == {token.content: id for id, token in oracle.get_added_tokens_decoder().items()}
+    for id in (-1, ours.vocab_size, 10**12):
+        with pytest.raises(ValueError, match=f"{id} is not in the vocabulary"):
+            ours.decode([id])
+
+
+def test_fingerprint_is_of_the_file(trained):
+    prints = {style: Tokenizer.from_folder(folder).fingerprint for style, folder in trained.items()}
+    assert len(set(prints.values())) == len(STYLES) and all(int(value, 16) for value in prints.values())
+    assert prints["qwen"] == Tokenizer.from_folder(trained["qwen"]).fingerprint
+
+
+def test_a_lone_surrogate_is_the_replacement_character(trained):
+    for style in ("smollm2", "qwen"):
+        ours = Tokenizer.from_folder(trained[style])
+        assert ours.encode("a\ud83d b\x04") == ours.encode("a\ufffd b\x04")
+
+
+SPLIT = {"type": "Split", "pattern": {"Regex": r"\s"}, "behavior": "Isolated", "invert": False}
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+FLAGGED = {"id": 9, "content": "<x>", "special": True}
+EOS = {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}
+
+
+def sequence(*parts):
+    return {"type": "Sequence", "pretokenizers": list(parts)}
+
+
+REFUSED = [
+    ("byte_fallback", {"model": {"byte_fallback": True}}),
+    ("Unigram", {"model": {"type": "Unigram"}}),
+    ("WordPiece", {"model": {"type": "WordPiece"}}),
+    ("unk_token='<unk>'", {"model": {"unk_token": "<unk>"}}),
+    ("dropout=0.1", {"model": {"dropout": 0.1}}),
+    ("end_of_word_suffix", {"model": {"end_of_word_suffix": "</w>"}}),
+    ("byte-level", {"model": {"vocab": {"▁": 0, "a": 1, "▁a": 2}, "merges": ["▁ a"]}}),
+    ("normalizer NFKC", {"normalizer": {"type": "NFKC"}}),
+    ("normalizer Sequence", {"normalizer": {"type": "Sequence", "normalizers": []}}),
+    ("pre-tokenizer null", {"pre_tokenizer": None}),
+    ("Metaspace", {"pre_tokenizer": {"type": "Metaspace"}}),
+    ("Split + Split + ByteLevel", {"pre_tokenizer": sequence(SPLIT, SPLIT, BYTES)}),
+    ("Split + ByteLevel", {"pre_tokenizer": sequence(SPLIT | {"invert": True}, BYTES)}),
+    ("Split + ByteLevel", {"pre_tokenizer": sequence(SPLIT | {"behavior": "Removed"}, BYTES)}),
+    ("Split + ByteLevel", {"pre_tokenizer": sequence(SPLIT, BYTES | {"use_regex": True})}),
+    ("pre-tokenizer ByteLevel", {"pre_tokenizer": BYTES | {"use_regex": True, "add_prefix_space": True}}),
+    ("RobertaProcessing", {"post_processor": {"type": "RobertaProcessing"}}),
+    ("TemplateProcessing", {"post_processor": {"type": "TemplateProcessing", "single": [EOS]}}),
+    ("lstrip of the added token '<x>'", {"added_tokens": [FLAGGED | {"lstrip": True}]}),
+    ("rstrip", {"added_tokens": [FLAGGED | {"rstrip": True}]}),
+    ("single_word", {"added_tokens": [FLAGGED | {"single_word": True}]}),
+    ("normalized", {"added_tokens": [FLAGGED | {"normalized": True}]}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "change"), REFUSED, ids=[f"{i}-{name}" for i, (name, _) in enumerate(REFUSED)])
+def test_what_is_not_implemented_is_refused_by_name(trained, tmp_path, name, change):
+    file = json.loads((trained["qwen"] / "tokenizer.json").read_text())
+    file |= change | {"model": file["model"] | change.get("model", {})}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(file))
+    with pytest.raises(BadInput) as error:
+        Tokenizer.from_folder(tmp_path)
+    message = str(error.value)
+    assert name in message and str(tmp_path / "tokenizer.json") in message and "use a model with" in message
+
+
+def test_a_missing_file(tmp_path):
+    with pytest.raises(BadInput, match="tokenizer.json cannot be read .*name a folder"):
+        Tokenizer.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [b"", b"{", b"\xff\xfe{}", b"[]", b"null", b"{}", b'{"model": {"type": "BPE"}}', b"[" * 100_000,
+     b'{"model": {"vocab": {"a": 0}, "merges": ["a b"]}}', b'{"model": {"vocab": {"a": 0}, "merges": [1]}}'],
+)  # fmt: skip
+def test_a_damaged_file(tmp_path, damaged):
+    (tmp_path / "tokenizer.json").write_bytes(damaged)
+    with pytest.raises(BadInput, match="is not a valid tokenizer.json"):
+        Tokenizer.from_folder(tmp_path)
+
+
+def test_a_vocabulary_entry_outside_the_byte_alphabet_stands_for_itself():
+    assert to_bytes("Ġa") == b" a" and to_bytes("▁a") == "▁a".encode()
