@@ -63,14 +63,19 @@ class Config:
         sliding = raw.get("use_sliding_window") or "sliding_attention" in raw.get("layer_types", ())
         for refused, what in [
             (rope_type not in ("default", "llama3"), f"RoPE scaling {rope_type!r}"),
-            (raw.get("partial_rotary_factor", 1) != 1 or rope.get("partial_rotary_factor", 1) != 1, "partial rotary embedding"),
+            (
+                raw.get("partial_rotary_factor", 1) != 1 or rope.get("partial_rotary_factor", 1) != 1,
+                "partial rotary embedding",
+            ),
             (sliding or (kind == "llama" and raw.get("sliding_window")), "sliding-window attention"),
             (raw.get("hidden_act", "silu") != "silu", f"activation {raw.get('hidden_act')!r}"),
             (raw.get("quantization_config") is not None, "a quantised checkpoint"),
         ]:
             if refused:
                 raise BadInput(f"{where}: {what} is not implemented; choose a model without it.")
-        attention_bias = kind == "qwen2" or raw.get("attention_bias", False)  # Qwen2 always has it and has no key for it
+        attention_bias = kind == "qwen2" or raw.get(
+            "attention_bias", False
+        )  # Qwen2 always has it and has no key for it
         eos = raw.get("eos_token_id")
         try:
             heads = raw["num_attention_heads"]
@@ -353,9 +358,13 @@ def load(folder, dtype=torch.float32, device="cpu"):
                         continue
                     shape = tuple(file.get_slice(name).get_shape())
                     if name not in expected:
-                        raise BadInput(f"{path} holds {name}, which a {config.model_type} of this config does not have.")
+                        raise BadInput(
+                            f"{path} holds {name}, which a {config.model_type} of this config does not have."
+                        )
                     if shape != tuple(expected[name]):
-                        raise BadInput(f"{path}: {name} has shape {list(shape)}, config.json says {list(expected[name])}.")
+                        raise BadInput(
+                            f"{path}: {name} has shape {list(shape)}, config.json says {list(expected[name])}."
+                        )
                     tensor = file.get_tensor(name)
                     target = dtype if tensor.is_floating_point() else None
                     state[name.removeprefix("model.")] = tensor.to(device, target)

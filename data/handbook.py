@@ -18,7 +18,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import atomic
 
 OUT = Path(__file__).parent / "handbook"
-SIX = {"english": "en-US", "spanish": "es-ES", "french": "fr-FR", "german": "de-DE", "italian": "it-IT", "portuguese": "pt-BR"}
+SIX = {
+    "english": "en-US",
+    "spanish": "es-ES",
+    "french": "fr-FR",
+    "german": "de-DE",
+    "italian": "it-IT",
+    "portuguese": "pt-BR",
+}
 OTHERS = {
     "dutch": "nl-NL", "polish": "pl-PL", "norwegian": "nb-NO", "swedish": "sv-SE", "indonesian": "id-ID", "russian": "ru-RU",
     "greek": "el-GR", "japanese": "ja-JP", "chinese": "zh-CN", "arabic": "ar-MA", "turkish": "tr-TR", "romanian": "ro-RO",
@@ -26,7 +33,32 @@ OTHERS = {
 }  # fmt: skip
 SKIP = {"script", "style", "pre", "head", "nav"}
 BREAK = {"p", "h1", "h2", "h3", "h4", "li", "div", "td", "dt", "dd", "br", "tr"}
-ENGLISH = set("the of to and is in that for it are be this with as on which by not can from an will".split())
+ENGLISH = set(
+    [
+        "the",
+        "of",
+        "to",
+        "and",
+        "is",
+        "in",
+        "that",
+        "for",
+        "it",
+        "are",
+        "be",
+        "this",
+        "with",
+        "as",
+        "on",
+        "which",
+        "by",
+        "not",
+        "can",
+        "from",
+        "an",
+        "will",
+    ]
+)
 BOOK_BYTES = 1_330_000  # six books stay under 8 MB
 
 
@@ -93,7 +125,7 @@ def main(html):
         with atomic(OUT / f"{name}.txt") as path:
             path.write_text("\n".join(lines) + "\n", encoding="utf-8")
         print(f"{name}: {len(lines):,} paragraphs, {sum(len(x.encode()) + 1 for x in lines):,} bytes")
-    with atomic(OUT / "other_languages.jsonl") as path, open(path, "w", encoding="utf-8") as file:
+    with atomic(OUT.parent / "other_languages.jsonl") as path, open(path, "w", encoding="utf-8") as file:
         for name, code in OTHERS.items():
             lines = [x for x in paragraphs(html / code, pages, set(english), 200) if not looks_english(x)]
             lines = lines[:: max(1, len(lines) // 40)][:40]

@@ -1,0 +1,146 @@
+"""Domain text on disk to token ids: a folder with one file or sub-folder per domain, its last 5% held out.
+
+`<domain>.txt` is one stream, whose tail is held out: translations of one book then hold out the same chapters.
+`<domain>.jsonl` (one {"text": ...} a line) and the files of a sub-folder `<domain>/` are documents; whole documents are held out.
+"""
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data import BadInput, atomic
+
+
+@dataclass(frozen=True)
+class Split:
+    """Token ids of one domain, 1-D."""
+
+    train: np.ndarray
+    heldout: np.ndarray
+
+
+def read_text(path):
+    raw = path.read_bytes()
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path} is not UTF-8 at byte {error.start}; convert it, for example with iconv.") from None
+
+
+def read_documents(path):
+    """(documents, stream): the texts of a file or folder, and whether they are one stream (a single .txt)."""
+    if path.is_dir():
+        files = sorted(p for p in path.iterdir() if p.suffix in (".txt", ".jsonl") and not p.name.startswith("."))
+        return [text for file in files for text in read_documents(file)[0]], False
+    if path.suffix == ".txt":
+        return [read_text(path)], True
+    documents = []
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        if line.strip():
+            try:
+                text = json.loads(line)["text"]
+            except (ValueError, KeyError, TypeError):
+                text = None
+            if not isinstance(text, str):
+                raise BadInput(f'{path}:{number} is not a JSON object with a string "text"; mend or remove the line.')
+            documents.append(text)
+    return documents, False
+
+
+def split_text(documents, stream, heldout, path):
+    """(train texts, held-out texts): the last `heldout` of the documents, or of a stream's characters up to a line's end."""
+    if stream:
+        text = documents[0]
+        cut = text.rfind("\n", 0, int(len(text) * (1 - heldout))) + 1 or int(len(text) * (1 - heldout))
+        return [text[:cut]], [text[cut:]]
+    if len(documents) == 1:
+        raise BadInput(f"{path} has one document only, so that none can be held out; add documents or make it a .txt.")
+    cut = len(documents) - max(1, round(len(documents) * heldout))
+    return documents[:cut], documents[cut:]
+
+
+def load_text(path, tokenizer, cache, heldout=0.05, separator=None):
+    """Tokens of one file or folder as a `Split`, from `cache` if the same text was tokenised before.
+
+    With documents, `separator` (an id) ends each. Raises BadInput for text that is missing, empty or unreadable.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise BadInput(f"{path} does not exist; give a .txt, a .jsonl or a folder of them.")
+    documents, stream = read_documents(path)
+    if not any(text.strip() for text in documents):
+        raise BadInput(f"{path} is empty; put text into it or remove it.")
+    # Keyed by the text itself: reading it is quick beside tokenising, and time stamps lie after a checkout.
+    key = json.dumps([documents, stream, heldout, separator, tokenizer.fingerprint]).encode()
+    file = Path(cache, f"{path.stem}-{hashlib.sha256(key).hexdigest()[:16]}.npz")
+    if not file.exists():
+        parts = []
+        for texts in split_text(documents, stream, heldout, path):
+            ids = []
+            for text in texts:
+                ids += tokenizer.encode(text, bos=bool(tokenizer.bos))
+                if separator is not None and not stream:
+                    ids.append(separator)
+            parts.append(np.array(ids, dtype=np.int32))
+        with atomic(file) as partial, open(partial, "wb") as out:
+            np.savez(out, train=parts[0], heldout=parts[1])
+    with np.load(file, allow_pickle=False) as saved:
+        return Split(saved["train"], saved["heldout"])
+
+
+def load_domains(folder, tokenizer, cache, heldout=0.05, separator=None):
+    """{domain: Split}, sorted by name. Raises BadInput where the folder or one of its domains cannot be used."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise BadInput(
+            f"{folder} is not a folder; give one with a <domain>.txt, <domain>.jsonl or sub-folder per domain."
+        )
+    found = {}
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith(".") or not (path.is_dir() or path.suffix in (".txt", ".jsonl")):
+            continue
+        name = path.name if path.is_dir() else path.stem
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
+            raise BadInput(f"{path}: a domain's name becomes a file name; use letters, digits, '.', '_' and '-'.")
+        if name in found:
+            raise BadInput(f"{folder} has the domain {name} twice ({found[name].name}, {path.name}); keep one.")
+        found[name] = path
+    if not found:
+        raise BadInput(
+            f"{folder} holds no domains; put one <domain>.txt, <domain>.jsonl or sub-folder per domain there."
+        )
+    return {name: load_text(path, tokenizer, cache, heldout, separator) for name, path in found.items()}
+
+
+def check_length(name, split, length, batch):
+    """BadInput unless the training text fills one batch and the held-out text one window of length + 1 tokens."""
+    for part, ids, needed in ("training", split.train, batch * (length + 1)), ("held-out", split.heldout, length + 1):
+        if len(ids) < needed:
+            raise BadInput(
+                f"the {part} text of {name} has {len(ids)} tokens, {needed} are needed; add text, or lower --seq-len or --batch."
+            )
+
+
+def windows(ids, length, limit=None):
+    """Consecutive windows [n, length], int64; at most `limit` of them, spread evenly over the text."""
+    n = len(ids) // length
+    tiled = np.asarray(ids[: n * length], dtype=np.int64).reshape(n, length)
+    return tiled if limit is None or n <= limit else tiled[np.linspace(0, n - 1, limit).astype(int)]
+
+
+def batch(ids, index, size, length, seed):
+    """Training batch number `index` [size, length], int64: a pure function, so that resuming needs no saved state.
+
+    Each epoch tiles the text anew from a random offset and visits the windows in a new random order.
+    """
+    per_epoch = max(1, (len(ids) // length - 1) // size)
+    epoch, step = divmod(index, per_epoch)
+    rng = np.random.default_rng([seed, epoch])
+    offset = rng.integers(min(length, len(ids) - size * length + 1))
+    n = (len(ids) - offset) // length
+    chosen = rng.permutation(n)[step * size : (step + 1) * size]
+    return np.stack([ids[offset + c * length : offset + (c + 1) * length] for c in chosen]).astype(np.int64)
