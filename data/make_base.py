@@ -55,7 +55,7 @@ def train_tokenizer(texts, path):
         tokenizer.save(str(partial))
 
 
-def main(minutes, size=24, length=256, peak=3e-3):
+def main(minutes, size=16, length=256, peak=3e-3):
     base, corpus = HERE / "base", HERE / "handbook"
     paths = sorted(corpus.glob("*.txt"))
     training_text = [split_text(*read_documents(path), 0.05, path)[0][0] for path in paths]

@@ -186,14 +186,80 @@ def pattern_of(pre_tokenizer):
             return GPT2
         if names == ["Digits", "ByteLevel"] and regex and first["individual_digits"]:
             return DIGITS
+        isolated = first.get("behavior") == "Isolated" and not first.get("invert")
+        if names == ["Split", "ByteLevel"] and not regex and isolated and "Regex" in first["pattern"]:
+            return first["pattern"]["Regex"]
+    refuse(f"the pre-tokenizer's regex, for text with bytes that the vocabulary lacks ({error}),")
+
+    def decode(self, ids):
+        """Text of `ids`, added tokens included; bytes that are not UTF-8 become U+FFFD. ValueError on an unknown id."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def decode_bytes(self, ids):
+        """Bytes of `ids`, for streaming: one token may end inside a character. ValueError on an unknown id."""
+        try:
+            return b"".join([self._bytes[id] for id in ids])
+        except KeyError as error:
+            raise ValueError(f"token id {error} is not in the vocabulary of {self.vocab_size}") from None
+
+
+def to_bytes(token):
+    """Bytes of a vocabulary entry; one with characters outside the byte alphabet stands for itself."""
+    return bytes(map(BYTE_OF.get, token)) if BYTE_OF.keys() >= set(token) else token.encode()
+
+
+@cache
+def ranges_of(name):
+    """The inside of a character class: Rust's \\s for "s", else the Unicode general category `name`, as in "L"."""
+    if name == "s":
+        return r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+    member = [False, *(unicodedata.category(chr(code)).startswith(name) for code in range(0x110000)), False]
+    edges = [code for code in range(0x110001) if member[code] != member[code + 1]]  # first inside, first outside, ...
+    if not edges:
+        refuse(f"the regex class {name}, for text with bytes that the vocabulary lacks,")
+    return "".join(f"\\U{a:08x}-\\U{b - 1:08x}" for a, b in zip(edges[::2], edges[1::2], strict=True))
+
+
+def refuse(what):
+    raise BadInput(
+        f"{what} is not implemented; use a model with byte-level BPE, such as Llama-3, Qwen, SmolLM2 or GPT-2."
+    )
+
+
+def check_supported(model, normalizer, added):
+    """Refuse by name what would change ids and is not implemented."""
+    if model.get("byte_fallback"):
+        refuse("a SentencePiece tokenizer (byte_fallback, as in Llama-2 and TinyLlama)")
+    if model.get("type", "BPE") != "BPE":
+        refuse(f"the model type {model['type']}")
+    for setting in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(setting):
+            refuse(f"the model setting {setting}={model[setting]!r}")
+    if normalizer is not None and normalizer["type"] != "NFC":
+        refuse(f"the normalizer {normalizer['type']}")
+    for token in added:
+        for flag in ("lstrip", "rstrip", "single_word", "normalized"):
+            if token.get(flag) and not (flag == "normalized" and normalizer is None):
+                refuse(f"the flag {flag} of the added token {token['content']!r}")
+
+
+def pattern_of(pre_tokenizer):
+    """The regex whose matches are the pieces that BPE works in."""
+    parts = pre_tokenizer.get("pretokenizers", [pre_tokenizer]) if pre_tokenizer else []
+    names = [part["type"] for part in parts]
+    if names[-1:] == ["ByteLevel"] and not parts[-1].get("add_prefix_space", True):
+        first, regex = parts[0], parts[-1].get("use_regex", True)
+        if names == ["ByteLevel"] and regex:
+            return GPT2
+        if names == ["Digits", "ByteLevel"] and regex and first["individual_digits"]:
+            return DIGITS
         if (
             names == ["Split", "ByteLevel"]
             and not regex
             and first["behavior"] == "Isolated"
             and not first.get("invert")
-        ):
-            if "Regex" in first["pattern"]:
-                return first["pattern"]["Regex"]
+        ) and "Regex" in first["pattern"]:
+            return first["pattern"]["Regex"]
     refuse(f"the pre-tokenizer {' + '.join(names) or 'null'}, with the settings it has,")
 
 

@@ -191,7 +191,7 @@ def test_ids_equal_tokenizers_on_a_real_file(folder):
 @pytest.mark.parametrize("style", ["smollm2", "llama3", "qwen"])
 def test_one_long_text(trained, style):
     assert_same(
-        trained[style], ["\n\n".join(paragraphs())[:1_500_000], "\n\n".join(paragraphs() + ["(\x04)"])[-200_000:]]
+        trained[style], ["\n\n".join(paragraphs())[:1_500_000], "\n\n".join([*paragraphs(), "(\x04)"])[-200_000:]]
     )
 
 
@@ -333,7 +333,7 @@ def test_what_is_not_implemented_is_refused_by_name(trained, tmp_path, name, cha
 
 
 def test_a_missing_file(tmp_path):
-    with pytest.raises(BadInput, match="tokenizer.json cannot be read .*name a folder"):
+    with pytest.raises(BadInput, match=r"tokenizer.json cannot be read .*name a folder"):
         Tokenizer.from_folder(tmp_path)
 
 
@@ -344,7 +344,7 @@ def test_a_missing_file(tmp_path):
 )  # fmt: skip
 def test_a_damaged_file(tmp_path, damaged):
     (tmp_path / "tokenizer.json").write_bytes(damaged)
-    with pytest.raises(BadInput, match="is not a valid tokenizer.json"):
+    with pytest.raises(BadInput, match=r"is not a valid tokenizer.json"):
         Tokenizer.from_folder(tmp_path)
 
 
