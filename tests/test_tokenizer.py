@@ -25,21 +25,24 @@ LLAMA3 = (
 QWEN = LLAMA3.replace("{1,3}", "")
 
 NASTY = [
-    "", " ", "\n", "\t", "  \n\n  \t \r\n \r x", "a  b   c    d", "   lead", "trail   ", "1 2  3   4\n5\t6", "x \n 7",
-    "1234567890", "12 345.678,90 0x1F", "٣٤٥ ½ Ⅷ ² ① 一二三 १२३", "a1b22c333d4444", "a" * 23, "=" * 77,
-    " " * 300 + "x", "I'm you're he'll we've it's can't she'd", "I'M YOU'RE HE'LL WE'VE IT'S CAN'T SHE'D",
-    "'S'T'rE'Ve x'ſ y'K 's ''s ' s", "\U0001f469\u200d\U0001f469\u200d\U0001f467 \U0001f44d\U0001f3fd \U0001f1e9\U0001f1ea \u2764\ufe0f",
+    "", " ", "\n", "\t", "  \n\n  \t \r\n \r x", "a  b   c    d", "   lead", "trail   ", "1 2  3   4\n5\t6",
+    "x \n 7", "1234567890", "12 345.678,90 0x1F", "٣٤٥ ½ Ⅷ ² ① 一二三 १२३", "a1b22c333d4444", "a" * 23,
+    "=" * 77, " " * 300 + "x", "I'm you're he'll we've it's can't she'd",
+    "I'M YOU'RE HE'LL WE'VE IT'S CAN'T SHE'D", "x'This y'Debian 'There z'Server",
+    "'S'T'rE'Ve x'ſ y'K 's ''s ' s",
+    "\U0001f469\u200d\U0001f469\u200d\U0001f467 \U0001f44d\U0001f3fd \U0001f1e9\U0001f1ea \u2764\ufe0f",
     "\U0001f3f4\U000e0067\U000e0062\U000e007f", "e\u0301 \u00e9 n\u0303 \u00f1 A\u030a \u212b \u0301alone",
-    "\u1e9b\u0323 ﬁ Ω", "한국어 \u1112\u1161\u11ab", "汉字和かな、カタカナ。", "مَرْحَبًا بِالعَالَم ١٢٣", "שָׁלוֹם", "नमस्ते दुनिया",
-    "Привет, мир!", "ภาษาไทย", "Zażółć gęślą jaźń", "\x00\x01\x02\x03\x04\x05\x06\x07\x08\x0b\x0c\x0e\x13\x14\x16\x1b\x7f",
-    "a\x04b", "(\x04)", ".\x04.\x06.", " \x04\x04..", "x\x1dy \x1d z\x1d\x1d\n", "\x1c\x1c a \x1e\x1f", "the\x04 \x04the",
-    "1\x041", "'\x04s", "\n\x04\n", " \x04 ", "\x04", "\u2028\n\x85\r\n\xa0x",
+    "\u1e9b\u0323 ﬁ Ω", "한국어 \u1112\u1161\u11ab", "汉字和かな、カタカナ。", "مَرْحَبًا بِالعَالَم ١٢٣",
+    "שָׁלוֹם", "नमस्ते दुनिया", "Привет, мир!", "ภาษาไทย", "Zażółć gęślą jaźń",
+    "\x00\x01\x02\x03\x04\x05\x06\x07\x08\x0b\x0c\x0e\x13\x14\x16\x1b\x7f", "a\x04b", "(\x04)", ".\x04.\x06.",
+    " \x04\x04..", "x\x1dy \x1d z\x1d\x1d\n", "\x1c\x1c a \x1e\x1f", "the\x04 \x04the", "1\x041", "'\x04s",
+    "\n\x04\n", " \x04 ", "\x04", "\u2028\n\x85\r\n\xa0x",
     "\x85 \xa0 \xad\u1680\u180e\u2000\u200a\u200b\u200d\u2028\u2029\u202f\u205f\u2060\u3000\ufeff a",
-    "\U00040000 \U000f0000x \U0010ffff", "\ufffd\ufffe\uffff\ue000", "𝕳𝖊𝖑𝖑𝖔 𝟙𝟚 𐍈 𒀀", "ǅ ʰ ª º ǃ", "\u0378\u0e3f\u20bf",
-    "def f(x):\n\treturn x**2  # hi\n\n\n    pass\r\n", "https://a.b/c?d=e&f=%20#g", "<|im_start|>user\nhi<|im_end|>\n",
-    "<|endoftext|>", "a <|im_start|> b<|im_start|><|im_start|>", "<|im_start", "<|begin_of_text|>x<|eot|>",
-    "<|eot|>er <|eot|>er<|eot|>", "<tool_call> {}</tool_call>", " <|endoftext|>  \n<|endoftext|> 's", "e<|im_end|>\u0301",
-    "zqj zqj  zqj azqj zqjb zqjjq", "  zqj\nzqj",
+    "\U00040000 \U000f0000x \U0010ffff", "\ufffd\ufffe\uffff\ue000", "𝕳𝖊𝖑𝖑𝖔 𝟙𝟚 𐍈 𒀀", "ǅ ʰ ª º ǃ",
+    "\u0378\u0e3f\u20bf", "def f(x):\n\treturn x**2  # hi\n\n\n    pass\r\n", "https://a.b/c?d=e&f=%20#g",
+    "<|im_start|>user\nhi<|im_end|>\n", "<|endoftext|>", "a <|im_start|> b<|im_start|><|im_start|>",
+    "<|im_start", "<|begin_of_text|>x<|eot|>", "<|eot|>er <|eot|>er<|eot|>", "<tool_call> {}</tool_call>",
+    " <|endoftext|>  \n<|endoftext|> 's", "e<|im_end|>\u0301", "zqj zqj  zqj azqj zqjb zqjjq", "  zqj\nzqj",
 ]  # fmt: skip
 
 

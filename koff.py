@@ -1,0 +1,398 @@
+"""Knowledge offloading (Galliamov, Choenni, Titov, arXiv 2605.29075): gates, memories, losses, compaction, router.
+
+    min over z, {M_d}:  sum_d E_{x in D_d} KL(teacher || student(z, M_d))  +  lambda * Omega(z)                     Eq. 1
+                        + the same KL on general text with a random module attached, for the gates only             Eq. 2
+
+Shapes as in `model.py`; N is the number of gated upper blocks, K the number of the teacher's logits that are kept.
+"""
+
+import hashlib
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from data import BadInput, atomic
+from model import BlockMemory, Cache, Model
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Hard Concrete gates (Louizos et al. 2018, arXiv 1712.01312) on the output channels of k, v, gate, up and down.
+
+GAMMA, ZETA = -0.1, 1.1  # the stretch of the concrete distribution; the paper gives none, these are Louizos'
+GATED = {"projection": ("k", "v", "gate", "up", "down"), "neuron": ("k", "v", "neuron", "down")}
+
+
+def p_open(log_alpha, beta):
+    """P(z > 0) = sigmoid(log alpha - beta log(-gamma / zeta))  (Louizos, Eq. 12)."""
+    return torch.sigmoid(log_alpha - beta * math.log(-GAMMA / ZETA))
+
+
+def hard_concrete(log_alpha, beta, u):
+    """z in [0, 1] for uniform noise u in (0, 1), differentiable in log_alpha  (Louizos, Eq. 10 and 11)."""
+    s = torch.sigmoid((torch.logit(u) + log_alpha) / beta)
+    return (s * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
+
+
+class Gates(nn.Module):
+    """log alpha of every gate in blocks first .. first + N - 1, one [N, channels] parameter per gated projection.
+
+    granularity "projection" is the paper's: each of the five on its own. "neuron" has one gate per MLP neuron, on
+    silu(gate) * up: it frees a row of gate, a row of up and a column of down.
+    """
+
+    def __init__(self, config, first, granularity="neuron", beta=2 / 3, start=3.0):
+        super().__init__()
+        self.config, self.first, self.granularity, self.beta = config, first, granularity, beta
+        n, kv = config.num_hidden_layers - first, config.num_key_value_heads * config.head_dim
+        width = {"k": kv, "v": kv, "down": config.hidden_size}
+        self.log_alpha = nn.ParameterDict(
+            {name: torch.full((n, width.get(name, config.intermediate_size)), start) for name in GATED[granularity]}
+        )
+        with torch.device("meta"):
+            self.total = sum(p.numel() for p in Model(config).parameters())  # tied embeddings count once
+
+    def by_block(self, z, dtype):
+        """{name: [N, channels]} -> {block: {name: [channels]}}, the form that `Model` takes; cast once, not per use."""
+        rows = {name: t.to(dtype).unbind() for name, t in z.items()}
+        return {self.first + i: {name: r[i] for name, r in rows.items()} for i in range(len(rows["k"]))}
+
+    def sample(self, dtype, generator=None):
+        """One draw of all gates, differentiable."""
+        z = {}
+        for name, a in self.log_alpha.items():
+            u = torch.empty_like(a).uniform_(1e-6, 1 - 1e-6, generator=generator)
+            z[name] = hard_concrete(a, self.beta, u)
+        return self.by_block(z, dtype)
+
+    def p_open(self):
+        return {name: p_open(a, self.beta) for name, a in self.log_alpha.items()}
+
+    def removed(self, opened, count):
+        """Parameters removed, a scalar, for {name: [N, channels]} of P(open), or of 0 and 1: exact in float64.
+
+        count "paper": closed channels x fan-in. "physical": parameters missing from the compact backbone, which follow
+        from the joint state: a neuron lives only if its gate *and* its up are open. Gates are independent, so that
+        expectations of products are products of expectations.
+        """
+        c, D, n = self.config, self.config.hidden_size, len(opened["k"])
+        closed = {name: (1 - p).sum() for name, p in opened.items()}
+        if count == "paper":
+            fan_in = {"down": c.intermediate_size, "neuron": 2 * D}
+            return sum(closed[name] * fan_in.get(name, D) for name in opened)
+        neurons = opened["neuron"] if "neuron" in opened else opened["gate"] * opened["up"]
+        alive, down = neurons.sum(-1), opened["down"].sum(-1)  # [N]
+        mlp = 2 * D * alive + alive * down + (2 * alive + down if c.mlp_bias else 0)
+        dense = 3 * D * c.intermediate_size + (2 * c.intermediate_size + D if c.mlp_bias else 0)
+        return (closed["k"] + closed["v"]) * (D + c.qkv_bias) + (n * dense - mlp.sum())
+
+    def sparsity(self, opened=None, count="physical"):
+        """Share of all parameters removed: expected (differentiable) by default, exact for a mask."""
+        opened = self.p_open() if opened is None else {name: m.double() for name, m in opened.items()}
+        return self.removed(opened, count) / self.total
+
+    def uniform_share(self, target, count):
+        """The share f of channels that, closed at random in every projection, removes `target` (budget "module")."""
+        low, high = 0.0, 1.0
+        for _ in range(50):
+            f = (low + high) / 2
+            opened = {name: torch.full(a.shape, 1 - f, dtype=torch.float64) for name, a in self.log_alpha.items()}
+            low, high = (f, high) if self.removed(opened, count) / self.total < target else (low, f)
+        return high
+
+    def behind(self, target, count, budget, share):
+        """Omega(z), Eq. 1: hinge on the expected cost, `target` minus what is closed in expectation, at least 0.
+
+        budget "global": all gates compete for one target. "module": each projection of each block has to close `share`.
+        """
+        if budget == "global":
+            return (target - self.sparsity(count=count)).clamp(min=0)
+        return torch.cat([(share - (1 - p).mean(-1)).clamp(min=0) for p in self.p_open().values()]).mean()
+
+    @torch.no_grad()
+    def final_mask(self, target, count, budget):
+        """{name: bool [N, channels]}: gates close in order of log alpha until the exact count reaches `target`.
+
+        With budget "module" the order is the rank within the gate's own projection. Overshoots by one gate at most.
+        """
+        flat = {name: a.float().cpu() for name, a in self.log_alpha.items()}
+        if budget == "module":
+            flat = {name: a.argsort(-1).argsort(-1) / a.shape[-1] for name, a in flat.items()}
+        order = torch.cat([a.flatten() for a in flat.values()]).argsort(stable=True)
+
+        def mask(closed):
+            still = torch.ones(len(order), dtype=torch.bool)
+            still[order[:closed]] = False
+            parts = still.split([a.numel() for a in flat.values()])
+            return {name: part.view_as(a) for (name, a), part in zip(flat.items(), parts, strict=True)}
+
+        low, high = 0, len(order)
+        while low < high:
+            middle = (low + high) // 2
+            enough = self.sparsity(mask(middle), count) >= target
+            low, high = (low, middle) if enough else (middle + 1, high)
+        return mask(low)
+
+    def check_target(self, target, count):
+        most = self.sparsity({name: torch.zeros(a.shape) for name, a in self.log_alpha.items()}, count).item()
+        if not 0 <= target < most:
+            raise BadInput(
+                f"sparsity {target} cannot be reached: the gated parameters are {most:.3f} of the model by the {count} count; lower --sparsity or gate more --blocks."
+            )
+
+    @torch.no_grad()
+    def spread(self, score, centre=3.0, half=2.0):
+        """Start log alpha at `centre` -+ `half`, linear in the rank of `score` {name: [N, channels]} over all gates."""
+        flat = torch.cat([s.flatten() for s in score.values()])
+        rank = flat.argsort().argsort().float() / max(1, len(flat) - 1)
+        parts = rank.split([s.numel() for s in score.values()])
+        for name, part in zip(score, parts, strict=True):
+            a = self.log_alpha[name]
+            a.copy_((centre - half + 2 * half * part).view_as(a))
+
+
+def fisher_scores(model, gates, batches):
+    """{name: [N, channels]}: squared gradient, per sequence, of the next-token loss with respect to each gate at 1,
+    per parameter that the gate frees. `batches`: token tensors [B, T]. (The KL to the teacher has gradient zero there.)
+    """
+    c, D = model.config, model.config.hidden_size
+    frees = {"k": D, "v": D, "gate": 3 * D, "up": 3 * D, "neuron": 3 * D, "down": c.intermediate_size}
+    score = {name: torch.zeros_like(a) for name, a in gates.log_alpha.items()}
+    for tokens in batches:
+        z = {
+            n: torch.ones(a.shape[0], len(tokens), 1, a.shape[1], device=a.device, requires_grad=True)
+            for n, a in score.items()
+        }
+        with torch.no_grad():
+            x = model.run(model.embed_tokens(tokens), 0, gates.first)
+        x = model.run(x, gates.first, c.num_hidden_layers, gates.by_block(z, x.dtype))
+        loss = in_chunks(x[:, :-1].flatten(0, 1), lambda h, at: next_token(model, h, tokens[:, 1:].flatten()[at]))
+        for (name, s), g in zip(score.items(), torch.autograd.grad(loss, list(z.values())), strict=True):
+            s += g.square().sum(dim=(1, 2)) / frees[name]
+    return score
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory: LoRA on the five projections, and M trainable keys and values per block, in blocks first .. L - 1.
+
+
+class Memory(nn.Module):
+    """The module of one domain. LoRA A [N, r, in], B [N, out, r]; keys and values [N, G, M, hd], keys after RoPE."""
+
+    def __init__(self, config, first, rank, alpha, kv_tokens):
+        super().__init__()
+        self.first, self.scale, c = first, alpha / rank if rank else 0.0, config
+        n, D, kv = c.num_hidden_layers - first, c.hidden_size, c.num_key_value_heads * c.head_dim
+        shape = {
+            "k": (kv, D),
+            "v": (kv, D),
+            "gate": (c.intermediate_size, D),
+            "up": (c.intermediate_size, D),
+            "down": (D, c.intermediate_size),
+        }
+        self.lora_a, self.lora_b = nn.ParameterDict(), nn.ParameterDict()
+        for name, (rows, columns) in shape.items() if rank else ():
+            bound = (
+                columns**-0.5
+            )  # as peft: Kaiming-uniform with a = sqrt(5); B = 0, so that training starts at the teacher
+            self.lora_a[name] = torch.empty(n, rank, columns).uniform_(-bound, bound)
+            self.lora_b[name] = torch.zeros(n, rows, rank)
+        self.kv = nn.ParameterDict()
+        if kv_tokens:
+            for name in ("keys", "values"):
+                self.kv[name] = torch.randn(n, c.num_key_value_heads, kv_tokens, c.head_dim) * 0.02
+
+    @torch.no_grad()
+    def init_from_text(self, model, tokens):
+        """Keys and values become what the frozen model computes on `tokens` [M] of the domain's own text."""
+        cache = Cache(0)
+        model.run(model.embed_tokens(tokens[None]), 0, model.config.num_hidden_layers, cache=cache)
+        for j, name in enumerate(("keys", "values")):
+            rows = [cache.layers[i][j][0] for i in range(self.first, model.config.num_hidden_layers)]
+            self.kv[name].copy_(torch.stack(rows))
+
+    def by_block(self, dtype):
+        """{block: BlockMemory} in `dtype`, the form that `Model` takes."""
+        a = {name: t.to(dtype).unbind() for name, t in self.lora_a.items()}
+        b = {name: (t * self.scale).to(dtype).unbind() for name, t in self.lora_b.items()}
+        kv = {name: t.to(dtype).unbind() for name, t in self.kv.items()}
+        n = len(next(self.parameters()))
+        return {
+            self.first + i: BlockMemory(
+                {name: (a[name][i], b[name][i]) for name in a}, **{name: t[i] for name, t in kv.items()}
+            )
+            for i in range(n)
+        }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Distillation: KL(teacher || student) on the teacher's top-K logits.
+
+
+class _InChunks(torch.autograd.Function):
+    """Sum of loss(x[chunk], chunk), and its gradient in the same pass: one chunk's logits are alive at a time."""
+
+    @staticmethod
+    def forward(ctx, x, loss, size):
+        grad, total = torch.empty_like(x), torch.zeros((), device=x.device)
+        for start in range(0, len(x), size):
+            at = slice(start, start + size)
+            with torch.set_grad_enabled(ctx.needs_input_grad[0]):
+                part = x[at].detach().requires_grad_(ctx.needs_input_grad[0])
+                value = loss(part, at)
+            if ctx.needs_input_grad[0]:
+                grad[at] = torch.autograd.grad(value, part)[0]
+            total += value.detach()
+        ctx.save_for_backward(grad)
+        return total
+
+    @staticmethod
+    def backward(ctx, scale):
+        return ctx.saved_tensors[0] * scale, None, None
+
+
+def in_chunks(x, loss, size=256):
+    """Scalar sum over chunks of rows of x [n, D]; `loss(rows, slice)` returns the sum over its rows."""
+    return _InChunks.apply(x, loss, size)
+
+
+def next_token(model, hidden, targets):
+    """Summed cross-entropy of hidden [n, D] against targets [n]."""
+    return F.cross_entropy(model.logits(hidden), targets, reduction="sum")
+
+
+def log_tail(logits, index, log_z):
+    """log of the probability outside `index`, by logsumexp over the other logits: exact down to a tail of 1e-9."""
+    return logits.scatter(-1, index, float("-inf")).logsumexp(-1) - log_z
+
+
+@torch.no_grad()
+def teacher_answer(model, hidden, top=100, chunk=256):
+    """hidden [n, D] -> (index [n, K], log-probabilities [n, K], log-probability of the rest [n])."""
+    parts = []
+    for h in hidden.split(chunk):
+        logits = model.logits(h)
+        log_z = logits.logsumexp(-1)
+        value, index = logits.topk(min(top, logits.shape[-1] - 1), dim=-1)
+        parts.append((index, value - log_z[:, None], log_tail(logits, index, log_z)))
+    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+
+
+def divergence(logits, answer, tail="bucket"):
+    """Summed KL(teacher || student) for student logits [n, V]. What happens to the mass outside the top K:
+
+    bucket: it is one more outcome on both sides, so that none can leak there unseen (the default).
+    renormalise: both top-K distributions are scaled to one, the tail is not looked at.
+    drop: sum over the top K of p log(p / q) with the true probabilities, the tail's term left out.
+    """
+    index, log_p, log_p_tail = answer
+    top = logits.gather(-1, index)
+    if tail == "renormalise":
+        log_p, log_q = log_p.log_softmax(-1), top.log_softmax(-1)
+    else:
+        log_z = logits.logsumexp(-1)
+        log_q = top - log_z[:, None]
+    kl = (log_p.exp() * (log_p - log_q)).sum()
+    if tail == "bucket":
+        kl = kl + (log_p_tail.exp() * (log_p_tail - log_tail(logits, index, log_z))).sum()
+    return kl
+
+
+def distill(model, hidden, answer, tokens, objective="kl", tail="bucket"):
+    """Mean loss per token for the student's hidden [B, T, D]: objective "kl", "next-token", or "blend" (half of each)."""
+    B, T, _ = hidden.shape
+    loss = 0.0
+    if objective != "next-token":
+        rows = hidden.flatten(0, 1)
+        part = in_chunks(rows, lambda h, at: divergence(model.logits(h), tuple(a[at] for a in answer), tail))
+        loss = loss + part / (B * T) * (0.5 if objective == "blend" else 1.0)
+    if objective != "kl":
+        targets = tokens[:, 1:].flatten()
+        part = in_chunks(hidden[:, :-1].flatten(0, 1), lambda h, at: next_token(model, h, targets[at]))
+        loss = loss + part / (B * (T - 1)) * (0.5 if objective == "blend" else 1.0)
+    return loss
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Compaction: the closed channels leave the tensors.
+
+
+def kept_of(mask, i):
+    """Indices of the open channels of gated block number i: {"k", "v", "neuron", "down"} -> int64 [kept]."""
+    neuron = mask["neuron"][i] if "neuron" in mask else mask["gate"][i] & mask["up"][i]
+    rows = {"k": mask["k"][i], "v": mask["v"][i], "neuron": neuron, "down": mask["down"][i]}
+    return {name: row.nonzero()[:, 0] for name, row in rows.items()}
+
+
+@torch.no_grad()
+def compact(model, mask, first):
+    """The physically smaller model whose output is that of `model` with the 0/1 gates `mask` on blocks first .. L - 1."""
+    c, kept = model.config, [None] * model.config.num_hidden_layers
+    state = dict(model.state_dict())
+    for i in range(first, c.num_hidden_layers):
+        index = {name: t.to(model.embed_tokens.weight.device) for name, t in kept_of(mask, i - first).items()}
+        kept[i] = {name: len(t) for name, t in index.items()}
+        rows = {"self_attn.k": "k", "self_attn.v": "v", "mlp.gate": "neuron", "mlp.up": "neuron", "mlp.down": "down"}
+        for projection, channels in rows.items():
+            for kind in ("weight", "bias"):
+                if (name := f"layers.{i}.{projection}_proj.{kind}") in state:
+                    state[name] = state[name][index[channels]]
+        down = f"layers.{i}.mlp.down_proj.weight"
+        state[down] = state[down][:, index["neuron"]].contiguous()
+        widths = {
+            "k": c.num_key_value_heads * c.head_dim,
+            "v": c.num_key_value_heads * c.head_dim,
+            "down": c.hidden_size,
+        }
+        for name, width in widths.items():
+            if len(index[name]) < width:
+                state[f"layers.{i}.{name}_kept"] = index[name]
+    config = replace(c, kept=tuple(kept), raw={**c.raw, "koff_kept": kept})
+    with torch.device("meta"):
+        small = Model(config)
+    small.load_state_dict(state, assign=True)
+    return small.requires_grad_(False)
+
+
+def compact_memory(blocks, mask, first):
+    """{block: BlockMemory} cut to the open channels of `mask`: rows of B, and down's columns of A."""
+    out = {}
+    for i, m in blocks.items():
+        lora = dict(m.lora)
+        if i >= first:
+            kept = {name: t.to(m.device) for name, t in kept_of(mask, i - first).items()}
+            for name, (a, b) in lora.items():
+                rows = kept["neuron" if name in ("gate", "up") else name]
+                lora[name] = (a[:, kept["neuron"]] if name == "down" else a, b[rows])
+        out[i] = BlockMemory(lora, m.keys, m.values)
+    return out
+
+
+def tensors_of(blocks):
+    """A module as it is saved: {"layers.{i}.{projection}.lora_A", ".lora_B", "layers.{i}.keys", ".values"} -> tensor."""
+    out = {}
+    for i, m in blocks.items():
+        for name, (a, b) in m.lora.items():
+            out |= {f"layers.{i}.{name}.lora_A": a, f"layers.{i}.{name}.lora_B": b}
+        if m.keys is not None:
+            out |= {f"layers.{i}.keys": m.keys, f"layers.{i}.values": m.values}
+    return {name: t.detach().contiguous() for name, t in out.items()}
+
+
+def ledger(total, removed, modules):
+    """What left the model against what the modules hold, in parameters; `modules` {domain: {block: BlockMemory}}."""
+    sizes = {d: sum(t.numel() for t in tensors_of(m).values()) for d, m in modules.items()}
+    one = max(sizes.values(), default=0)
+    return {
+        "total": total,
+        "removed": removed,
+        "one_module": one,
+        "all_modules": sum(sizes.values()),
+        "one_module_share": one / max(1, removed),
+    }
