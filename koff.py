@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from data import BadInput, atomic
@@ -172,7 +172,8 @@ def fisher_scores(model, gates, batches):
         with torch.no_grad():
             x = model.run(model.embed_tokens(tokens), 0, gates.first)
         x = model.run(x, gates.first, c.num_hidden_layers, gates.by_block(z, x.dtype))
-        loss = in_chunks(x[:, :-1].flatten(0, 1), lambda h, at: next_token(model, h, tokens[:, 1:].flatten()[at]))
+        targets = tokens[:, 1:].flatten()
+        loss = in_chunks(x[:, :-1].flatten(0, 1), lambda h, at, y=targets: next_token(model, h, y[at]))
         for (name, s), g in zip(score.items(), torch.autograd.grad(loss, list(z.values())), strict=True):
             s += g.square().sum(dim=(1, 2)) / frees[name]
     return score
@@ -396,3 +397,126 @@ def ledger(total, removed, modules):
         "all_modules": sum(sizes.values()),
         "one_module_share": one / max(1, removed),
     }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Router: which domain is this text? Naive Bayes on a hashed bag of token n-grams, which is linear in the bag.
+
+
+class Router:
+    """weight [domains, buckets]: log-probability of each n-gram bucket; threshold [domains]: lowest score still trusted.
+
+    The score of a text is its mean log-probability per n-gram under a domain. It is a likelihood, so that text unlike
+    every domain scores low under all of them: the router then answers "unsure" (None).
+    """
+
+    BUCKETS, WINDOW = 2**16, 50
+
+    def __init__(self, domains, weight, threshold):
+        self.domains, self.weight, self.threshold = list(domains), weight, threshold
+
+    @classmethod
+    def buckets(cls, ids):
+        """ids [n, T] -> hashed buckets of all unigrams and bigrams [n, 2 T - 1]."""
+        ids = np.asarray(ids, dtype=np.int64)
+        pair = (ids[:, :-1] * 1_000_003 + ids[:, 1:]) * 2_654_435_761 % 2**32 % (cls.BUCKETS // 2) + cls.BUCKETS // 2
+        return np.concatenate([ids * 2_654_435_761 % 2**32 % (cls.BUCKETS // 2), pair], axis=1)
+
+    @classmethod
+    def fit(cls, train, keep=0.98):
+        """train {domain: ids}. Counts come from the first 90%; thresholds keep the share `keep` of windows of the rest."""
+        counts = np.stack(
+            [
+                np.bincount(cls.buckets(ids[None, : len(ids) * 9 // 10])[0], minlength=cls.BUCKETS)
+                for ids in train.values()
+            ]
+        )
+        smooth = counts + 0.1
+        router = cls(train, np.log(smooth / smooth.sum(axis=1, keepdims=True)).astype(np.float32), np.zeros(len(train)))
+        for d, ids in enumerate(train.values()):
+            tail = ids[len(ids) * 9 // 10 :]
+            tiled = tail[: len(tail) // cls.WINDOW * cls.WINDOW].reshape(-1, cls.WINDOW)
+            router.threshold[d] = np.quantile(router.scores(tiled)[:, d], 1 - keep)
+        return router
+
+    def scores(self, ids):
+        """ids [n, T] -> [n, domains]."""
+        return self.weight[:, self.buckets(ids)].mean(axis=2).T
+
+    def route(self, ids):
+        """ids [n, T] -> list of n domain names, None where unsure. Shorter than WINDOW, texts are unsure more often."""
+        scores = self.scores(ids)
+        best = scores.argmax(axis=1)
+        sure = scores.max(axis=1) >= self.threshold[best]
+        return [self.domains[b] if s else None for b, s in zip(best, sure, strict=True)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A saved run: settings.json, backbone/ (a Hugging Face folder of its own), modules/<domain>.safetensors,
+# gates.safetensors, router.safetensors; each loads alone.
+
+
+def save_backbone(folder, model, tokenizer_json):
+    """Write the compact backbone; returns its fingerprint, which every module trained with it carries."""
+    folder = Path(folder)
+    state = {n if n.startswith("lm_head.") else f"model.{n}": t.contiguous() for n, t in model.state_dict().items()}
+    with atomic(folder / "model.safetensors") as partial:
+        save_file(state, partial, metadata={"format": "pt"})
+        fingerprint = hashlib.sha256(partial.read_bytes()).hexdigest()[:16]
+    with atomic(folder / "tokenizer.json") as partial:
+        partial.write_bytes(Path(tokenizer_json).read_bytes())
+    with atomic(folder / "config.json") as partial:
+        partial.write_text(json.dumps({**model.config.raw, "koff_fingerprint": fingerprint}, indent=1))
+    return fingerprint
+
+
+def save_module(path, blocks, fingerprint):
+    with atomic(path) as partial:
+        save_file(tensors_of(blocks), partial, metadata={"koff_backbone": fingerprint})
+
+
+def load_module(path, config, dtype, device="cpu"):
+    """{block: BlockMemory} of a saved module. BadInput if it was trained with another backbone than `config`'s."""
+    try:
+        with safe_open(path, "pt", device=str(device)) as file:
+            made_for = (file.metadata() or {}).get("koff_backbone")
+            tensors = {name: file.get_tensor(name).to(dtype) for name in file.keys()}
+    except (OSError, SafetensorError) as error:
+        raise BadInput(
+            f"{path} is not a readable module ({error}); name one of the run's modules/*.safetensors."
+        ) from None
+    if made_for != config.raw.get("koff_fingerprint"):
+        raise BadInput(
+            f"{path} was trained with another backbone ({made_for}); load it with the run that it belongs to."
+        )
+    blocks = {}
+    for name, tensor in tensors.items():
+        _, i, *rest = name.split(".")
+        block = blocks.setdefault(int(i), BlockMemory({}))
+        if len(rest) == 1:
+            setattr(block, rest[0], tensor)
+        elif rest[1] == "lora_A":
+            block.lora[rest[0]] = (tensor, tensors[f"layers.{i}.{rest[0]}.lora_B"])
+    return blocks
+
+
+def save_gates(path, gates, mask):
+    tensors = {f"log_alpha.{n}": a.detach().contiguous() for n, a in gates.log_alpha.items()}
+    with atomic(path) as partial:
+        save_file(
+            tensors | {f"mask.{n}": m.to(torch.uint8) for n, m in mask.items()},
+            partial,
+            metadata={"first": str(gates.first)},
+        )
+
+
+def save_router(path, router):
+    tensors = {"weight": torch.from_numpy(router.weight), "threshold": torch.from_numpy(router.threshold)}
+    with atomic(path) as partial:
+        save_file(tensors, partial, metadata={"domains": json.dumps(router.domains)})
+
+
+def load_router(path):
+    with safe_open(path, "np") as file:
+        domains = json.loads(file.metadata()["domains"])
+        return Router(domains, file.get_tensor("weight"), file.get_tensor("threshold"))

@@ -163,9 +163,7 @@ def pair(folder):
 def assert_same(folder, texts):
     ours, oracle = pair(folder)
     expected = oracle.encode_batch(texts, add_special_tokens=False)
-    wrong = [
-        (t, ours.encode(t), e.ids, e.tokens) for t, e in zip(texts, expected, strict=True) if ours.encode(t) != e.ids
-    ]
+    wrong = [(t, ids, e.ids) for t, e in zip(texts, expected, strict=True) if (ids := ours.encode(t)) != e.ids]
     assert not wrong, f"{len(wrong)} of {len(texts)} differ, the first: {min(wrong, key=lambda w: len(w[0]))}"
 
 
@@ -183,7 +181,8 @@ def base_model():
 
 @pytest.mark.parametrize("style", STYLES)
 def test_ids_equal_tokenizers(trained, style):
-    assert_same(trained[style], paragraphs() + NASTY + hostile())
+    real = paragraphs() if style in ("smollm2", "llama3", "qwen") else paragraphs()[::5]
+    assert_same(trained[style], real + NASTY + hostile())
 
 
 @pytest.mark.parametrize("folder", [real_smollm2, base_model])
@@ -219,6 +218,10 @@ def test_a_missing_byte_is_dropped_before_bpe(trained):
     vocab = json.loads((trained["smollm2"] / "tokenizer.json").read_text())["model"]["vocab"]
     a, b = next(token for token in vocab if len(token) == 2 and set(token) <= set(string.punctuation))
     assert ours.encode(f"{a}\x04{b}") == [vocab[a + b]]
+    letter = next(
+        c for c in map(chr, range(0x10000, 0x30000)) if c.isalpha() and not c.encode().translate(None, ours._missing)
+    )
+    assert ours.encode(f" t{letter}he") == ours.encode(" the") != ours.encode(" t") + ours.encode("he")
     assert ours.encode("th\x04e") == ours.encode("th") + ours.encode("e") != ours.encode("the")
 
 
