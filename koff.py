@@ -480,7 +480,7 @@ def load_module(path, config, dtype, device="cpu"):
     try:
         with safe_open(path, "pt", device=str(device)) as file:
             made_for = (file.metadata() or {}).get("koff_backbone")
-            tensors = {name: file.get_tensor(name).to(dtype) for name in file.keys()}
+            tensors = {name: file.get_tensor(name).to(dtype) for name in list(file.keys())}
     except (OSError, SafetensorError) as error:
         raise BadInput(
             f"{path} is not a readable module ({error}); name one of the run's modules/*.safetensors."
