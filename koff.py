@@ -204,30 +204,28 @@ class Memory(nn.Module):
             )  # as peft: Kaiming-uniform with a = sqrt(5); B = 0, so that training starts at the teacher
             self.lora_a[name] = torch.empty(n, rank, columns).uniform_(-bound, bound)
             self.lora_b[name] = torch.zeros(n, rows, rank)
-        self.kv = nn.ParameterDict()
+        self.keys = self.values = None
         if kv_tokens:
-            for name in ("keys", "values"):
-                self.kv[name] = torch.randn(n, c.num_key_value_heads, kv_tokens, c.head_dim) * 0.02
+            shape = (n, c.num_key_value_heads, kv_tokens, c.head_dim)
+            self.keys = nn.Parameter(torch.randn(shape) * 0.02)
+            self.values = nn.Parameter(torch.randn(shape) * 0.02)
 
     @torch.no_grad()
     def init_from_text(self, model, tokens):
         """Keys and values become what the frozen model computes on `tokens` [M] of the domain's own text."""
         cache = Cache(0)
         model.run(model.embed_tokens(tokens[None]), 0, model.config.num_hidden_layers, cache=cache)
-        for j, name in enumerate(("keys", "values")):
-            rows = [cache.layers[i][j][0] for i in range(self.first, model.config.num_hidden_layers)]
-            self.kv[name].copy_(torch.stack(rows))
+        for j, kept in enumerate((self.keys, self.values)):
+            kept.copy_(torch.stack([cache.layers[i][j][0] for i in range(self.first, model.config.num_hidden_layers)]))
 
     def by_block(self, dtype):
         """{block: BlockMemory} in `dtype`, the form that `Model` takes."""
         a = {name: t.to(dtype).unbind() for name, t in self.lora_a.items()}
         b = {name: (t * self.scale).to(dtype).unbind() for name, t in self.lora_b.items()}
-        kv = {name: t.to(dtype).unbind() for name, t in self.kv.items()}
         n = len(next(self.parameters()))
+        keys, values = ([None] * n if t is None else t.to(dtype).unbind() for t in (self.keys, self.values))
         return {
-            self.first + i: BlockMemory(
-                {name: (a[name][i], b[name][i]) for name in a}, **{name: t[i] for name, t in kv.items()}
-            )
+            self.first + i: BlockMemory({name: (a[name][i], b[name][i]) for name in a}, keys[i], values[i])
             for i in range(n)
         }
 

@@ -173,7 +173,7 @@ class Trainer:
         made = {d: koff.Memory(c, self.first, s.rank, s.alpha, s.kv_tokens) for d in self.domains} if s.memory else {}
         self.memories = MemoryDict(made).to(device)
         lora = [p for m in made.values() for part in (m.lora_a, m.lora_b) for p in part.values()]
-        kv = [p for m in made.values() for p in m.kv.values()]
+        kv = [p for m in made.values() for p in (m.keys, m.values) if p is not None]
         groups = [
             ("lora", lora, s.lora_rate),
             ("gates", list(self.gates.parameters()), s.gate_rate),

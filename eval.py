@@ -1,0 +1,269 @@
+"""Evaluate a finished run, or generate text with it.
+
+python eval.py report out/handbook                                  the tables: screen, report.md, results.json
+python eval.py generate out/handbook "Der Kernel" --module german   one module by name; without --module: routed
+"""
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import koff
+from data import BadInput, atomic
+from data.corpus import load_domains, windows
+from data.tokenizer import Tokenizer
+from model import generate, load
+from train import HERE, Settings, pick_dtype
+
+
+class Run:
+    """A saved run, as its folder has it: settings, compact backbone, modules, router. Needs no base checkpoint."""
+
+    def __init__(self, folder, device="auto"):
+        self.folder = Path(folder)
+        path = self.folder / "settings.json"
+        if not path.exists():
+            raise BadInput(f"{path} does not exist; name the folder of a run that train.py finished.")
+        self.settings = Settings(**json.loads(path.read_text()))
+        chosen = self.settings.device if device == "auto" else device
+        self.device = torch.device(chosen if chosen != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+        self.dtype = pick_dtype(self.settings.dtype, self.device)
+        self.backbone = load(self.folder / "backbone", self.dtype, self.device)
+        self.tokenizer = Tokenizer.from_folder(self.folder / "backbone")
+        self.router = koff.load_router(self.folder / "router.safetensors")
+        self.modules = {path.stem: self.module(path.stem) for path in sorted(self.folder.glob("modules/*.safetensors"))}
+
+    def module(self, name):
+        path = self.folder / "modules" / f"{name}.safetensors"
+        if not path.exists():
+            known = ", ".join(sorted(p.stem for p in self.folder.glob("modules/*.safetensors"))) or "none"
+            raise BadInput(f"{self.folder} has no module {name!r}; it has {known}.")
+        return koff.load_module(path, self.backbone.config, self.dtype, self.device)
+
+
+@torch.no_grad()
+def losses(variants, tokens, first, size=8):
+    """{name: (model, memory)}, tokens [n, T + 1] -> {name: [n]}, the summed next-token loss of each window, in nats.
+
+    Blocks below `first` are the same in all variants and run once.
+    """
+    out = {name: [] for name in variants}
+    for part in tokens.split(size):
+        some = next(iter(variants.values()))[0]
+        shared = some.run(some.embed_tokens(part), 0, first)
+        for name, (model, memory) in variants.items():
+            hidden = model.run(shared, first, len(model.layers), memory=memory)
+            for h, row in zip(hidden, part, strict=True):
+                out[name].append(
+                    sum(
+                        koff.next_token(model, a, y) for a, y in zip(h[:-1].split(256), row[1:].split(256), strict=True)
+                    )
+                )
+    return {name: torch.stack(column).double().cpu().numpy() for name, column in out.items()}
+
+
+def perplexities(run, base, domains):
+    """Two tables {variant: {domain: x}} and {domain: {module: x}}, and the share of windows whose router was unsure."""
+    s = run.settings
+    first = len(base.layers) - s.blocks
+    variants = {"unpruned": (base, None), "backbone": (run.backbone, None)} | {
+        n: (run.backbone, m) for n, m in run.modules.items()
+    }
+    table, swap, unsure = {name: {} for name in ("unpruned", "backbone", "koff", "routed")}, {}, {}
+    for domain, split in domains.items():
+        x = windows(split.heldout, s.seq_len, s.eval_windows)
+        nll = losses(variants, torch.from_numpy(x).to(run.device), first)
+        chosen = run.router.route(x)
+
+        def ppl(values, x=x):
+            return math.exp(float(np.sum(values)) / (x.shape[0] * (x.shape[1] - 1)))
+
+        table["unpruned"][domain], table["backbone"][domain] = ppl(nll["unpruned"]), ppl(nll["backbone"])
+        if run.modules:
+            table["koff"][domain] = ppl(nll[domain])
+            table["routed"][domain] = ppl([nll[name or "backbone"][i] for i, name in enumerate(chosen)])
+            swap[domain] = {name: ppl(nll[name]) for name in run.modules}
+            unsure[domain] = sum(name is None for name in chosen) / len(chosen)
+    return table, swap, unsure
+
+
+def router_quality(run, domains):
+    """Accuracy on held-out windows of 50 tokens, share of them called unsure, and that of other languages' text."""
+    right, asked, unsure = 0, 0, 0
+    for domain, split in domains.items():
+        routed = run.router.route(windows(split.heldout, run.router.WINDOW))
+        scores = run.router.scores(windows(split.heldout, run.router.WINDOW)).argmax(1)
+        right += sum(run.router.domains[b] == domain for b in scores)
+        unsure += sum(name is None for name in routed)
+        asked += len(routed)
+    quality = {"accuracy": right / max(1, asked), "unsure": unsure / max(1, asked), "windows": asked}
+    strange = HERE / "data" / "other_languages.jsonl"
+    if strange.exists() and set(run.router.domains) <= {
+        "english",
+        "spanish",
+        "french",
+        "german",
+        "italian",
+        "portuguese",
+    }:
+        texts = [json.loads(line)["text"] for line in strange.read_text(encoding="utf-8").splitlines()]
+        cut = [windows(np.array(run.tokenizer.encode(text)), run.router.WINDOW) for text in texts]
+        routed = run.router.route(np.concatenate(cut))
+        quality |= {
+            "unsure_other_languages": sum(name is None for name in routed) / len(routed),
+            "other_windows": len(routed),
+        }
+    return quality
+
+
+def sparsity(run, base):
+    """Both counts, exact, and the closed share per block and projection."""
+    s = run.settings
+    with koff.safe_open(run.folder / "gates.safetensors", "pt") as file:
+        mask = {
+            n.removeprefix("mask."): file.get_tensor(n).bool() for n in sorted(file.keys()) if n.startswith("mask.")
+        }
+    gates = koff.Gates(base.config, len(base.layers) - s.blocks, s.granularity, s.beta)
+    total = {count: gates.sparsity(mask, count).item() for count in ("physical", "paper")}
+    layers = {
+        gates.first + i: {n: 1 - mask[n][i].double().mean().item() for n in gates.log_alpha} for i in range(s.blocks)
+    }
+    return total, layers, koff.ledger(gates.total, round(total["physical"] * gates.total), run.modules)
+
+
+def table(corner, columns, rows):
+    """A Markdown table that also reads well on a screen; rows {label: [text]}."""
+    width = max(len(corner), *(len(label) for label in rows))
+    widths = [max(len(c), *(len(row[i]) for row in rows.values())) for i, c in enumerate(columns)]
+    line = [
+        "| " + " | ".join([corner.ljust(width)] + [c.rjust(w) for c, w in zip(columns, widths, strict=True)]) + " |"
+    ]
+    line += ["|" + "|".join(["-" * (width + 2)] + ["-" * (w + 1) + ":" for w in widths]) + "|"]
+    for label, row in rows.items():
+        line += [
+            "| " + " | ".join([label.ljust(width)] + [c.rjust(w) for c, w in zip(row, widths, strict=True)]) + " |"
+        ]
+    return "\n".join(line)
+
+
+def report(results):
+    """results.json as text."""
+    p, names = results["perplexity"], list(results["perplexity"]["unpruned"])
+    ratio = {v: {d: x / p["unpruned"][d] for d, x in row.items()} for v, row in p.items()}
+    label = {
+        "unpruned": "unpruned",
+        "backbone": "backbone alone",
+        "koff": "KOFF, matching module",
+        "routed": "KOFF, routed module",
+    }
+    rows = {
+        label[v]: [f"{row[d]:.2f}" for d in names] + [f"{np.mean(list(ratio[v].values())):.3f} x"]
+        for v, row in p.items()
+        if row
+    }
+    text = ["## Held-out perplexity", table("", [*names, "mean ratio"], rows)]
+    if results["swap"]:
+        rows = {
+            d: [f"{x:.2f}" + ("*" if m == min(row, key=row.get) else " ") for m, x in row.items()]
+            for d, row in results["swap"].items()
+        }
+        text += [
+            "## Swap matrix: text of the row, module of the column, * the best",
+            table("", list(next(iter(results["swap"].values()))), rows),
+        ]
+        text += [f"The wrong module costs a factor of {results['router']['wrong_route_cost']:.3f} on average."]
+    r, led, s = results["router"], results["ledger"], results["sparsity"]
+    line = f"Router: accuracy {r['accuracy']:.4f} on {r['windows']} held-out windows of 50 tokens, {r['unsure']:.1%} of them called unsure"
+    if "unsure_other_languages" in r:
+        line += f"; unsure on {r['unsure_other_languages']:.1%} of {r['other_windows']} windows in other languages"
+    text += ["## Router and ledger", line + "."]
+    text += [
+        f"Sparsity: {s['physical']:.4f} physical (parameters gone / all), {s['paper']:.4f} by the paper's count (closed channels x fan-in / all).",
+        f"Removed {led['removed']:,} of {led['total']:,} parameters ({led['removed_bytes']:,} bytes); one module {led['one_module']:,} "
+        f"({led['one_module_bytes']:,} bytes, {led['one_module_share']:.0%} of what was removed); all modules {led['all_modules']:,}.",
+    ]
+    gated = list(next(iter(results["layers"].values())))
+    rows = {f"block {i}": [f"{x:.1%}" for x in row.values()] for i, row in results["layers"].items()}
+    text += ["## Closed channels per block and projection", table("", gated, rows)]
+    return "\n\n".join(text) + "\n"
+
+
+def evaluate(folder, seconds=None):
+    """All tables of the run: on the screen, in report.md and results.json. Returns the results."""
+    run = Run(folder)
+    s, path = run.settings, Path(folder, "results.json")
+    if seconds is None:
+        seconds = json.loads(path.read_text())["seconds"] if path.exists() else 0.0
+    base = load(s.model, run.dtype, run.device)
+    eos = base.config.eos_token_ids[0] if base.config.eos_token_ids else None
+    domains = load_domains(s.data, run.tokenizer, Path(folder).parent / "tokens", separator=eos)
+    perplexity, swap, unsure = perplexities(run, base, domains)
+    total, layers, led = sparsity(run, base)
+    size = base.head.element_size()
+    led |= {f"{name}_bytes": led[name] * size for name in ("removed", "one_module", "all_modules")}
+    router = router_quality(run, domains) | {"unsure_evaluation_windows": unsure}
+    if swap:
+        wrong = [x / row[d] for d, row in swap.items() for m, x in row.items() if m != d]
+        router["wrong_route_cost"] = math.exp(np.mean(np.log(wrong)))
+    results = {
+        "perplexity": perplexity, "swap": swap, "sparsity": total, "router": router, "ledger": led,
+        "layers": {str(i): row for i, row in layers.items()}, "settings": json.loads((run.folder / "settings.json").read_text()),
+        "seconds": round(seconds, 1),
+    }  # fmt: skip
+    text = report(results)
+    for name, content in ("report.md", text), ("results.json", json.dumps(results, indent=1) + "\n"):
+        with atomic(Path(folder, name)) as partial:
+            partial.write_text(content, encoding="utf-8")
+    print("\n" + text)
+    return results
+
+
+def continue_text(args):
+    """Generate with a named or routed module, printing tokens as they come."""
+    run = Run(args.run)
+    ids = run.tokenizer.encode(args.prompt, bos=True)
+    if not ids:
+        raise BadInput("the prompt is empty; give some text.")
+    name = args.module or run.router.route(np.array([ids]))[0]
+    print(f"[module: {name or 'none, the router is unsure'}]", file=sys.stderr)
+    memory = run.module(name) if name else None
+    generator = torch.Generator(run.device).manual_seed(args.seed)
+    eos, pieces = run.backbone.config.eos_token_ids, bytearray(args.prompt.encode())
+    for token in generate(
+        run.backbone, torch.tensor([ids], device=run.device), args.tokens, run.tokenizer.vocab_size,
+        eos, args.temperature, args.top_p, memory, generator,
+    ):  # fmt: skip
+        if token.item() not in eos:
+            pieces += run.tokenizer.decode_bytes([token.item()])
+    print(pieces.decode("utf-8", errors="replace"))
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("report", help="evaluate a finished run again")
+    one.add_argument("run", type=Path)
+    two = commands.add_parser("generate", help="continue a prompt")
+    two.add_argument("run", type=Path)
+    two.add_argument("prompt")
+    two.add_argument("--module", help="domain whose module is attached; without it the router picks")
+    two.add_argument("--tokens", type=int, default=64, help="how many to generate [64]")
+    two.add_argument("--temperature", type=float, default=0.0, help="0 is greedy [0]")
+    two.add_argument("--top-p", type=float, default=1.0, help="nucleus [1]")
+    two.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    try:
+        evaluate(args.run) if args.command == "report" else continue_text(args)
+        return 0
+    except BadInput as error:
+        print(f"eval.py: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
