@@ -1,0 +1,167 @@
+"""Logits against transformers, on tiny random models of awkward shapes and on a real one; what the loader refuses."""
+
+import json
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from data import BadInput
+from model import Cache, generate, load
+
+transformers = pytest.importorskip("transformers")
+
+COMMON = dict(
+    vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=6,
+    num_key_value_heads=2, head_dim=16, max_position_embeddings=512, eos_token_id=[3, 5],
+)  # fmt: skip
+LLAMA3 = dict(
+    rope_type="llama3", factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
+)
+
+
+def make(folder, kind, tied=True, sharded=False, old_rope=False, **more):
+    """Write a random model with transformers; norms and biases are random too. Returns it."""
+    torch.manual_seed(0)
+    name = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[kind]
+    config = getattr(transformers, f"{name}Config")(**{**COMMON, "tie_word_embeddings": tied, **more})
+    model = getattr(transformers, f"{name}ForCausalLM")(config).float().eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn_like(p) * (0.3 if p.ndim == 1 else 0.15) + (p.ndim == 1))
+    model.save_pretrained(folder, max_shard_size="40KB" if sharded else "1GB")
+    path = folder / "config.json"
+    raw = json.loads(path.read_text())
+    rope = raw.get("rope_parameters")
+    if old_rope and rope:  # the spelling of transformers 4
+        del raw["rope_parameters"]
+        raw["rope_theta"] = rope.pop("rope_theta")
+        raw["rope_scaling"] = rope if rope["rope_type"] != "default" else None
+        path.write_text(json.dumps(raw))
+    return model
+
+
+CASES = {
+    "llama": dict(kind="llama"),
+    "llama3-scaled": dict(kind="llama", rope_parameters={**LLAMA3, "rope_theta": 500000.0}, sharded=True),
+    "llama3-scaled-old-keys": dict(kind="llama", rope_parameters={**LLAMA3, "rope_theta": 500000.0}, old_rope=True),
+    "llama-untied-biases": dict(kind="llama", tied=False, attention_bias=True, mlp_bias=True),
+    "qwen2": dict(kind="qwen2", tied=False, sharded=True),
+    "qwen3": dict(kind="qwen3"),
+    "qwen3-untied-old-keys": dict(kind="qwen3", tied=False, old_rope=True),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_equal_transformers(tmp_path, case):
+    options = dict(CASES[case])
+    if options["kind"] == "qwen2":
+        options["head_dim"] = 8  # Qwen2 of transformers takes hidden / heads
+    peer = make(tmp_path, **options)
+    if options.get("sharded"):
+        assert (tmp_path / "model.safetensors.index.json").exists()
+    tokens = torch.randint(0, 97, (2, 130))
+    with torch.no_grad():
+        assert (load(tmp_path)(tokens) - peer(tokens).logits).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_cached_decoding_equals_the_whole_text(tmp_path, kind):
+    make(tmp_path, kind)
+    model, tokens = load(tmp_path), torch.randint(0, 97, (2, 20))
+    cache = Cache(20)
+    parts = [model(tokens[:, a:b], cache=cache) for a, b in ((0, 9), (9, 10), (10, 17), (17, 20))]
+    assert (torch.cat(parts, 1) - model(tokens)).abs().max() < 1e-5
+
+
+def test_generate_stops_at_any_eos_and_never_samples_padding(tmp_path):
+    peer = make(tmp_path, "llama")
+    model, prompt = load(tmp_path), torch.randint(6, 97, (1, 7))
+    ours = torch.cat([t for t in generate(model, prompt, 30, 97)])
+    theirs = peer.generate(prompt, max_new_tokens=30, do_sample=False, eos_token_id=None, pad_token_id=0)[0, 7:]
+    assert ours.tolist() == theirs.tolist()
+    stop = ours[4].item()
+    until = [t.item() for t in generate(model, prompt, 30, 97, eos=(1, stop))]
+    assert until == ours.tolist()[: ours.tolist().index(stop) + 1]
+    draw = torch.Generator().manual_seed(0)
+    drawn = [t for t in generate(model, prompt.expand(8, -1), 40, 20, temperature=3.0, generator=draw)]
+    assert torch.cat(drawn).max() < 20
+    nucleus = torch.cat([t for t in generate(model, prompt, 20, 97, temperature=1.0, top_p=1e-9, generator=draw)])
+    assert nucleus.tolist() == ours[:20].tolist()
+
+
+def test_a_prefix_as_memory_equals_running_the_prefix(tmp_path):
+    from model import BlockMemory
+
+    for kind in ("llama", "qwen3"):
+        make(tmp_path / kind, kind)
+        model, tokens = load(tmp_path / kind), torch.randint(0, 97, (2, 40))
+        tokens[1, :12] = tokens[0, :12]
+        cache = Cache(0)
+        model(tokens[:1, :12], cache=cache)
+        memory = {i: BlockMemory({}, k[0], v[0]) for i, (k, v) in cache.layers.items()}
+        expected = model(tokens)[:, 12:]
+        assert (model(tokens[:, 12:], memory=memory) - expected).abs().max() < 1e-5
+        cached = Cache(28)  # the memory also stands at the start of a cache
+        parts = [model(tokens[:, a:b], memory=memory, cache=cached) for a, b in ((12, 30), (30, 31), (31, 40))]
+        assert (torch.cat(parts, 1) - expected).abs().max() < 1e-5
+
+
+REFUSED = [
+    ({"model_type": "mamba"}, "model_type 'mamba' is not implemented"),
+    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "RoPE scaling 'yarn'"),
+    ({"use_sliding_window": True}, "sliding-window"),
+    ({"hidden_act": "gelu"}, "activation 'gelu'"),
+]
+
+
+@pytest.mark.parametrize("change,message", REFUSED)
+def test_what_is_not_implemented_is_refused_by_name(tmp_path, change, message):
+    make(tmp_path, "llama")
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(BadInput, match=message):
+        load(tmp_path)
+
+
+def test_damaged_checkpoints(tmp_path):
+    make(tmp_path, "llama")
+    path = tmp_path / "model.safetensors"
+    whole, state = path.read_bytes(), load_file(path)
+    path.write_bytes(whole[:-100])
+    with pytest.raises(BadInput, match="truncated"):
+        load(tmp_path)
+    save_file({**state, "model.norm.weight": torch.ones(7)}, path)
+    with pytest.raises(BadInput, match=r"model.norm.weight has shape \[7\]"):
+        load(tmp_path)
+    save_file({**state, "model.extra": torch.ones(7)}, path)
+    with pytest.raises(BadInput, match=r"holds model.extra"):
+        load(tmp_path)
+    save_file({k: v for k, v in state.items() if k != "model.norm.weight"}, path)
+    with pytest.raises(BadInput, match=r"model.norm.weight"):
+        load(tmp_path)
+    save_file({**state, "lm_head.weight": state["model.embed_tokens.weight"] + 1}, path)
+    with pytest.raises(BadInput, match="differs from the embedding"):
+        load(tmp_path)
+    path.unlink()
+    with pytest.raises(BadInput, match="does not exist"):
+        load(tmp_path)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"model.norm.weight": "../secret.safetensors"}}))
+    with pytest.raises(BadInput, match="not a plain"):
+        load(tmp_path)
+
+
+def test_smollm2(tmp_path):
+    folder = os.environ.get("KOFF_SMOLLM2")
+    if not folder:
+        pytest.skip("KOFF_SMOLLM2 does not name the folder of a SmolLM2 checkpoint")
+    peer = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = load(folder)
+    tokens = torch.randint(0, 49152, (1, 200), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert (model(tokens) - peer(tokens).logits).abs().max() < 1e-4
+    prompt = tokens[:, :16]
+    theirs = peer.generate(prompt, max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0)[0, 16:]
+    assert torch.cat(list(generate(model, prompt, 64, 49152))).tolist() == theirs.tolist()
