@@ -18,7 +18,7 @@ from data import BadInput, atomic
 from data.corpus import load_domains, windows
 from data.tokenizer import Tokenizer
 from model import generate, load
-from train import HERE, Settings, pick_dtype
+from train import HERE, Settings, pick_device, pick_dtype
 
 
 class Run:
@@ -30,8 +30,7 @@ class Run:
         if not path.exists():
             raise BadInput(f"{path} does not exist; name the folder of a run that train.py finished.")
         self.settings = Settings(**json.loads(path.read_text()))
-        chosen = self.settings.device if device == "auto" else device
-        self.device = torch.device(chosen if chosen != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+        self.device = pick_device(self.settings.device if device == "auto" else device)
         self.dtype = pick_dtype(self.settings.dtype, self.device)
         self.backbone = load(self.folder / "backbone", self.dtype, self.device)
         self.tokenizer = Tokenizer.from_folder(self.folder / "backbone")
@@ -76,7 +75,7 @@ def perplexities(run, base, domains):
     }
     table, swap, unsure = {name: {} for name in ("unpruned", "backbone", "koff", "routed")}, {}, {}
     for domain, split in domains.items():
-        x = windows(split.heldout, s.seq_len, s.eval_windows)
+        x = windows(split.heldout, s.eval_len, s.eval_windows)
         nll = losses(variants, torch.from_numpy(x).to(run.device), first)
         chosen = run.router.route(x)
 

@@ -266,9 +266,13 @@ def next_token(model, hidden, targets):
     return F.cross_entropy(model.logits(hidden), targets, reduction="sum")
 
 
-def log_tail(logits, index, log_z):
-    """log of the probability outside `index`, by logsumexp over the other logits: exact down to a tail of 1e-9."""
-    return logits.scatter(-1, index, float("-inf")).logsumexp(-1) - log_z
+def normalisers(logits, top, index):
+    """logsumexp over all logits, and over those outside `index`, whose values are `top`.
+
+    The second is summed by itself and not got by subtraction, so that it is exact down to a tail of 1e-9.
+    """
+    rest = logits.scatter(-1, index, float("-inf")).logsumexp(-1)
+    return torch.logaddexp(top.logsumexp(-1), rest), rest
 
 
 @torch.no_grad()
@@ -277,9 +281,9 @@ def teacher_answer(model, hidden, top=100, chunk=256):
     parts = []
     for h in hidden.split(chunk):
         logits = model.logits(h)
-        log_z = logits.logsumexp(-1)
         value, index = logits.topk(min(top, logits.shape[-1] - 1), dim=-1)
-        parts.append((index, value - log_z[:, None], log_tail(logits, index, log_z)))
+        log_z, rest = normalisers(logits, value, index)
+        parts.append((index, value - log_z[:, None], rest - log_z))
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 
@@ -295,11 +299,11 @@ def divergence(logits, answer, tail="bucket"):
     if tail == "renormalise":
         log_p, log_q = log_p.log_softmax(-1), top.log_softmax(-1)
     else:
-        log_z = logits.logsumexp(-1)
+        log_z, rest = normalisers(logits, top, index)
         log_q = top - log_z[:, None]
     kl = (log_p.exp() * (log_p - log_q)).sum()
     if tail == "bucket":
-        kl = kl + (log_p_tail.exp() * (log_p_tail - log_tail(logits, index, log_z))).sum()
+        kl = kl + (log_p_tail.exp() * (log_p_tail - (rest - log_z))).sum()
     return kl
 
 

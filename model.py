@@ -61,21 +61,17 @@ class Config:
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         sliding = raw.get("use_sliding_window") or "sliding_attention" in raw.get("layer_types", ())
-        for refused, what in [
-            (rope_type not in ("default", "llama3"), f"RoPE scaling {rope_type!r}"),
-            (
-                raw.get("partial_rotary_factor", 1) != 1 or rope.get("partial_rotary_factor", 1) != 1,
-                "partial rotary embedding",
-            ),
-            (sliding or (kind == "llama" and raw.get("sliding_window")), "sliding-window attention"),
-            (raw.get("hidden_act", "silu") != "silu", f"activation {raw.get('hidden_act')!r}"),
-            (raw.get("quantization_config") is not None, "a quantised checkpoint"),
-        ]:
+        partial = {**raw, **rope}.get("partial_rotary_factor", 1)
+        for what, refused in {
+            f"RoPE scaling {rope_type!r}": rope_type not in ("default", "llama3"),
+            "partial rotary embedding": partial != 1,
+            "sliding-window attention": sliding or (kind == "llama" and raw.get("sliding_window")),
+            f"activation {raw.get('hidden_act')!r}": raw.get("hidden_act", "silu") != "silu",
+            "a quantised checkpoint": raw.get("quantization_config") is not None,
+        }.items():
             if refused:
                 raise BadInput(f"{where}: {what} is not implemented; choose a model without it.")
-        attention_bias = kind == "qwen2" or raw.get(
-            "attention_bias", False
-        )  # Qwen2 always has it and has no key for it
+        bias = kind == "qwen2" or raw.get("attention_bias", False)  # Qwen2 always has it, without a key for it
         eos = raw.get("eos_token_id")
         try:
             heads = raw["num_attention_heads"]
@@ -93,8 +89,8 @@ class Config:
                 rope_scaling=dict(rope) if rope_type == "llama3" else None,
                 max_position_embeddings=raw.get("max_position_embeddings", 2048),
                 tie_word_embeddings=raw.get("tie_word_embeddings", False),
-                qkv_bias=attention_bias,
-                o_bias=attention_bias and kind != "qwen2",
+                qkv_bias=bias,
+                o_bias=bias and kind != "qwen2",
                 mlp_bias=kind == "llama" and raw.get("mlp_bias", False),
                 qk_norm=kind == "qwen3",
                 eos_token_ids=tuple(eos if isinstance(eos, list) else [] if eos is None else [eos]),
@@ -348,41 +344,32 @@ def load(folder, dtype=torch.float32, device="cpu"):
     config = Config.from_folder(folder)
     with torch.device("meta"):
         model = Model(config)
-    expected = {n if n.startswith("lm_head.") else f"model.{n}": t.shape for n, t in model.state_dict().items()}
-    state, extra_head = {}, None
+    expected, state = model.state_dict(), {}
     for path, promised in checkpoint_files(folder).items():
         try:
             with safe_open(path, "pt") as file:
                 names = set(file.keys())
                 for name in sorted(names):
-                    if name.endswith("rotary_emb.inv_freq"):  # old checkpoints store what the config says
+                    own, tensor = name.removeprefix("model."), file.get_tensor(name)
+                    if own.endswith("rotary_emb.inv_freq"):  # old checkpoints store what the config says
                         continue
-                    if name == "lm_head.weight" and config.tie_word_embeddings:
-                        extra_head = file.get_tensor(name)
-                        continue
-                    shape = tuple(file.get_slice(name).get_shape())
-                    if name not in expected:
-                        raise BadInput(
-                            f"{path} holds {name}, which a {config.model_type} of this config does not have."
-                        )
-                    if shape != tuple(expected[name]):
-                        raise BadInput(
-                            f"{path}: {name} has shape {list(shape)}, config.json says {list(expected[name])}."
-                        )
-                    tensor = file.get_tensor(name)
-                    target = dtype if tensor.is_floating_point() else None
-                    state[name.removeprefix("model.")] = tensor.to(device, target)
+                    if own not in expected and not (own == "lm_head.weight" and config.tie_word_embeddings):
+                        raise BadInput(f"{path} holds {name}, which a {config.model_type} of this config has not.")
+                    shape, needed = list(tensor.shape), list(expected.get(own, model.head).shape)
+                    if shape != needed:
+                        raise BadInput(f"{path}: {name} has shape {shape}, config.json says {needed}.")
+                    state[own] = tensor.to(device, dtype if tensor.is_floating_point() else None)
         except FileNotFoundError:
             raise BadInput(f"{path} does not exist, though the index names it; download it again.") from None
         except (SafetensorError, OSError) as error:
             raise BadInput(f"{path} is truncated or not a safetensors file ({error}); download it again.") from None
-        if promised is not None and promised - names:
+        if promised and promised - names:
             raise BadInput(f"{path} lacks {min(promised - names)}, which the index places there; download it again.")
-    missing = expected.keys() - {n if n.startswith("lm_head.") else f"model.{n}" for n in state}
-    if missing:
+    if missing := expected.keys() - state.keys():
         raise BadInput(f"{folder}: {len(missing)} tensors are missing, {min(missing)} among them; download it again.")
-    if extra_head is not None and not torch.equal(extra_head.to(device, dtype), state["embed_tokens.weight"]):
-        raise BadInput(f"{folder}: lm_head.weight differs from the embedding that config.json says it is tied to.")
+    tied = state.pop("lm_head.weight", None) if config.tie_word_embeddings else None
+    if tied is not None and not torch.equal(tied, state["embed_tokens.weight"]):
+        raise BadInput(f"{folder}: lm_head.weight differs from the embedding that config.json ties it to.")
     model.load_state_dict(state, assign=True)
     return model.requires_grad_(False)
 

@@ -21,6 +21,13 @@ class Split:
 
     train: np.ndarray
     heldout: np.ndarray
+    cached: Path
+
+    def store(self):
+        """Write the cache, so that the next run need not tokenise. (Not done on reading: first comes every check.)"""
+        if not self.cached.exists():
+            with atomic(self.cached) as partial, open(partial, "wb") as out:
+                np.savez(out, train=self.train, heldout=self.heldout)
 
 
 def read_text(path):
@@ -63,10 +70,11 @@ def split_text(documents, stream, heldout, path):
     return documents[:cut], documents[cut:]
 
 
-def load_text(path, tokenizer, cache, heldout=0.05, separator=None):
+def load_text(path, tokenizer, cache, heldout=0.05, separator=None, need=(0, 0)):
     """Tokens of one file or folder as a `Split`, from `cache` if the same text was tokenised before.
 
-    With documents, `separator` (an id) ends each. Raises BadInput for text that is missing, empty or unreadable.
+    With documents, `separator` (an id) ends each. Raises BadInput for text that is missing, empty or unreadable, or has
+    fewer tokens than `need` (training, held out).
     """
     path = Path(path)
     if not path.exists():
@@ -77,7 +85,10 @@ def load_text(path, tokenizer, cache, heldout=0.05, separator=None):
     # Keyed by the text itself: reading it is quick beside tokenising, and time stamps lie after a checkout.
     key = json.dumps([documents, stream, heldout, separator, tokenizer.fingerprint]).encode()
     file = Path(cache, f"{path.stem}-{hashlib.sha256(key).hexdigest()[:16]}.npz")
-    if not file.exists():
+    if file.exists():
+        with np.load(file, allow_pickle=False) as saved:
+            split = Split(saved["train"], saved["heldout"], file)
+    else:
         parts = []
         for texts in split_text(documents, stream, heldout, path):
             ids = []
@@ -86,20 +97,19 @@ def load_text(path, tokenizer, cache, heldout=0.05, separator=None):
                 if separator is not None and not stream:
                     ids.append(separator)
             parts.append(np.array(ids, dtype=np.int32))
-        with atomic(file) as partial, open(partial, "wb") as out:
-            np.savez(out, train=parts[0], heldout=parts[1])
-    with np.load(file, allow_pickle=False) as saved:
-        return Split(saved["train"], saved["heldout"])
+        split = Split(*parts, file)
+    for part, ids, least in ("training", split.train, need[0]), ("held-out", split.heldout, need[1]):
+        if len(ids) < least:
+            shorter = "--seq-len or --batch" if part == "training" else "--eval-len"
+            raise BadInput(f"{path}: its {part} text has {len(ids)} of {least} tokens; add text or lower {shorter}.")
+    return split
 
 
-def load_domains(folder, tokenizer, cache, heldout=0.05, separator=None):
-    """{domain: Split}, sorted by name. Raises BadInput where the folder or one of its domains cannot be used."""
-    folder = Path(folder)
+def load_domains(folder, tokenizer, cache, least=1, **how):
+    """{domain: Split}, sorted by name; `how` as for `load_text`. BadInput where there are fewer than `least` domains."""
+    folder, found = Path(folder), {}
     if not folder.is_dir():
-        raise BadInput(
-            f"{folder} is not a folder; give one with a <domain>.txt, <domain>.jsonl or sub-folder per domain."
-        )
-    found = {}
+        raise BadInput(f"{folder} is not a folder; give one with a <domain>.txt, .jsonl or sub-folder per domain.")
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or not (path.is_dir() or path.suffix in (".txt", ".jsonl")):
             continue
@@ -109,20 +119,10 @@ def load_domains(folder, tokenizer, cache, heldout=0.05, separator=None):
         if name in found:
             raise BadInput(f"{folder} has the domain {name} twice ({found[name].name}, {path.name}); keep one.")
         found[name] = path
-    if not found:
-        raise BadInput(
-            f"{folder} holds no domains; put one <domain>.txt, <domain>.jsonl or sub-folder per domain there."
-        )
-    return {name: load_text(path, tokenizer, cache, heldout, separator) for name, path in found.items()}
-
-
-def check_length(name, split, length, batch):
-    """BadInput unless the training text fills one batch and the held-out text one window of length + 1 tokens."""
-    for part, ids, needed in ("training", split.train, batch * (length + 1)), ("held-out", split.heldout, length + 1):
-        if len(ids) < needed:
-            raise BadInput(
-                f"the {part} text of {name} has {len(ids)} tokens, {needed} are needed; add text, or lower --seq-len or --batch."
-            )
+    if len(found) < least:
+        has = f"only one domain, {next(iter(found))}" if found else "no domain"
+        raise BadInput(f"{folder} holds {has}; put at least {least} there, each a <domain>.txt, .jsonl or sub-folder.")
+    return {name: load_text(path, tokenizer, cache, **how) for name, path in found.items()}
 
 
 def windows(ids, length, limit=None):

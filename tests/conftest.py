@@ -1,0 +1,25 @@
+"""Tiny random models, the same for every test."""
+
+import pytest
+import torch
+
+from model import Config, Model
+
+SHAPE = dict(
+    model_type="llama", vocab_size=131, hidden_size=24, intermediate_size=40, num_hidden_layers=3,
+    num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=256, eos_token_id=3,
+    tie_word_embeddings=True,
+)  # fmt: skip
+
+
+def random_model(**more):
+    torch.manual_seed(1)
+    model = Model(Config.from_dict({**SHAPE, **more}))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, mean=float(p.ndim == 1), std=0.2)
+    return model.requires_grad_(False)
+
+
+@pytest.fixture
+def tiny():
+    return random_model

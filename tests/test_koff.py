@@ -1,0 +1,353 @@
+"""Gates, memories, losses, compaction and router against closed forms, finite differences and brute force."""
+
+import math
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+
+import koff
+from data import BadInput
+
+KINDS = {
+    "llama": {},
+    "llama-biases": dict(attention_bias=True, mlp_bias=True),
+    "qwen2": dict(model_type="qwen2", head_dim=6, hidden_size=24),
+    "qwen3": dict(model_type="qwen3", tie_word_embeddings=False),
+}
+GRANULARITIES = ["projection", "neuron"]
+
+
+def random_mask(gates, share=0.4):
+    return {name: torch.rand(a.shape) > share for name, a in gates.log_alpha.items()}
+
+
+def random_memory(model, first, rank=3, kv_tokens=5):
+    torch.manual_seed(2)
+    memory = koff.Memory(model.config, first, rank, 6.0, kv_tokens)
+    for p in memory.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return memory.requires_grad_(False)
+
+
+# Hard Concrete ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("beta", [2 / 3, 2.0])
+@pytest.mark.parametrize("a", [-2.0, 0.0, 1.5])
+def test_hard_concrete_follows_its_distribution(a, beta):
+    torch.manual_seed(0)
+    u = torch.rand(400_000, dtype=torch.float64)
+    log_alpha = torch.tensor(a, dtype=torch.float64)
+    z = koff.hard_concrete(log_alpha, beta, u)
+    assert abs((z > 0).double().mean() - koff.p_open(log_alpha, beta)) < 3e-3
+
+    def above(t):  # P(z > t), from the distribution function of the concrete variable (Louizos, Eq. 9)
+        s = (t - koff.GAMMA) / (koff.ZETA - koff.GAMMA)
+        return 1 / (1 + math.exp(beta * math.log(s / (1 - s)) - a))
+
+    assert abs((z == 1).double().mean() - above(1.0)) < 3e-3
+    grid = np.linspace(0, 1, 4001)
+    expectation = np.trapezoid([above(t) for t in grid], grid)  # E z = integral of P(z > t)
+    assert abs(z.mean() - expectation) < 3e-3
+
+
+def test_hard_concrete_gradient_is_the_finite_difference_and_zero_where_clamped():
+    u = torch.linspace(0.01, 0.99, 199, dtype=torch.float64)
+    a = torch.full_like(u, 0.3).requires_grad_()
+    z = koff.hard_concrete(a, 2 / 3, u)
+    grad = torch.autograd.grad(z.sum(), a)[0]
+    step = 1e-6
+    with torch.no_grad():
+        numeric = (koff.hard_concrete(a + step, 2 / 3, u) - koff.hard_concrete(a - step, 2 / 3, u)) / (2 * step)
+    assert torch.allclose(grad, numeric, atol=1e-6)
+    assert (grad[(z == 0) | (z == 1)] == 0).all() and (grad[(z > 0) & (z < 1)] > 0).all()
+
+
+# Cost ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_cost_of_saturated_gates_is_what_compaction_removes(tiny, kind, granularity):
+    model = tiny(**KINDS[kind])
+    gates = koff.Gates(model.config, 1, granularity)
+    assert gates.total == sum(p.numel() for p in model.parameters())
+    mask = random_mask(gates)
+    small = koff.compact(model, mask, 1)
+    gone = gates.total - sum(p.numel() for p in small.parameters())
+    assert gates.removed({n: m.double() for n, m in mask.items()}, "physical").item() == gone
+    for name, a in gates.log_alpha.items():
+        a.data = torch.where(mask[name], 60.0, -60.0)
+    assert gates.removed(gates.p_open(), "physical").item() == pytest.approx(gone, rel=1e-6)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("count", ["physical", "paper"])
+def test_expected_cost_is_the_mean_over_sampled_masks(tiny, granularity, count):
+    gates = koff.Gates(tiny(mlp_bias=True).config, 1, granularity)
+    torch.manual_seed(0)
+    for a in gates.log_alpha.values():
+        a.data.normal_(0, 1.5)
+    p = gates.p_open()
+    draws = [gates.removed({n: torch.bernoulli(q).double() for n, q in p.items()}, count).item() for _ in range(1500)]
+    error = np.std(draws) / len(draws) ** 0.5
+    assert abs(np.mean(draws) - gates.removed(p, count).item()) < 4 * error
+
+
+def test_paper_count_is_closed_channels_times_fan_in(tiny):
+    gates = koff.Gates(tiny().config, 2, "projection")
+    mask = {n: torch.ones(a.shape) for n, a in gates.log_alpha.items()}
+    for name, channels in {"k": 2, "gate": 5, "up": 5, "down": 3}.items():
+        mask[name][0, :channels] = 0
+    assert gates.removed(mask, "paper").item() == 2 * 24 + 5 * 24 + 5 * 24 + 3 * 40
+    # gate and up close the same five neurons, so down loses five columns too: rows of down are 35 wide by then
+    assert gates.removed(mask, "physical").item() == 2 * 24 + 2 * 5 * 24 + 24 * 40 - 21 * 35
+
+
+@pytest.mark.parametrize(
+    "granularity,count,budget", product(GRANULARITIES, ["physical", "paper"], ["global", "module"])
+)
+def test_final_mask_closes_in_order_and_overshoots_by_less_than_one_gate(tiny, granularity, count, budget):
+    gates = koff.Gates(tiny().config, 1, granularity)
+    torch.manual_seed(0)
+    for a in gates.log_alpha.values():
+        a.data.normal_()
+    mask = gates.final_mask(0.2, count, budget)
+    assert gates.sparsity(mask, count) >= 0.2
+    closed = [(n, i, j) for n, m in mask.items() for i, j in (~m).nonzero().tolist()]
+    reopened = []
+    for n, i, j in closed:
+        mask[n][i, j] = True
+        reopened.append(gates.sparsity(mask, count).item() < 0.2)
+        mask[n][i, j] = False
+    assert any(reopened)
+    if budget == "global":
+        highest = max(gates.log_alpha[n][i, j].item() for n, i, j in closed)
+        assert all((a[mask[n]] >= highest).all() for n, a in gates.log_alpha.items())
+    else:
+        shares = [1 - m.float().mean(1) for m in mask.values()]
+        assert torch.cat(shares).max() - torch.cat(shares).min() < 0.08
+
+
+def test_module_budget_asks_each_projection_for_the_share_that_meets_the_target(tiny):
+    gates = koff.Gates(tiny().config, 1, "projection")
+    share = gates.uniform_share(0.2, "physical")
+    opened = {n: torch.full(a.shape, 1 - share, dtype=torch.float64) for n, a in gates.log_alpha.items()}
+    assert gates.sparsity(opened).item() == pytest.approx(0.2, abs=1e-9)
+    for a in gates.log_alpha.values():
+        a.data.fill_(30.0)
+    assert gates.behind(0.2, "physical", "global", share).item() == pytest.approx(0.2, abs=1e-6)
+    assert gates.behind(0.2, "physical", "module", share).item() == pytest.approx(share, abs=1e-6)
+
+
+def test_unreachable_target_is_refused(tiny):
+    with pytest.raises(BadInput, match="cannot be reached"):
+        koff.Gates(tiny().config, 2, "neuron").check_target(0.9, "physical")
+
+
+def test_fisher_score_is_the_squared_gradient_of_each_sequence(tiny):
+    model = tiny()
+    gates, tokens = koff.Gates(model.config, 1, "neuron"), torch.randint(0, 131, (2, 12))
+    score = koff.fisher_scores(model, gates, [tokens])
+    step, expected = 1e-2, 0.0
+    for row in tokens[:, None]:
+        loss = []
+        for sign in (1, -1):
+            z = {n: torch.ones(a.shape) for n, a in gates.log_alpha.items()}
+            z["neuron"][1, 7] += sign * step
+            logits = model(row, gates.by_block(z, torch.float32))
+            loss.append(torch.nn.functional.cross_entropy(logits[0, :-1], row[0, 1:], reduction="sum").item())
+        expected += ((loss[0] - loss[1]) / (2 * step)) ** 2
+    assert score["neuron"][1, 7].item() == pytest.approx(expected / (3 * 24), rel=0.02)
+    gates.spread(score)
+    every = torch.cat([a.flatten() for a in gates.log_alpha.values()])
+    assert every.min() == 1 and every.max() == 5
+    order = torch.cat([s.flatten() for s in score.values()]).argsort()
+    assert (every[order].diff() >= 0).all()
+
+
+# The student --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_open_gates_and_an_empty_memory_are_the_teacher_bit_for_bit(tiny, dtype):
+    model, tokens = tiny().to(dtype), torch.randint(0, 131, (2, 30))
+    for granularity in GRANULARITIES:
+        gates = koff.Gates(model.config, 1, granularity, start=1000.0)
+        memory = koff.Memory(model.config, 1, rank=4, alpha=8.0, kv_tokens=0)
+        z = gates.sample(dtype, torch.Generator().manual_seed(0))
+        assert torch.equal(model(tokens, z, memory.by_block(dtype)), model(tokens))
+        z[2]["down"] = z[2]["down"] * 0.5
+        assert not torch.equal(model(tokens, z), model(tokens))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_compact_equals_masked(tiny, kind, granularity):
+    model, tokens = tiny(**KINDS[kind]), torch.randint(0, 131, (2, 30))
+    gates = koff.Gates(model.config, 1, granularity)
+    mask = random_mask(gates)
+    z = gates.by_block({n: m.float() for n, m in mask.items()}, torch.float32)
+    memory = random_memory(model, 1).by_block(torch.float32)
+    small = koff.compact(model, mask, 1)
+    assert (small(tokens) - model(tokens, z)).abs().max() < 1e-4
+    masked = model(tokens, z, memory)
+    assert (small(tokens, None, koff.compact_memory(memory, mask, 1)) - masked).abs().max() < 1e-4
+    assert (masked - model(tokens, z)).abs().max() > 1e-2  # the memory does something
+    mask["v"][0, 0] = ~mask["v"][0, 0]
+    assert (koff.compact(model, mask, 1)(tokens) - model(tokens, z)).abs().max() > 1e-4
+
+
+def test_a_whole_block_may_close(tiny):
+    model, tokens = tiny(), torch.randint(0, 131, (1, 9))
+    gates = koff.Gates(model.config, 1, "neuron")
+    mask = {n: torch.zeros(a.shape, dtype=torch.bool) for n, a in gates.log_alpha.items()}
+    z = gates.by_block({n: m.float() for n, m in mask.items()}, torch.float32)
+    assert (koff.compact(model, mask, 1)(tokens) - model(tokens, z)).abs().max() < 1e-4
+
+
+def test_kv_memory_from_text_in_all_blocks_is_running_that_text(tiny):
+    for kind in ("llama", "qwen3"):
+        model, tokens = tiny(**KINDS[kind]), torch.randint(0, 131, (2, 30))
+        tokens[1, :7] = tokens[0, :7]
+        memory = koff.Memory(model.config, 0, 0, 1.0, 7)
+        memory.init_from_text(model, tokens[0, :7])
+        expected = model(tokens)[:, 7:]
+        assert (model(tokens[:, 7:], memory=memory.by_block(torch.float32)) - expected).abs().max() < 1e-4
+
+
+def test_checkpointing_changes_no_gradient(tiny):
+    model, tokens = tiny(), torch.randint(0, 131, (2, 20))
+    found = []
+    for checkpointing in (False, True):
+        gates, memory = koff.Gates(model.config, 1), random_memory(model, 1).requires_grad_()
+        z = gates.sample(torch.float32, torch.Generator().manual_seed(3))
+        x = model.run(model.embed_tokens(tokens), 1, 3, z, memory.by_block(torch.float32), None, checkpointing)
+        model.logits(x).square().mean().backward()
+        found.append([p.grad for p in (*gates.parameters(), *memory.parameters())])
+    assert all(torch.equal(a, b) and a.abs().sum() > 0 for a, b in zip(*found, strict=True))
+
+
+# Losses -------------------------------------------------------------------------------------------------------------
+
+
+def reference(teacher, student, top, tail):
+    """The three definitions in float64 over the whole vocabulary, one row at a time."""
+    total = 0.0
+    for t, s in zip(teacher.double().softmax(-1), student.double().softmax(-1), strict=True):
+        keep = t.topk(top).indices
+        rest = torch.ones(len(t), dtype=torch.bool)
+        rest[keep] = False
+        p, q = t[keep], s[keep]
+        if tail == "renormalise":
+            p, q = p / p.sum(), q / q.sum()
+        total += (p * (p / q).log()).sum()
+        if tail == "bucket":
+            total += t[rest].sum() * (t[rest].sum() / s[rest].sum()).log()
+    return total.item()
+
+
+class Head:
+    """A stand-in for the model: its "hidden states" are the logits."""
+
+    def logits(self, x):
+        return x.float()
+
+
+@pytest.mark.parametrize("tail", ["bucket", "renormalise", "drop"])
+@pytest.mark.parametrize("sharpness", [1.0, 6.0])
+def test_divergence_against_the_whole_vocabulary(tail, sharpness):
+    torch.manual_seed(0)
+    teacher, student = torch.randn(60, 300) * sharpness, torch.randn(60, 300) * sharpness
+    answer = koff.teacher_answer(Head(), teacher, 100, chunk=7)
+    assert koff.divergence(student, answer, tail).item() == pytest.approx(
+        reference(teacher, student, 100, tail), rel=1e-4
+    )
+
+
+def test_bucket_is_exact_down_to_a_tail_of_a_billionth():
+    teacher, student = torch.zeros(1, 200), torch.zeros(1, 200)
+    teacher[:, :100] = 10.0
+    teacher[:, 100:] = 10.0 + math.log(1e-9)
+    student[:, :100] = 10.0
+    student[:, 100:] = 10.0 + math.log(1e-8)
+    _, _, log_tail = koff.teacher_answer(Head(), teacher, 100)
+    assert log_tail.item() == pytest.approx(math.log(1e-9), abs=1e-5)
+    index, log_p, log_p_tail = koff.teacher_answer(Head(), teacher, 100)
+    student.requires_grad_()
+    koff.divergence(student, (index, log_p, log_p_tail)).backward()
+    q, p = student.double().softmax(-1)[0, 100:].sum(), math.exp(log_p_tail.item())
+    assert student.grad[0, 100:].sum().item() == pytest.approx((q - p).item(), rel=1e-2)  # d KL / d logits = q - p
+
+
+@pytest.mark.parametrize("objective", ["kl", "next-token", "blend"])
+def test_chunked_loss_has_the_gradient_of_the_whole(tiny, objective):
+    model, tokens = tiny(), torch.randint(0, 131, (3, 11))
+    teacher = model.run(model.embed_tokens(tokens), 0, 3).flatten(0, 1)
+    answer = koff.teacher_answer(model, teacher, 20)
+    hidden = torch.randn(3, 11, 24, requires_grad=True)
+    loss = koff.distill(model, hidden, answer, tokens, objective)
+    kl = koff.divergence(model.logits(hidden.flatten(0, 1)), answer) / 33
+    ce = torch.nn.functional.cross_entropy(model.logits(hidden)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    whole = {"kl": kl, "next-token": ce, "blend": (kl + ce) / 2}[objective]
+    assert torch.allclose(loss, whole, rtol=1e-5)
+    assert torch.allclose(*(torch.autograd.grad(x, hidden)[0] for x in (loss, whole)), atol=1e-6)
+
+
+def test_in_chunks_never_holds_more_than_a_chunk():
+    seen, x = [], torch.randn(1000, 4, requires_grad=True)
+
+    def loss(rows, at):
+        seen.append(len(rows))
+        return rows.square().sum()
+
+    koff.in_chunks(x, loss, size=300).backward()
+    assert seen == [300, 300, 300, 100] and torch.equal(x.grad, 2 * x)
+
+
+# Router, files ------------------------------------------------------------------------------------------------------
+
+
+def test_router_knows_its_domains_and_what_it_does_not_know():
+    rng = np.random.default_rng(0)
+    low, high, strange = (rng.integers(a, a + 300, 20_000) for a in (0, 250, 2000))
+    router = koff.Router.fit({"low": low, "high": high})
+    tiles = [ids[:5000].reshape(-1, 50) for ids in (low, high, strange)]
+    assert [router.domains[i] for i in router.scores(tiles[0]).argmax(1)] == ["low"] * 100
+    assert router.route(tiles[1]).count("high") > 90 and set(router.route(tiles[1])) <= {"high", None}
+    assert router.route(tiles[2]) == [None] * 100
+
+
+def test_saved_parts_load_alone_and_a_module_of_another_backbone_is_refused(tiny, tmp_path):
+    from model import load
+
+    model, tokens = tiny(), torch.randint(0, 131, (1, 20))
+    gates = koff.Gates(model.config, 1, "neuron")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    runs = []
+    for name in ("one", "two"):
+        mask = random_mask(gates)
+        memory = koff.compact_memory(random_memory(model, 1).by_block(torch.float32), mask, 1)
+        small = koff.compact(model, mask, 1)
+        fingerprint = koff.save_backbone(tmp_path / name, small, tmp_path / "tokenizer.json")
+        koff.save_module(tmp_path / f"{name}.safetensors", memory, fingerprint)
+        loaded = load(tmp_path / name)
+        again = koff.load_module(tmp_path / f"{name}.safetensors", loaded.config, torch.float32)
+        assert torch.equal(loaded(tokens, None, again), small(tokens, None, memory))
+        runs.append(loaded)
+    with pytest.raises(BadInput, match="another backbone"):
+        koff.load_module(tmp_path / "one.safetensors", runs[1].config, torch.float32)
+    (tmp_path / "one.safetensors").write_bytes(b"short")
+    with pytest.raises(BadInput, match="not a readable module"):
+        koff.load_module(tmp_path / "one.safetensors", runs[0].config, torch.float32)
+
+
+def test_ledger_counts_the_saved_tensors(tiny):
+    model = tiny()
+    blocks = random_memory(model, 1).by_block(torch.float32)
+    one = 2 * (3 * (16 + 24) * 2 + 3 * (40 + 24) * 3 + 2 * 5 * 2 * 8)
+    assert koff.ledger(10_000, 4_000, {"a": blocks, "b": blocks}) == {
+        "total": 10_000, "removed": 4_000, "one_module": one, "all_modules": 2 * one, "one_module_share": one / 4_000,
+    }  # fmt: skip
