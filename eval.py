@@ -47,7 +47,7 @@ class Run:
 
 @torch.no_grad()
 def losses(variants, tokens, first, size=8):
-    """{name: (model, memory)}, tokens [n, T + 1] -> {name: [n]}, the summed next-token loss of each window, in nats.
+    """{name: (model, memory)}, tokens [n, T] -> {name: [n]}: summed next-token loss of each window, float64, in nats.
 
     Blocks below `first` are the same in all variants and run once.
     """
@@ -57,13 +57,9 @@ def losses(variants, tokens, first, size=8):
         shared = some.run(some.embed_tokens(part), 0, first)
         for name, (model, memory) in variants.items():
             hidden = model.run(shared, first, len(model.layers), memory=memory)
-            for h, row in zip(hidden, part, strict=True):
-                out[name].append(
-                    sum(
-                        koff.next_token(model, a, y) for a, y in zip(h[:-1].split(256), row[1:].split(256), strict=True)
-                    )
-                )
-    return {name: torch.stack(column).double().cpu().numpy() for name, column in out.items()}
+            for h, row in zip(hidden, part, strict=True):  # one row's logits at a time
+                out[name].append(koff.next_token(model, h[:-1], row[1:]).double())
+    return {name: torch.stack(column) for name, column in out.items()}
 
 
 def perplexities(run, base, domains):
@@ -77,6 +73,7 @@ def perplexities(run, base, domains):
     for domain, split in domains.items():
         x = windows(split.heldout, s.eval_len, s.eval_windows)
         nll = losses(variants, torch.from_numpy(x).to(run.device), first)
+        nll = {name: values.cpu().numpy() for name, values in nll.items()}
         chosen = run.router.route(x)
 
         def ppl(values, x=x):

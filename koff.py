@@ -165,15 +165,12 @@ def fisher_scores(model, gates, batches):
     frees = {"k": D, "v": D, "gate": 3 * D, "up": 3 * D, "neuron": 3 * D, "down": c.intermediate_size}
     score = {name: torch.zeros_like(a) for name, a in gates.log_alpha.items()}
     for tokens in batches:
-        z = {
-            n: torch.ones(a.shape[0], len(tokens), 1, a.shape[1], device=a.device, requires_grad=True)
-            for n, a in score.items()
-        }
+        B = len(tokens)
+        z = {n: s.new_ones(s.shape[0], B, 1, s.shape[1]).requires_grad_() for n, s in score.items()}
         with torch.no_grad():
             x = model.run(model.embed_tokens(tokens), 0, gates.first)
         x = model.run(x, gates.first, c.num_hidden_layers, gates.by_block(z, x.dtype))
-        targets = tokens[:, 1:].flatten()
-        loss = in_chunks(x[:, :-1].flatten(0, 1), lambda h, at, y=targets: next_token(model, h, y[at]))
+        loss = in_chunks(lambda h, t: next_token(model, h, t), x[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
         for (name, s), g in zip(score.items(), torch.autograd.grad(loss, list(z.values())), strict=True):
             s += g.square().sum(dim=(1, 2)) / frees[name]
     return score
@@ -235,30 +232,29 @@ class Memory(nn.Module):
 
 
 class _InChunks(torch.autograd.Function):
-    """Sum of loss(x[chunk], chunk), and its gradient in the same pass: one chunk's logits are alive at a time."""
+    """Sum of loss(chunk of x, ...), and its gradient in the same pass: one chunk's logits are alive at a time."""
 
     @staticmethod
-    def forward(ctx, x, loss, size):
-        grad, total = torch.empty_like(x), torch.zeros((), device=x.device)
-        for start in range(0, len(x), size):
-            at = slice(start, start + size)
-            with torch.set_grad_enabled(ctx.needs_input_grad[0]):
-                part = x[at].detach().requires_grad_(ctx.needs_input_grad[0])
-                value = loss(part, at)
-            if ctx.needs_input_grad[0]:
-                grad[at] = torch.autograd.grad(value, part)[0]
+    def forward(ctx, x, loss, size, *beside):
+        grad, total, learn = torch.empty_like(x), x.new_zeros((), dtype=torch.float32), ctx.needs_input_grad[0]
+        for into, rows, *others in zip(*(t.split(size) for t in (grad, x, *beside)), strict=True):
+            with torch.set_grad_enabled(learn):
+                rows = rows.detach().requires_grad_(learn)
+                value = loss(rows, *others)
+            if learn:
+                into.copy_(torch.autograd.grad(value, rows)[0])
             total += value.detach()
         ctx.save_for_backward(grad)
         return total
 
     @staticmethod
     def backward(ctx, scale):
-        return ctx.saved_tensors[0] * scale, None, None
+        return ctx.saved_tensors[0] * scale, *[None] * (len(ctx.needs_input_grad) - 1)
 
 
-def in_chunks(x, loss, size=256):
-    """Scalar sum over chunks of rows of x [n, D]; `loss(rows, slice)` returns the sum over its rows."""
-    return _InChunks.apply(x, loss, size)
+def in_chunks(loss, x, *beside, size=256):
+    """Scalar sum of loss(x, *beside) over chunks of `size` rows: x [n, D] gets a gradient, `beside` [n, ...] does not."""
+    return _InChunks.apply(x, loss, size, *beside)
 
 
 def next_token(model, hidden, targets):
@@ -267,23 +263,23 @@ def next_token(model, hidden, targets):
 
 
 def normalisers(logits, top, index):
-    """logsumexp over all logits, and over those outside `index`, whose values are `top`.
+    """logsumexp [n, 1] over all logits [n, V], and over those outside `index` [n, K], whose values are `top` [n, K].
 
     The second is summed by itself and not got by subtraction, so that it is exact down to a tail of 1e-9.
     """
-    rest = logits.scatter(-1, index, float("-inf")).logsumexp(-1)
-    return torch.logaddexp(top.logsumexp(-1), rest), rest
+    rest = logits.scatter(-1, index, float("-inf")).logsumexp(-1, keepdim=True)
+    return torch.logaddexp(top.logsumexp(-1, keepdim=True), rest), rest
 
 
 @torch.no_grad()
 def teacher_answer(model, hidden, top=100, chunk=256):
-    """hidden [n, D] -> (index [n, K], log-probabilities [n, K], log-probability of the rest [n])."""
+    """hidden [n, D] -> (index [n, K], log-probabilities [n, K], log-probability of the rest [n, 1])."""
     parts = []
     for h in hidden.split(chunk):
         logits = model.logits(h)
         value, index = logits.topk(min(top, logits.shape[-1] - 1), dim=-1)
         log_z, rest = normalisers(logits, value, index)
-        parts.append((index, value - log_z[:, None], rest - log_z))
+        parts.append((index, value - log_z, rest - log_z))
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 
@@ -300,7 +296,7 @@ def divergence(logits, answer, tail="bucket"):
         log_p, log_q = log_p.log_softmax(-1), top.log_softmax(-1)
     else:
         log_z, rest = normalisers(logits, top, index)
-        log_q = top - log_z[:, None]
+        log_q = top - log_z
     kl = (log_p.exp() * (log_p - log_q)).sum()
     if tail == "bucket":
         kl = kl + (log_p_tail.exp() * (log_p_tail - (rest - log_z))).sum()
@@ -309,16 +305,15 @@ def divergence(logits, answer, tail="bucket"):
 
 def distill(model, hidden, answer, tokens, objective="kl", tail="bucket"):
     """Mean loss per token for the student's hidden [B, T, D]: objective "kl", "next-token", or "blend" (half of each)."""
-    B, T, _ = hidden.shape
-    loss = 0.0
+    share, loss = 0.5 if objective == "blend" else 1.0, 0.0
     if objective != "next-token":
         rows = hidden.flatten(0, 1)
-        part = in_chunks(rows, lambda h, at: divergence(model.logits(h), tuple(a[at] for a in answer), tail))
-        loss = loss + part / (B * T) * (0.5 if objective == "blend" else 1.0)
+        total = in_chunks(lambda h, *a: divergence(model.logits(h), a, tail), rows, *answer)
+        loss = loss + share * total / len(rows)
     if objective != "kl":
-        targets = tokens[:, 1:].flatten()
-        part = in_chunks(hidden[:, :-1].flatten(0, 1), lambda h, at: next_token(model, h, targets[at]))
-        loss = loss + part / (B * (T - 1)) * (0.5 if objective == "blend" else 1.0)
+        T = tokens.shape[1]
+        rows, targets = hidden.narrow(1, 0, T - 1).flatten(0, 1), tokens.narrow(1, 1, T - 1).flatten()
+        loss = loss + share * in_chunks(lambda h, t: next_token(model, h, t), rows, targets) / len(rows)
     return loss
 
 

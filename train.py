@@ -137,7 +137,7 @@ class Trainer:
         self.model, self.s, self.first, self.domains = model, s, c.num_hidden_layers - s.blocks, list(domains)
         torch.manual_seed(s.seed)
         self.gates = koff.Gates(c, self.first, s.granularity, s.beta)
-        self.share = self.gates.uniform_share(s.sparsity, s.count)
+        self.share = self.gates.uniform_share(s.sparsity, s.count) if s.budget == "module" else 0.0
         n = len(self.domains) if s.memory else 0
         self.memories = nn.ModuleList(koff.Memory(c, self.first, s.rank, s.alpha, s.kv_tokens) for _ in range(n))
         self.gates.to(device), self.memories.to(device)

@@ -1,0 +1,413 @@
+"""Training: what moves and what does not, resume, the two stand-ins for a GPU, and every kind of bad input."""
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import koff
+import train
+from model import Cache, Config, Model
+from train import Settings, Trainer
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = dict(
+    model_type="llama", vocab_size=4096, hidden_size=24, intermediate_size=40, num_hidden_layers=3,
+    num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=256, eos_token_id=0,
+    tie_word_embeddings=True,
+)  # fmt: skip
+
+
+@pytest.fixture
+def world(tmp_path):
+    """A tiny random checkpoint with the shipped tokenizer, two domains, and the flags of a run of eight steps."""
+    base, data = tmp_path / "base", tmp_path / "data"
+    base.mkdir(), data.mkdir()
+    torch.manual_seed(0)
+    model = Model(Config.from_dict(CONFIG))
+    save_file({f"model.{n}": torch.randn_like(p) * 0.2 + (p.ndim == 1) for n, p in model.named_parameters()},
+              base / "model.safetensors")  # fmt: skip
+    (base / "config.json").write_text(json.dumps(CONFIG))
+    shutil.copy(ROOT / "data/base/tokenizer.json", base)
+    for name in ("german", "french"):
+        lines = (ROOT / f"data/handbook/{name}.txt").read_text(encoding="utf-8").splitlines()
+        (data / f"{name}.txt").write_text("\n".join(lines[:120]) + "\n", encoding="utf-8")
+    return tmp_path
+
+
+def flags(world, **more):
+    given = dict(
+        model=world / "base", data=world / "data", out=world / "runs/one", blocks=2, sparsity=0.05, steps=8, batch=2,
+        seq_len=16, eval_len=16, rank=2, alpha=2.0, kv_tokens=3, top=20, fisher_sequences=4, dtype="float32",
+        eval_windows=2, save_every=3,
+    )  # fmt: skip
+    return [x for name, value in {**given, **more}.items() for x in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def trainer_of(world, **more):
+    s, out, _ = train.parse(flags(world, **more))
+    trainer, _, domains, _ = train.open_run(s, out)
+    return trainer, {name: split.train for name, split in domains.items()}
+
+
+def tensors(trainer):
+    return {n: p.detach().clone() for part in (trainer.gates, trainer.memories) for n, p in part.named_parameters()}
+
+
+# What moves ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_trainable_is_in_exactly_one_group_and_the_model_is_frozen(world):
+    trainer, _ = trainer_of(world)
+    grouped = [id(p) for group in trainer.optimizer.param_groups for p in group["params"]]
+    trainables = [id(p) for part in (trainer.gates, trainer.memories) for p in part.parameters()]
+    assert sorted(grouped) == sorted(trainables) and len(set(grouped)) == len(grouped)
+    names = {g["name"]: len(g["params"]) for g in trainer.optimizer.param_groups}
+    assert names == {"lora": 2 * 10, "gates": 4, "kv": 2 * 2}
+    assert not any(p.requires_grad for p in trainer.model.parameters())
+
+
+def test_a_step_moves_gates_and_its_own_module_only(world):
+    trainer, text = trainer_of(world)
+    trainer.initialise(text)
+    weights = {n: p.clone() for n, p in trainer.model.named_parameters()}
+    tokens = torch.from_numpy(train.batch(text["german"], 0, 2, 16, 0))
+    for index in range(3):  # after the first, AdamW would move a module with zero gradients by its momentum
+        trainer.step(tokens, "french", index)
+    before, french = trainer.gates.state_dict(), trainer.memory("french").state_dict()
+    before, french = ({n: p.clone() for n, p in state.items()} for state in (before, french))
+    german = {n: p.clone() for n, p in trainer.memory("german").state_dict().items()}
+    trainer.step(tokens, "german", 3)
+    assert any(not torch.equal(p, before[n]) for n, p in trainer.gates.state_dict().items())
+    assert all(torch.equal(p, french[n]) for n, p in trainer.memory("french").state_dict().items())
+    moved = [n for n, p in trainer.memory("german").state_dict().items() if not torch.equal(p, german[n])]
+    assert {"keys", "values", "lora_b.k", "lora_b.down"} <= set(moved)
+    assert all(torch.equal(p, weights[n]) for n, p in trainer.model.named_parameters())
+
+
+def test_retention_moves_gates_only_and_the_fixed_mask_stops_them(world):
+    trainer, text = trainer_of(world)
+    trainer.initialise(text)
+    tokens = torch.from_numpy(train.batch(text["german"], 0, 2, 16, 0))
+    before = tensors(trainer)
+    trainer.step(tokens, "german", 0, retention=True)
+    after = tensors(trainer)
+    moved = {n for n in before if not torch.equal(before[n], after[n])}
+    assert moved and all(n.startswith("log_alpha") for n in moved)
+    trainer.fix(7)
+    trainer.step(tokens, "german", 7)
+    final = tensors(trainer)
+    moved = {n for n in after if not torch.equal(after[n], final[n])}
+    assert moved and not any(n.startswith("log_alpha") for n in moved)
+
+
+def test_lambda_grows_while_behind_and_shrinks_while_not(world):
+    trainer, text = trainer_of(world)
+    tokens = torch.from_numpy(train.batch(text["german"], 0, 2, 16, 0))
+    for a in trainer.gates.log_alpha.values():
+        a.data.fill_(9.0)
+    trainer.step(tokens, "german", 7)
+    assert trainer.penalty.item() == pytest.approx(60 * 1.03)
+    for a in trainer.gates.log_alpha.values():
+        a.data.fill_(-9.0)
+    trainer.step(tokens, "german", 7)
+    assert trainer.penalty.item() == pytest.approx(60, rel=1e-5)
+
+
+# The whole line -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("more", [{}, dict(granularity="projection", budget="module", count="paper", tail="drop"),
+                                  dict(objective="blend", gate_init="constant", kv_init="normal")])  # fmt: skip
+def test_a_run_writes_what_the_readme_promises(world, more, capsys):
+    out = world / "runs/one"
+    assert train.main(flags(world, retention=world / "data/french.txt", retention_every=2, **more)) == 0
+    results = json.loads((out / "results.json").read_text())
+    assert set(results["perplexity"]) == {"unpruned", "backbone", "koff", "routed"}
+    assert set(results["swap"]["german"]) == {"german", "french"}
+    assert results["sparsity"][more.get("count", "physical")] == pytest.approx(0.05, abs=2e-3)
+    assert results["perplexity"]["koff"]["german"] == results["swap"]["german"]["german"]
+    assert (out / "report.md").read_text().strip() in capsys.readouterr().out
+    assert {p.name for p in (out / "modules").iterdir()} == {"german.safetensors", "french.safetensors"}
+    assert not list(out.rglob("*.part"))
+
+
+def test_without_memory_and_without_training(world):
+    assert train.main([*flags(world), "--no-memory"]) == 0
+    results = json.loads((world / "runs/one/results.json").read_text())
+    assert results["swap"] == {} and results["perplexity"]["koff"] == {}
+    assert train.main(flags(world, steps=0, out=world / "runs/control")) == 0
+    module = load_file(world / "runs/control/modules/german.safetensors")
+    assert all((t == 0).all() for n, t in module.items() if n.endswith("lora_B"))
+
+
+def outputs(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*.safetensors")}
+
+
+def test_resume_after_a_kill_is_the_uninterrupted_run_bit_for_bit(world, monkeypatch):
+    more = dict(retention=world / "data/french.txt", retention_every=2)
+    assert train.main(flags(world, **more)) == 0
+    whole, step = outputs(world / "runs/one"), Trainer.step
+
+    def killed(self, tokens, domain, index, *rest, **kwargs):
+        if index == 5:
+            raise MemoryError  # no chance to save: the checkpoint of step 3 is what is left
+        return step(self, tokens, domain, index, *rest, **kwargs)
+
+    monkeypatch.setattr(Trainer, "step", killed)
+    with pytest.raises(MemoryError):
+        train.main(flags(world, out=world / "runs/two", **more))
+    assert torch.load(world / "runs/two/checkpoint.pt", weights_only=True)["step"] == 3
+    monkeypatch.setattr(Trainer, "step", step)
+    assert train.main(flags(world, out=world / "runs/two", **more)) == 0
+    assert outputs(world / "runs/two") == whole
+    assert train.main(flags(world, out=world / "runs/three", seed=1, **more)) == 0
+    assert outputs(world / "runs/three") != whole
+
+
+def test_ctrl_c_saves_and_the_same_command_continues(world, monkeypatch, capsys):
+    import signal
+
+    step = Trainer.step
+
+    def pressed(self, tokens, domain, index, *rest, **kwargs):
+        if index == 4:
+            signal.raise_signal(signal.SIGINT)
+        return step(self, tokens, domain, index, *rest, **kwargs)
+
+    monkeypatch.setattr(Trainer, "step", pressed)
+    assert train.main(flags(world)) == 130
+    assert "stopped after step 5" in capsys.readouterr().err
+    monkeypatch.setattr(Trainer, "step", step)
+    assert train.main(flags(world)) == 0
+    assert "continuing" in capsys.readouterr().out
+    assert train.main(flags(world)) == 0
+    assert "is finished" in capsys.readouterr().out
+
+
+# Stand-ins for a GPU ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fake_cuda(world):
+    """A trainer whose every tensor claims to be on a GPU, under FakeTensorMode."""
+    s, _, _ = train.parse(flags(world))
+    trainer = Trainer(Model(Config.from_dict(CONFIG)), s, ["german", "french"])
+    trainer.model.to(torch.bfloat16)
+    parts = [(part, part.state_dict()) for part in (trainer.model, trainer.gates, trainer.memories)]
+    shapes = [(part, {n: (p.shape, p.dtype) for n, p in state.items()}) for part, state in parts]
+    with FakeTensorMode():
+        for part, wanted in shapes:
+            state = {n: torch.empty(shape, dtype=dtype, device="cuda") for n, (shape, dtype) in wanted.items()}
+            part.load_state_dict(state, assign=True)
+        trainer.model.requires_grad_(False)
+        yield trainer
+
+
+@torch.no_grad()
+def student_loss(trainer, tokens):
+    model, s = trainer.model, trainer.s
+    shared = model.run(model.embed_tokens(tokens), 0, trainer.first)
+    answer = koff.teacher_answer(model, model.run(shared, trainer.first, 3).flatten(0, 1), s.top)
+    z = trainer.gates.by_block(trainer.gates.p_open(), shared.dtype)
+    memory = trainer.memory("german").by_block(shared.dtype)
+    hidden = model.run(shared, trainer.first, 3, z, memory)
+    return koff.distill(model, hidden, answer, tokens, "blend"), memory
+
+
+def test_on_a_fake_gpu_no_tensor_stays_on_the_cpu(fake_cuda):
+    from eval import losses
+
+    model, tokens = fake_cuda.model, torch.zeros(2, 16, dtype=torch.int64, device="cuda")
+    loss, memory = student_loss(fake_cuda, tokens)
+    assert loss.device.type == "cuda"
+    assert fake_cuda.gates.behind(0.1, "physical", "module", 0.1).device.type == "cuda"
+    cache = Cache(2)
+    with torch.no_grad():
+        assert model(tokens, memory=memory, cache=cache).device.type == "cuda"
+        assert model(tokens[:, :1], memory=memory, cache=cache).shape == (2, 1, 4096)
+    measured = losses({"unpruned": (model, None), "german": (model, memory)}, tokens, fake_cuda.first, size=1)
+    assert all(x.device.type == "cuda" and x.shape == (2,) for x in measured.values())
+
+
+def test_on_a_fake_gpu_a_cpu_index_is_noticed(fake_cuda):
+    with pytest.raises(Exception, match="device"):
+        student_loss(fake_cuda, torch.zeros(2, 16, dtype=torch.int64))
+
+
+def meta_step(world, more=None):
+    with torch.device("meta"):
+        model = Model(Config.from_dict(CONFIG)).requires_grad_(False)
+        s, _, _ = train.parse(flags(world))
+    trainer = Trainer(model, s, ["german", "french"])
+    with torch.device("meta"):
+        for index in (0, 1):
+            loss = trainer.step(torch.zeros(2, 16, dtype=torch.int64), "german", index)
+        trainer.mask = {n: torch.ones_like(a, dtype=torch.bool) for n, a in trainer.gates.log_alpha.items()}
+        loss = trainer.step(torch.zeros(2, 16, dtype=torch.int64), "german", 7)
+    return trainer, loss
+
+
+def test_a_whole_step_on_the_meta_device_asks_for_no_number(world):
+    trainer, loss = meta_step(world)
+    assert loss.is_meta and all(p.is_meta for p in trainer.gates.parameters())
+
+
+def test_on_the_meta_device_an_item_in_the_step_is_noticed(world, monkeypatch):
+    distill = koff.distill
+
+    def curious(*args):
+        loss = distill(*args)
+        loss.item()
+        return loss
+
+    monkeypatch.setattr(koff, "distill", curious)
+    with pytest.raises(Exception, match="meta"):
+        meta_step(world)
+
+
+# Bad input ----------------------------------------------------------------------------------------------------------
+
+
+def no_weights(world):
+    (world / "base/model.safetensors").unlink()
+
+
+def truncated(world):
+    path = world / "base/model.safetensors"
+    path.write_bytes(path.read_bytes()[:-50])
+
+
+def wrong_shape(world):
+    state = load_file(world / "base/model.safetensors")
+    save_file(state | {"model.norm.weight": torch.ones(5)}, world / "base/model.safetensors")
+
+
+def unknown_type(world):
+    (world / "base/config.json").write_text(json.dumps({**CONFIG, "model_type": "mamba"}))
+
+
+def empty_domain(world):
+    (world / "data/german.txt").write_text(" \n")
+
+
+def one_domain(world):
+    (world / "data/german.txt").unlink()
+
+
+def short_text(world):
+    (world / "data/german.txt").write_text("zu kurz\n" * 5)
+
+
+def not_utf8(world):
+    (world / "data/german.txt").write_bytes("für".encode("latin-1") * 500)
+
+
+def no_data(world):
+    shutil.rmtree(world / "data")
+
+
+def nothing(world):
+    pass
+
+
+def foreign_folder(world):
+    (world / "runs/one").mkdir(parents=True)
+    (world / "runs/one/thesis.tex").write_text("mine")
+
+
+def bad_line(world):
+    (world / "data/german.txt").rename(world / "data/german.jsonl")
+
+
+BAD = {
+    "missing weights": (no_weights, {}, "model.safetensors does not exist"),
+    "truncated": (truncated, {}, "truncated"),
+    "wrong shape": (wrong_shape, {}, r"model.norm.weight has shape [5]"),
+    "unknown type": (unknown_type, {}, "model_type 'mamba'"),
+    "empty domain": (empty_domain, {}, "german.txt is empty"),
+    "one domain": (one_domain, {}, "only one domain, french"),
+    "short text": (short_text, {}, "german.txt: its training text has"),
+    "short held-out text": (nothing, dict(eval_len=5000), "its held-out text has"),
+    "not UTF-8": (not_utf8, {}, "is not UTF-8 at byte 1"),
+    "not JSON": (bad_line, {}, "german.jsonl:1 is not a JSON object"),
+    "no data": (no_data, {}, "is not a folder"),
+    "no model": (nothing, dict(model="nowhere"), "nowhere/config.json does not exist"),
+    "no retention text": (nothing, dict(retention="nowhere.txt"), "nowhere.txt does not exist"),
+    "unreachable": (nothing, dict(sparsity=0.9), "cannot be reached"),
+    "too many blocks": (nothing, dict(blocks=9), "has 3 blocks"),
+    "a device that is none": (nothing, dict(device="gpu"), "is not a device"),
+    "nothing to remember": (nothing, dict(rank=0, kv_tokens=0), "contradict"),
+    "mask fixed in the ramp": (nothing, dict(ramp=0.9, fix_mask=0.9), "contradict"),
+    "out of range": (nothing, dict(batch=0), "--batch is 0; give at least 1"),
+    "not a number": (nothing, dict(sparsity="nan"), "--sparsity is nan"),
+    "a foreign folder": (foreign_folder, {}, "holds something that is not a run"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_sentence_and_exit_2_and_nothing_is_written(world, case, capsys):
+    damage, more, message = BAD[case]
+    damage(world)
+    before = sorted(world.rglob("*"))
+    assert train.main(flags(world, **more)) == 2
+    out, err = capsys.readouterr()
+    assert message in err and err.startswith("train.py: ") and err.count("\n") == 1 and not out
+    assert sorted(world.rglob("*")) == before
+
+
+def test_an_output_folder_with_another_run_is_left_alone(world, capsys):
+    assert train.main(flags(world)) == 0
+    before = {p: p.read_bytes() for p in (world / "runs").rglob("*") if p.is_file()}
+    capsys.readouterr()
+    assert train.main(flags(world, rank=3)) == 2
+    assert "holds another run (--rank differs)" in capsys.readouterr().err
+    assert train.main([*flags(world, rank=3, model="nowhere"), "--fresh"]) == 2
+    assert {p: p.read_bytes() for p in (world / "runs").rglob("*") if p.is_file()} == before
+    assert train.main([*flags(world, rank=3), "--fresh"]) == 0
+
+
+def test_a_wrong_flag_on_the_command_line(world):
+    done = subprocess.run([sys.executable, "train.py", "--ranc", "3"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "--ranc" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_an_old_python_or_torch_is_named(monkeypatch):
+    from data import check_versions
+
+    check_versions()
+    for name, version in ("python", (3, 9, 1)), ("torch", "2.4.1+cpu"):
+        with pytest.raises(SystemExit) as stopped:
+            check_versions(**{name: version})
+        assert stopped.value.code == 2
+
+
+def test_settings_are_the_command_line(world):
+    s, out, fresh = train.parse(["--preset", "smollm2", "--rank", "8", "--no-memory"])
+    assert (s.blocks, s.rank, s.memory, out, fresh) == (18, 8, False, Path("out/smollm2"), False)
+    assert train.parse([])[0] == Settings() and replace(s, rank=64, memory=True) == Settings(**train.PRESETS["smollm2"])
+
+
+def test_schedule_visits_every_domain_once_a_round():
+    names = ["a", "b", "c"]
+    seen = [train.schedule(i, names, 0) for i in range(30)]
+    for turn in range(10):
+        assert sorted(d for d, t in seen if t == turn) == names
+    assert len({tuple(d for d, _ in seen[i : i + 3]) for i in range(0, 30, 3)}) > 1
+
+
+def test_batches_cover_an_epoch_once_and_follow_from_their_number():
+    ids = np.arange(1000)
+    rows = np.concatenate([train.batch(ids, i, 4, 10, seed=0) for i in range(24)])
+    assert len({row[0] for row in rows}) == 96 and (np.diff(rows, axis=1) == 1).all()
+    assert (train.batch(ids, 30, 4, 10, 0) == train.batch(ids, 30, 4, 10, 0)).all()
+    assert not (train.batch(ids, 0, 4, 10, 0) == train.batch(ids, 0, 4, 10, 1)).all()
