@@ -283,6 +283,34 @@ def teacher_answer(model, hidden, top=100, chunk=256):
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 
+class _Divergence(torch.autograd.Function):
+    """`divergence` with its gradient in closed form: for all three tails it is that of a softmax, q - p."""
+
+    @staticmethod
+    def forward(ctx, logits, index, log_p, log_p_tail, tail):
+        top = logits.gather(-1, index)
+        if tail == "renormalise":
+            grad, log_p, log_q = torch.zeros_like(logits), log_p.log_softmax(-1), top.log_softmax(-1)
+            p, total, mass = log_p.exp(), 0.0, 1.0
+        else:
+            log_z, log_rest = normalisers(logits, top, index)
+            log_q, log_q_tail, p, p_tail = top - log_z, log_rest - log_z, log_p.exp(), log_p_tail.exp()
+            grad = (logits - log_z).exp_()  # q
+            if tail == "bucket":
+                total, mass = (p_tail * (log_p_tail - log_q_tail)).sum(), 1.0
+                grad *= 1 - (log_p_tail - log_q_tail).exp()  # the tail's p spread as q is: q - p_tail q / q_tail
+            else:
+                total, mass = 0.0, p.sum(-1, keepdim=True)
+                grad *= mass
+        grad.scatter_(-1, index, mass * log_q.exp() - p)
+        ctx.save_for_backward(grad)
+        return total + (p * (log_p - log_q)).sum()
+
+    @staticmethod
+    def backward(ctx, scale):
+        return ctx.saved_tensors[0] * scale, None, None, None, None
+
+
 def divergence(logits, answer, tail="bucket"):
     """Summed KL(teacher || student) for student logits [n, V]. What happens to the mass outside the top K:
 
@@ -290,17 +318,7 @@ def divergence(logits, answer, tail="bucket"):
     renormalise: both top-K distributions are scaled to one, the tail is not looked at.
     drop: sum over the top K of p log(p / q) with the true probabilities, the tail's term left out.
     """
-    index, log_p, log_p_tail = answer
-    top = logits.gather(-1, index)
-    if tail == "renormalise":
-        log_p, log_q = log_p.log_softmax(-1), top.log_softmax(-1)
-    else:
-        log_z, rest = normalisers(logits, top, index)
-        log_q = top - log_z
-    kl = (log_p.exp() * (log_p - log_q)).sum()
-    if tail == "bucket":
-        kl = kl + (log_p_tail.exp() * (log_p_tail - (rest - log_z))).sum()
-    return kl
+    return _Divergence.apply(logits, *answer, tail)
 
 
 def distill(model, hidden, answer, tokens, objective="kl", tail="bucket"):

@@ -267,6 +267,15 @@ def test_divergence_against_the_whole_vocabulary(tail, sharpness):
     )
 
 
+@pytest.mark.parametrize("tail", ["bucket", "renormalise", "drop"])
+def test_gradient_of_the_divergence_is_the_finite_difference(tail):
+    torch.manual_seed(0)
+    answer = koff.teacher_answer(Head(), torch.randn(3, 12) * 3, 5)
+    answer = [answer[0], *(a.double() for a in answer[1:])]
+    student = (torch.randn(3, 12, dtype=torch.float64) * 3).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: koff.divergence(x, answer, tail), student, atol=1e-6)
+
+
 def test_bucket_is_exact_down_to_a_tail_of_a_billionth():
     teacher, student = torch.zeros(1, 200), torch.zeros(1, 200)
     teacher[:, :100] = 10.0
