@@ -15,7 +15,7 @@ import torch
 
 import koff
 from data import BadInput, atomic
-from data.corpus import load_domains, windows
+from data.corpus import load_domains, read_documents, windows
 from data.tokenizer import Tokenizer
 from model import generate, load
 from train import HERE, Settings, pick_device, pick_dtype
@@ -26,10 +26,9 @@ class Run:
 
     def __init__(self, folder, device="auto"):
         self.folder = Path(folder)
-        path = self.folder / "settings.json"
-        if not path.exists():
-            raise BadInput(f"{path} does not exist; name the folder of a run that train.py finished.")
-        self.settings = Settings(**json.loads(path.read_text()))
+        self.settings = Settings.from_file(self.folder / "settings.json")
+        if not (self.folder / "router.safetensors").exists():  # the last part that train.py saves
+            raise BadInput(f"{self.folder} is not finished; continue it with the train.py command that began it.")
         self.device = pick_device(self.settings.device if device == "auto" else device)
         self.dtype = pick_dtype(self.settings.dtype, self.device)
         self.backbone = load(self.folder / "backbone", self.dtype, self.device)
@@ -57,8 +56,9 @@ def losses(variants, tokens, first, size=8):
         shared = some.run(some.embed_tokens(part), 0, first)
         for name, (model, memory) in variants.items():
             hidden = model.run(shared, first, len(model.layers), memory=memory)
-            for h, row in zip(hidden, part, strict=True):  # one row's logits at a time
-                out[name].append(koff.next_token(model, h[:-1], row[1:]).double())
+            hidden, targets = hidden.narrow(1, 0, part.shape[1] - 1), part.narrow(1, 1, part.shape[1] - 1)
+            for h, y in zip(hidden, targets, strict=True):  # one row's logits at a time
+                out[name].append(koff.next_token(model, h, y).double())
     return {name: torch.stack(column) for name, column in out.items()}
 
 
@@ -90,98 +90,78 @@ def perplexities(run, base, domains):
 
 def router_quality(run, domains):
     """Accuracy on held-out windows of 50 tokens, share of them called unsure, and that of other languages' text."""
-    right, asked, unsure = 0, 0, 0
+    right, unsure = [], []
     for domain, split in domains.items():
-        routed = run.router.route(windows(split.heldout, run.router.WINDOW))
-        scores = run.router.scores(windows(split.heldout, run.router.WINDOW)).argmax(1)
-        right += sum(run.router.domains[b] == domain for b in scores)
-        unsure += sum(name is None for name in routed)
-        asked += len(routed)
-    quality = {"accuracy": right / max(1, asked), "unsure": unsure / max(1, asked), "windows": asked}
-    strange = HERE / "data" / "other_languages.jsonl"
-    if strange.exists() and set(run.router.domains) <= {
-        "english",
-        "spanish",
-        "french",
-        "german",
-        "italian",
-        "portuguese",
-    }:
-        texts = [json.loads(line)["text"] for line in strange.read_text(encoding="utf-8").splitlines()]
-        cut = [windows(np.array(run.tokenizer.encode(text)), run.router.WINDOW) for text in texts]
-        routed = run.router.route(np.concatenate(cut))
-        quality |= {
-            "unsure_other_languages": sum(name is None for name in routed) / len(routed),
-            "other_windows": len(routed),
-        }
+        x = windows(split.heldout, run.router.WINDOW)
+        right += [run.router.domains[best] == domain for best in run.router.scores(x).argmax(1)]
+        unsure += [name is None for name in run.router.route(x)]
+    quality = {"accuracy": float(np.mean(right)), "unsure": float(np.mean(unsure)), "windows": len(right)}
+    if Path(run.settings.data).resolve() == HERE / "data/handbook":
+        texts, _ = read_documents(HERE / "data/other_languages.jsonl")
+        x = np.concatenate([windows(np.array(run.tokenizer.encode(text)), run.router.WINDOW) for text in texts])
+        unsure = [name is None for name in run.router.route(x)]
+        quality |= {"unsure_other_languages": float(np.mean(unsure)), "other_windows": len(x)}
     return quality
 
 
 def sparsity(run, base):
     """Both counts, exact, and the closed share per block and projection."""
     s = run.settings
-    with koff.safe_open(run.folder / "gates.safetensors", "pt") as file:
-        mask = {
-            n.removeprefix("mask."): file.get_tensor(n).bool() for n in sorted(file.keys()) if n.startswith("mask.")
-        }
+    mask = koff.load_mask(run.folder / "gates.safetensors")
     gates = koff.Gates(base.config, len(base.layers) - s.blocks, s.granularity, s.beta)
     total = {count: gates.sparsity(mask, count).item() for count in ("physical", "paper")}
-    layers = {
-        gates.first + i: {n: 1 - mask[n][i].double().mean().item() for n in gates.log_alpha} for i in range(s.blocks)
-    }
+    closed = {n: (1 - mask[n].double().mean(1)).tolist() for n in gates.log_alpha}
+    layers = {gates.first + i: {n: row[i] for n, row in closed.items()} for i in range(s.blocks)}
     return total, layers, koff.ledger(gates.total, round(total["physical"] * gates.total), run.modules)
 
 
 def table(corner, columns, rows):
     """A Markdown table that also reads well on a screen; rows {label: [text]}."""
-    width = max(len(corner), *(len(label) for label in rows))
-    widths = [max(len(c), *(len(row[i]) for row in rows.values())) for i, c in enumerate(columns)]
-    line = [
-        "| " + " | ".join([corner.ljust(width)] + [c.rjust(w) for c, w in zip(columns, widths, strict=True)]) + " |"
+    lines = [[corner, *columns], *([label, *row] for label, row in rows.items())]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns) + 1)]
+    lines = [
+        [line[0].ljust(widths[0]), *(t.rjust(w) for t, w in zip(line[1:], widths[1:], strict=True))] for line in lines
     ]
-    line += ["|" + "|".join(["-" * (width + 2)] + ["-" * (w + 1) + ":" for w in widths]) + "|"]
-    for label, row in rows.items():
-        line += [
-            "| " + " | ".join([label.ljust(width)] + [c.rjust(w) for c, w in zip(row, widths, strict=True)]) + " |"
-        ]
-    return "\n".join(line)
+    lines = ["| " + " | ".join(line) + " |" for line in lines]
+    rule = "|" + "-" * (widths[0] + 2) + "".join("|" + "-" * (w + 1) + ":" for w in widths[1:]) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]])
 
 
 def report(results):
     """results.json as text."""
     p, names = results["perplexity"], list(results["perplexity"]["unpruned"])
     ratio = {v: {d: x / p["unpruned"][d] for d, x in row.items()} for v, row in p.items()}
-    label = {
-        "unpruned": "unpruned",
-        "backbone": "backbone alone",
-        "koff": "KOFF, matching module",
-        "routed": "KOFF, routed module",
-    }
+    label = dict(backbone="backbone alone", koff="KOFF, matching module", routed="KOFF, routed module")
     rows = {
-        label[v]: [f"{row[d]:.2f}" for d in names] + [f"{np.mean(list(ratio[v].values())):.3f} x"]
+        label.get(v, v): [f"{row[d]:.2f}" for d in names]
+        + [f"{np.mean(list(ratio[v].values())):.3f} x", f"{max(ratio[v].values()):.3f} x"]
         for v, row in p.items()
         if row
     }
-    text = ["## Held-out perplexity", table("", [*names, "mean ratio"], rows)]
+    text = ["## Held-out perplexity", table("", [*names, "mean ratio", "worst"], rows)]
     if results["swap"]:
+        best = {d: min(row, key=row.get) for d, row in results["swap"].items()}
         rows = {
-            d: [f"{x:.2f}" + ("*" if m == min(row, key=row.get) else " ") for m, x in row.items()]
+            d: [f"{x:.2f}" + ("*" if m == best[d] else " ") for m, x in row.items()]
             for d, row in results["swap"].items()
         }
         text += [
             "## Swap matrix: text of the row, module of the column, * the best",
-            table("", list(next(iter(results["swap"].values()))), rows),
+            table("", list(results["swap"][names[0]]), rows),
         ]
         text += [f"The wrong module costs a factor of {results['router']['wrong_route_cost']:.3f} on average."]
     r, led, s = results["router"], results["ledger"], results["sparsity"]
-    line = f"Router: accuracy {r['accuracy']:.4f} on {r['windows']} held-out windows of 50 tokens, {r['unsure']:.1%} of them called unsure"
+    line = f"Router: accuracy {r['accuracy']:.4f} on {r['windows']} held-out windows of 50 tokens"
+    line += f", {r['unsure']:.1%} of them called unsure"
     if "unsure_other_languages" in r:
         line += f"; unsure on {r['unsure_other_languages']:.1%} of {r['other_windows']} windows in other languages"
     text += ["## Router and ledger", line + "."]
     text += [
-        f"Sparsity: {s['physical']:.4f} physical (parameters gone / all), {s['paper']:.4f} by the paper's count (closed channels x fan-in / all).",
-        f"Removed {led['removed']:,} of {led['total']:,} parameters ({led['removed_bytes']:,} bytes); one module {led['one_module']:,} "
-        f"({led['one_module_bytes']:,} bytes, {led['one_module_share']:.0%} of what was removed); all modules {led['all_modules']:,}.",
+        f"Sparsity: {s['physical']:.4f} physical (parameters gone / all), "
+        f"{s['paper']:.4f} by the paper's count (closed channels x fan-in / all).",
+        f"Removed {led['removed']:,} of {led['total']:,} parameters ({led['removed_bytes']:,} bytes); one module "
+        f"{led['one_module']:,} ({led['one_module_bytes']:,} bytes, {led['one_module_share']:.0%} of what was removed); "
+        f"all modules {led['all_modules']:,} ({led['all_modules_bytes']:,} bytes).",
     ]
     gated = list(next(iter(results["layers"].values())))
     rows = {f"block {i}": [f"{x:.1%}" for x in row.values()] for i, row in results["layers"].items()}
@@ -259,6 +239,9 @@ def main(argv=None):
     except BadInput as error:
         print(f"eval.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\neval.py: stopped; nothing was written", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from data import BadInput, atomic
+from data.corpus import windows
 from model import BlockMemory, Cache, Model
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -50,11 +51,9 @@ class Gates(nn.Module):
     def __init__(self, config, first, granularity="neuron", beta=2 / 3, start=3.0):
         super().__init__()
         self.config, self.first, self.granularity, self.beta = config, first, granularity, beta
-        n, kv = config.num_hidden_layers - first, config.num_key_value_heads * config.head_dim
-        width = {"k": kv, "v": kv, "down": config.hidden_size}
-        self.log_alpha = nn.ParameterDict(
-            {name: torch.full((n, width.get(name, config.intermediate_size)), start) for name in GATED[granularity]}
-        )
+        width = {name: rows for name, (rows, _) in config.shapes.items()} | {"neuron": config.intermediate_size}
+        shape = {name: (config.num_hidden_layers - first, width[name]) for name in GATED[granularity]}
+        self.log_alpha = nn.ParameterDict({name: torch.full(shape[name], start) for name in shape})
         with torch.device("meta"):
             self.total = sum(p.numel() for p in Model(config).parameters())  # tied embeddings count once
 
@@ -84,8 +83,8 @@ class Gates(nn.Module):
         c, D, n = self.config, self.config.hidden_size, len(opened["k"])
         closed = {name: (1 - p).sum() for name, p in opened.items()}
         if count == "paper":
-            fan_in = {"down": c.intermediate_size, "neuron": 2 * D}
-            return sum(closed[name] * fan_in.get(name, D) for name in opened)
+            fan_in = {name: columns for name, (_, columns) in c.shapes.items()} | {"neuron": 2 * D}
+            return sum(closed[name] * fan_in[name] for name in opened)
         neurons = opened["neuron"] if "neuron" in opened else opened["gate"] * opened["up"]
         alive, down = neurons.sum(-1), opened["down"].sum(-1)  # [N]
         mlp = 2 * D * alive + alive * down + (2 * alive + down if c.mlp_bias else 0)
@@ -142,9 +141,8 @@ class Gates(nn.Module):
     def check_target(self, target, count):
         most = self.sparsity({name: torch.zeros(a.shape) for name, a in self.log_alpha.items()}, count).item()
         if not 0 <= target < most:
-            raise BadInput(
-                f"sparsity {target} cannot be reached: the gated parameters are {most:.3f} of the model by the {count} count; lower --sparsity or gate more --blocks."
-            )
+            what = f"the gated parameters are {most:.3f} of the model by the {count} count"
+            raise BadInput(f"sparsity {target} cannot be reached: {what}; lower --sparsity or gate more --blocks.")
 
     @torch.no_grad()
     def spread(self, score, centre=3.0, half=2.0):
@@ -185,25 +183,15 @@ class Memory(nn.Module):
 
     def __init__(self, config, first, rank, alpha, kv_tokens):
         super().__init__()
-        self.first, self.scale, c = first, alpha / rank if rank else 0.0, config
-        n, D, kv = c.num_hidden_layers - first, c.hidden_size, c.num_key_value_heads * c.head_dim
-        shape = {
-            "k": (kv, D),
-            "v": (kv, D),
-            "gate": (c.intermediate_size, D),
-            "up": (c.intermediate_size, D),
-            "down": (D, c.intermediate_size),
-        }
+        self.first, self.scale, n = first, alpha / rank if rank else 0.0, config.num_hidden_layers - first
         self.lora_a, self.lora_b = nn.ParameterDict(), nn.ParameterDict()
-        for name, (rows, columns) in shape.items() if rank else ():
-            bound = (
-                columns**-0.5
-            )  # as peft: Kaiming-uniform with a = sqrt(5); B = 0, so that training starts at the teacher
+        for name, (rows, columns) in config.shapes.items() if rank else ():
+            bound = columns**-0.5  # Kaiming-uniform with a = sqrt(5), as peft; B = 0: training starts at the teacher
             self.lora_a[name] = torch.empty(n, rank, columns).uniform_(-bound, bound)
             self.lora_b[name] = torch.zeros(n, rows, rank)
         self.keys = self.values = None
         if kv_tokens:
-            shape = (n, c.num_key_value_heads, kv_tokens, c.head_dim)
+            shape = (n, config.num_key_value_heads, kv_tokens, config.head_dim)
             self.keys = nn.Parameter(torch.randn(shape) * 0.02)
             self.values = nn.Parameter(torch.randn(shape) * 0.02)
 
@@ -361,13 +349,8 @@ def compact(model, mask, first):
                     state[name] = state[name][index[channels]]
         down = f"layers.{i}.mlp.down_proj.weight"
         state[down] = state[down][:, index["neuron"]].contiguous()
-        widths = {
-            "k": c.num_key_value_heads * c.head_dim,
-            "v": c.num_key_value_heads * c.head_dim,
-            "down": c.hidden_size,
-        }
-        for name, width in widths.items():
-            if len(index[name]) < width:
+        for name in ("k", "v", "down"):
+            if len(index[name]) < c.shapes[name][0]:
                 state[f"layers.{i}.{name}_kept"] = index[name]
     config = replace(c, kept=tuple(kept), raw={**c.raw, "koff_kept": kept})
     with torch.device("meta"):
@@ -405,13 +388,8 @@ def ledger(total, removed, modules):
     """What left the model against what the modules hold, in parameters; `modules` {domain: {block: BlockMemory}}."""
     sizes = {d: sum(t.numel() for t in tensors_of(m).values()) for d, m in modules.items()}
     one = max(sizes.values(), default=0)
-    return {
-        "total": total,
-        "removed": removed,
-        "one_module": one,
-        "all_modules": sum(sizes.values()),
-        "one_module_share": one / max(1, removed),
-    }
+    share, every = one / max(1, removed), sum(sizes.values())
+    return dict(total=total, removed=removed, one_module=one, all_modules=every, one_module_share=share)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -440,18 +418,14 @@ class Router:
     @classmethod
     def fit(cls, train, keep=0.98):
         """train {domain: ids}. Counts come from the first 90%; thresholds keep the share `keep` of windows of the rest."""
-        counts = np.stack(
-            [
-                np.bincount(cls.buckets(ids[None, : len(ids) * 9 // 10])[0], minlength=cls.BUCKETS)
-                for ids in train.values()
-            ]
-        )
-        smooth = counts + 0.1
-        router = cls(train, np.log(smooth / smooth.sum(axis=1, keepdims=True)).astype(np.float32), np.zeros(len(train)))
-        for d, ids in enumerate(train.values()):
-            tail = ids[len(ids) * 9 // 10 :]
-            tiled = tail[: len(tail) // cls.WINDOW * cls.WINDOW].reshape(-1, cls.WINDOW)
-            router.threshold[d] = np.quantile(router.scores(tiled)[:, d], 1 - keep)
+        cut = {name: len(ids) * 9 // 10 for name, ids in train.items()}
+        bags = [cls.buckets(ids[None, : cut[name]])[0] for name, ids in train.items()]
+        counts = np.stack([np.bincount(bag, minlength=cls.BUCKETS) for bag in bags]) + 0.1  # smoothed
+        weight = np.log(counts / counts.sum(axis=1, keepdims=True)).astype(np.float32)
+        router = cls(train, weight, np.zeros(len(train)))
+        for d, (name, ids) in enumerate(train.items()):
+            tail = windows(ids[cut[name] :], cls.WINDOW)
+            router.threshold[d] = np.quantile(router.scores(tail)[:, d], 1 - keep)
         return router
 
     def scores(self, ids):
@@ -490,20 +464,21 @@ def save_module(path, blocks, fingerprint):
         save_file(tensors_of(blocks), partial, metadata={"koff_backbone": fingerprint})
 
 
+def read(path, framework="pt", device="cpu"):
+    """(tensors, metadata) of a safetensors file of a run; BadInput if it cannot be read."""
+    try:
+        with safe_open(path, framework, device=str(device)) as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise BadInput(f"{path} cannot be read ({error}); name a run that train.py has finished.") from None
+
+
 def load_module(path, config, dtype, device="cpu"):
     """{block: BlockMemory} of a saved module. BadInput if it was trained with another backbone than `config`'s."""
-    try:
-        with safe_open(path, "pt", device=str(device)) as file:
-            made_for = (file.metadata() or {}).get("koff_backbone")
-            tensors = {name: file.get_tensor(name).to(dtype) for name in list(file.keys())}
-    except (OSError, SafetensorError) as error:
-        raise BadInput(
-            f"{path} is not a readable module ({error}); name one of the run's modules/*.safetensors."
-        ) from None
+    tensors, metadata = read(path, device=device)
+    tensors, made_for = {name: t.to(dtype) for name, t in tensors.items()}, metadata.get("koff_backbone")
     if made_for != config.raw.get("koff_fingerprint"):
-        raise BadInput(
-            f"{path} was trained with another backbone ({made_for}); load it with the run that it belongs to."
-        )
+        raise BadInput(f"{path} was trained with another backbone ({made_for}); load it with the run it belongs to.")
     blocks = {}
     for name, tensor in tensors.items():
         _, i, *rest = name.split(".")
@@ -518,11 +493,13 @@ def load_module(path, config, dtype, device="cpu"):
 def save_gates(path, gates, mask):
     tensors = {f"log_alpha.{n}": a.detach().contiguous() for n, a in gates.log_alpha.items()}
     with atomic(path) as partial:
-        save_file(
-            tensors | {f"mask.{n}": m.to(torch.uint8) for n, m in mask.items()},
-            partial,
-            metadata={"first": str(gates.first)},
-        )
+        save_file(tensors | {f"mask.{n}": m.to(torch.uint8) for n, m in mask.items()}, partial)
+
+
+def load_mask(path):
+    """{name: bool [N, channels]}: the final mask."""
+    tensors, _ = read(path)
+    return {n.removeprefix("mask."): t.bool() for n, t in tensors.items() if n.startswith("mask.")}
 
 
 def save_router(path, router):
@@ -532,6 +509,5 @@ def save_router(path, router):
 
 
 def load_router(path):
-    with safe_open(path, "np") as file:
-        domains = json.loads(file.metadata()["domains"])
-        return Router(domains, file.get_tensor("weight"), file.get_tensor("threshold"))
+    tensors, metadata = read(path, "np")
+    return Router(json.loads(metadata["domains"]), tensors["weight"], tensors["threshold"])

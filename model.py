@@ -73,32 +73,35 @@ class Config:
                 raise BadInput(f"{where}: {what} is not implemented; choose a model without it.")
         bias = kind == "qwen2" or raw.get("attention_bias", False)  # Qwen2 always has it, without a key for it
         eos = raw.get("eos_token_id")
-        try:
-            heads = raw["num_attention_heads"]
-            return cls(
-                model_type=kind,
-                vocab_size=raw["vocab_size"],
-                hidden_size=raw["hidden_size"],
-                intermediate_size=raw["intermediate_size"],
-                num_hidden_layers=raw["num_hidden_layers"],
-                num_attention_heads=heads,
-                num_key_value_heads=raw.get("num_key_value_heads") or heads,
-                head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
-                rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
-                rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 10_000.0),
-                rope_scaling=dict(rope) if rope_type == "llama3" else None,
-                max_position_embeddings=raw.get("max_position_embeddings", 2048),
-                tie_word_embeddings=raw.get("tie_word_embeddings", False),
-                qkv_bias=bias,
-                o_bias=bias and kind != "qwen2",
-                mlp_bias=kind == "llama" and raw.get("mlp_bias", False),
-                qk_norm=kind == "qwen3",
-                eos_token_ids=tuple(eos if isinstance(eos, list) else [] if eos is None else [eos]),
-                kept=tuple(raw.get("koff_kept", ())),
-                raw=raw,
-            )
-        except KeyError as missing:
-            raise BadInput(f"{where}: the key {missing} is missing; take the config.json of the checkpoint.") from None
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        for key in sizes:
+            if not isinstance(raw.get(key), int):
+                raise BadInput(f"{where}: the key {key!r} is missing or no integer; take the checkpoint's config.json.")
+        heads = raw["num_attention_heads"]
+        return cls(
+            model_type=kind,
+            **{key: raw[key] for key in sizes},
+            num_key_value_heads=raw.get("num_key_value_heads") or heads,
+            head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
+            rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
+            rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 10_000.0),
+            rope_scaling=dict(rope) if rope_type == "llama3" else None,
+            max_position_embeddings=raw.get("max_position_embeddings", 2048),
+            tie_word_embeddings=raw.get("tie_word_embeddings", False),
+            qkv_bias=bias,
+            o_bias=bias and kind != "qwen2",
+            mlp_bias=kind == "llama" and raw.get("mlp_bias", False),
+            qk_norm=kind == "qwen3",
+            eos_token_ids=tuple(eos if isinstance(eos, list) else [] if eos is None else [eos]),
+            kept=tuple(raw.get("koff_kept", ())),
+            raw=raw,
+        )
+
+    @property
+    def shapes(self):
+        """The projections that carry gates and LoRA: {name: (output channels, fan-in)}."""
+        D, F, kv = self.hidden_size, self.intermediate_size, self.num_key_value_heads * self.head_dim
+        return {"k": (kv, D), "v": (kv, D), "gate": (F, D), "up": (F, D), "down": (D, F)}
 
     @classmethod
     def from_folder(cls, folder):
@@ -185,9 +188,10 @@ class Cache:
         if start == 0:
             shape = (*k.shape[:2], end + self.room, k.shape[3])
             self.layers[i] = k.new_empty(shape), v.new_empty(shape)
+        at = torch.arange(start, end, device=k.device)
         for buffer, new in zip(self.layers[i], (k, v), strict=True):
-            buffer[:, :, start:end] = new
-        return tuple(buffer[:, :, :end] for buffer in self.layers[i])
+            buffer.index_copy_(2, at, new)
+        return tuple(buffer.narrow(2, 0, end) for buffer in self.layers[i])
 
 
 def project(linear, x, name, gates, memory):
@@ -207,8 +211,9 @@ class Block(nn.Module):
     def __init__(self, c, kept=None):
         super().__init__()
         self.c = c
-        D, q_width, kv_width = c.hidden_size, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-        kept = kept or {"k": kv_width, "v": kv_width, "neuron": c.intermediate_size, "down": D}
+        D, q_width = c.hidden_size, c.num_attention_heads * c.head_dim
+        full = {name: rows for name, (rows, _) in c.shapes.items()}
+        kept = kept or {**full, "neuron": c.intermediate_size}
         self.input_layernorm = nn.RMSNorm(D, eps=c.rms_norm_eps)
         self.self_attn = nn.Module()
         self.self_attn.q_proj = nn.Linear(D, q_width, bias=c.qkv_bias)
@@ -224,8 +229,8 @@ class Block(nn.Module):
         self.mlp.up_proj = nn.Linear(D, kept["neuron"], bias=c.mlp_bias)
         self.mlp.down_proj = nn.Linear(kept["neuron"], kept["down"], bias=c.mlp_bias)
         # Where the open channels of a compact block belong; None in a dense one.
-        for name, full in (("k", kv_width), ("v", kv_width), ("down", D)):
-            index = torch.zeros(kept[name], dtype=torch.int64) if kept[name] < full else None
+        for name in ("k", "v", "down"):
+            index = torch.zeros(kept[name], dtype=torch.int64) if kept[name] < full[name] else None
             self.register_buffer(f"{name}_kept", index)
 
     def forward(self, x, i, rope, mask, gates=None, memory=None, cache=None):
@@ -237,10 +242,9 @@ class Block(nn.Module):
     def attention(self, x, i, rope, mask, gates, memory, cache):
         c, at = self.c, self.self_attn
         B, T, _ = x.shape
-        kv_width = c.num_key_value_heads * c.head_dim
-        q = at.q_proj(x).view(B, T, -1, c.head_dim)
-        k = widen(project(at.k_proj, x, "k", gates, memory), self.k_kept, kv_width).view(B, T, -1, c.head_dim)
-        v = widen(project(at.v_proj, x, "v", gates, memory), self.v_kept, kv_width).view(B, T, -1, c.head_dim)
+        k = widen(project(at.k_proj, x, "k", gates, memory), self.k_kept, c.shapes["k"][0])
+        v = widen(project(at.v_proj, x, "v", gates, memory), self.v_kept, c.shapes["v"][0])
+        q, k, v = (t.view(B, T, -1, c.head_dim) for t in (at.q_proj(x), k, v))
         if c.qk_norm:
             q, k = at.q_norm(q), at.k_norm(k)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, heads, T, hd]

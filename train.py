@@ -46,9 +46,7 @@ class Settings:
     retention_every: int = option(20, "steps between retention batches (paper)", low=1)
     blocks: int = option(4, "how many upper blocks carry gates and memories (paper: 18 of 28)", low=1)
     sparsity: float = option(0.25, "share of all parameters to remove (paper: 0.12 of 3B)", low=0, high=0.99)
-    count: str = option(
-        "physical", "what --sparsity counts: parameters gone, or the paper's count", "physical", "paper"
-    )
+    count: str = option("physical", "what that share counts: parameters gone, or the paper's", "physical", "paper")
     granularity: str = option("neuron", "gate MLP neurons, or each projection (paper)", "neuron", "projection")
     budget: str = option("global", "all gates compete, or each projection meets the target (paper)", "global", "module")
     gate_init: str = option("fisher", "start of log alpha: by Fisher score, or all 3", "fisher", "constant")
@@ -95,12 +93,25 @@ class Settings:
         if self.kv_tokens > self.seq_len:
             raise BadInput("--kv-tokens is larger than --seq-len; a memory longer than the text is no memory.")
 
+    @classmethod
+    def from_file(cls, path):
+        """The settings that a run was saved with."""
+        try:
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            raise BadInput(f"{path} does not exist; name the folder of a run that train.py made.") from None
+        except (OSError, ValueError, TypeError) as error:
+            raise BadInput(f"{path} is not the settings of this version ({error}); train the run again.") from None
+
 
 PRESETS = {
     "handbook": {},
     "quick": dict(steps=30, eval_windows=2, fisher_sequences=12),
-    "smollm2": dict(blocks=18, sparsity=0.12, kv_tokens=64, steps=1200, batch=2, lora_rate=2e-3, eval_len=512),
-}
+    "smollm2": dict(
+        blocks=18, sparsity=0.12, kv_tokens=64, steps=1250, batch=2, lora_rate=2e-3, fix_mask=0.7, eval_len=512,
+        eval_windows=16,
+    ),
+}  # fmt: skip
 
 
 def pick_device(name):
@@ -113,8 +124,8 @@ def pick_device(name):
 def pick_dtype(name, device):
     if name != "auto":
         return getattr(torch, name)
-    fast = device.type == "cuda" or (device.type == "cpu" and torch.cpu._is_avx512_bf16_supported())
-    return torch.bfloat16 if fast else torch.float32
+    cpu_has_it = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return torch.bfloat16 if device.type == "cuda" or (device.type == "cpu" and cpu_has_it()) else torch.float32
 
 
 def keep_pages():
@@ -145,8 +156,9 @@ class Trainer:
         for name, p in self.memories.named_parameters():
             kind["lora" if "lora" in name else "kv"].append(p)
         rate = {"lora": s.lora_rate, "gates": s.gate_rate, "kv": s.kv_rate}
-        groups = [{"params": kind[name], "lr": rate[name], "name": name} for name in kind if kind[name]]
-        self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+        groups = [dict(params=kind[n], lr=rate[n], peak=rate[n], name=n) for n in kind if kind[n]]
+        # A module sees only its own domain's steps, some hundred in a short run: variances over 1,000 would come late.
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, 0.99))
         self.penalty = torch.tensor(s.penalty, device=device)  # lambda of Eq. 1
         self.mask = None  # the final one, once it is fixed
 
@@ -188,9 +200,7 @@ class Trainer:
             return torch.zeros((), device=tokens.device)
         falling = min(1.0, (s.steps - index) / max(1.0, s.decay * s.steps))
         for group in self.optimizer.param_groups:
-            group["lr"] = {"lora": s.lora_rate * falling, "kv": s.kv_rate * falling, "gates": s.gate_rate}[
-                group["name"]
-            ]
+            group["lr"] = group["peak"] * (1.0 if group["name"] == "gates" else falling)
 
         with torch.no_grad():  # the lower blocks have neither gates nor memory: teacher and student share them
             shared = model.run(model.embed_tokens(tokens), 0, self.first)
@@ -298,6 +308,7 @@ def train(s, out):
     import eval as evaluation  # eval.py reads what `save` wrote, as it would for any finished run
 
     evaluation.evaluate(out, time.time() - begun)
+    checkpoint.unlink(missing_ok=True)  # six modules with their optimizer state are larger than all that is left
     return True
 
 
@@ -341,12 +352,10 @@ def main(argv=None):
         if out.exists() and not ours.exists() and (not out.is_dir() or any(out.iterdir())):
             raise BadInput(f"{out} holds something that is not a run; name another folder with --out.")
         if ours.exists() and not fresh:
-            old = json.loads(ours.read_text())
-            if changed := [name for name, value in asdict(s).items() if old.get(name) != value]:
+            old = asdict(Settings.from_file(ours))
+            if changed := [name for name, value in asdict(s).items() if old[name] != value]:
                 flag = "--" + changed[0].replace("_", "-")
-                raise BadInput(
-                    f"{out} holds another run ({flag} differs); name another --out, or start again: --fresh."
-                )
+                raise BadInput(f"{out} holds another run ({flag} differs); name another --out, or say --fresh.")
             if (out / "results.json").exists():
                 print(f"{(out / 'report.md').read_text()}\n{out} is finished; --fresh trains it again")
                 return 0
@@ -360,6 +369,9 @@ def main(argv=None):
     except BadInput as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # before the first step or after the last one; in between, the loop saves
+        print("\ntrain.py: stopped; the same command starts again from the last checkpoint", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

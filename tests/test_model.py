@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from data import BadInput
-from model import Cache, generate, load
+from model import Cache, causal_lower_right, causal_mask, generate, load
 
 transformers = pytest.importorskip("transformers")
 
@@ -106,6 +106,21 @@ def test_a_prefix_as_memory_equals_running_the_prefix(tmp_path):
         cached = Cache(28)  # the memory also stands at the start of a cache
         parts = [model(tokens[:, a:b], memory=memory, cache=cached) for a, b in ((12, 30), (30, 31), (31, 40))]
         assert (torch.cat(parts, 1) - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("T,S", [(7, 7), (5, 12), (1, 9)])
+def test_a_described_mask_is_the_boolean_one(T, S):
+    """What a GPU gets (a description of the alignment) against what a CPU gets (a tensor), both through attention."""
+    q, k, v = torch.randn(2, 6, T, 16), torch.randn(2, 2, S, 16), torch.randn(2, 2, S, 16)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    described = attend(q, k, v, attn_mask=causal_lower_right(T, S), enable_gqa=True)
+    mask = causal_mask(T, S, torch.device("cpu"))
+    assert (described - attend(q, k, v, attn_mask=mask, is_causal=T == S, enable_gqa=True)).abs().max() < 1e-6
+    assert (described - attend(q, k, v, enable_gqa=True)).abs().max() > 1e-2 or T == 1
+    for t in range(T):  # row t sees the first S - T + t + 1 keys
+        seen = slice(S - T + t + 1)
+        alone = attend(q[:, :, t : t + 1], k[:, :, seen], v[:, :, seen], enable_gqa=True)
+        assert (alone[:, :, 0] - described[:, :, t]).abs().max() < 1e-5
 
 
 REFUSED = [

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import koff
+import model as decoder
 import train
 from model import Cache, Config, Model
 from train import Settings, Trainer
@@ -198,8 +199,14 @@ def test_ctrl_c_saves_and_the_same_command_continues(world, monkeypatch, capsys)
 
 
 @pytest.fixture
-def fake_cuda(world):
-    """A trainer whose every tensor claims to be on a GPU, under FakeTensorMode."""
+def fake_cuda(world, monkeypatch):
+    """A trainer whose every tensor claims to be on a GPU, under FakeTensorMode.
+
+    A CPU-only torch cannot choose a CUDA attention kernel, so that `causal_lower_right` gives way to the mask that it
+    describes (`test_a_described_mask_is_the_boolean_one` in test_model.py compares the two).
+    """
+    mask = lambda T, S: torch.ones(T, S, dtype=torch.bool, device="cuda").tril(S - T)  # noqa: E731
+    monkeypatch.setattr(decoder, "causal_lower_right", mask)
     s, _, _ = train.parse(flags(world))
     trainer = Trainer(Model(Config.from_dict(CONFIG)), s, ["german", "french"])
     trainer.model.to(torch.bfloat16)
@@ -214,27 +221,29 @@ def fake_cuda(world):
 
 
 @torch.no_grad()
-def student_loss(trainer, tokens):
+def student_loss(trainer, tokens, tail="bucket"):
     model, s = trainer.model, trainer.s
     shared = model.run(model.embed_tokens(tokens), 0, trainer.first)
     answer = koff.teacher_answer(model, model.run(shared, trainer.first, 3).flatten(0, 1), s.top)
-    z = trainer.gates.by_block(trainer.gates.p_open(), shared.dtype)
     memory = trainer.memory("german").by_block(shared.dtype)
-    hidden = model.run(shared, trainer.first, 3, z, memory)
-    return koff.distill(model, hidden, answer, tokens, "blend"), memory
+    z = {n: koff.hard_concrete(a, s.beta, torch.full_like(a, 0.5)) for n, a in trainer.gates.log_alpha.items()}
+    hidden = model.run(shared, trainer.first, 3, trainer.gates.by_block(z, shared.dtype), memory)
+    return koff.distill(model, hidden, answer, tokens, "blend", tail), memory
 
 
 def test_on_a_fake_gpu_no_tensor_stays_on_the_cpu(fake_cuda):
     from eval import losses
 
     model, tokens = fake_cuda.model, torch.zeros(2, 16, dtype=torch.int64, device="cuda")
-    loss, memory = student_loss(fake_cuda, tokens)
-    assert loss.device.type == "cuda"
-    assert fake_cuda.gates.behind(0.1, "physical", "module", 0.1).device.type == "cuda"
+    for tail in ("bucket", "renormalise", "drop"):
+        loss, memory = student_loss(fake_cuda, tokens, tail)
+        assert loss.device.type == "cuda"
     cache = Cache(2)
     with torch.no_grad():
+        for budget in ("global", "module"):
+            assert fake_cuda.gates.behind(0.1, "physical", budget, 0.1).device.type == "cuda"
         assert model(tokens, memory=memory, cache=cache).device.type == "cuda"
-        assert model(tokens[:, :1], memory=memory, cache=cache).shape == (2, 1, 4096)
+        assert model(tokens.narrow(1, 0, 1), memory=memory, cache=cache).shape == (2, 1, 4096)
     measured = losses({"unpruned": (model, None), "german": (model, memory)}, tokens, fake_cuda.first, size=1)
     assert all(x.device.type == "cuda" and x.shape == (2,) for x in measured.values())
 
