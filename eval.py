@@ -1,6 +1,7 @@
 """Evaluate a finished run, or generate text with it.
 
 python eval.py report out/handbook                                  the tables: screen, report.md, results.json
+python eval.py compare out/*                                        one table of several runs
 python eval.py generate out/handbook "Der Kernel" --module german   one module by name; without --module: routed
 """
 
@@ -16,6 +17,7 @@ import torch
 import koff
 from data import BadInput, atomic
 from data.corpus import load_domains, read_documents, windows
+from data.router import Router
 from data.tokenizer import Tokenizer
 from model import generate, load
 from train import HERE, Settings, pick_device, pick_dtype
@@ -33,7 +35,7 @@ class Run:
         self.dtype = pick_dtype(self.settings.dtype, self.device)
         self.backbone = load(self.folder / "backbone", self.dtype, self.device)
         self.tokenizer = Tokenizer.from_folder(self.folder / "backbone")
-        self.router = koff.load_router(self.folder / "router.safetensors")
+        self.router = Router.load(self.folder / "router.safetensors")
         self.modules = {path.stem: self.module(path.stem) for path in sorted(self.folder.glob("modules/*.safetensors"))}
 
     def module(self, name):
@@ -118,37 +120,34 @@ def sparsity(run, base):
 def table(corner, columns, rows):
     """A Markdown table that also reads well on a screen; rows {label: [text]}."""
     lines = [[corner, *columns], *([label, *row] for label, row in rows.items())]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(columns) + 1)]
-    lines = [
-        [line[0].ljust(widths[0]), *(t.rjust(w) for t, w in zip(line[1:], widths[1:], strict=True))] for line in lines
-    ]
-    lines = ["| " + " | ".join(line) + " |" for line in lines]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines = [[f"{t:>{w}}" if i else f"{t:<{w}}" for i, (t, w) in enumerate(zip(x, widths, strict=True))] for x in lines]
     rule = "|" + "-" * (widths[0] + 2) + "".join("|" + "-" * (w + 1) + ":" for w in widths[1:]) + "|"
-    return "\n".join([lines[0], rule, *lines[1:]])
+    head, *body = ["| " + " | ".join(line) + " |" for line in lines]
+    return "\n".join([head, rule, *body])
+
+
+def ratios(results):
+    """{variant: [perplexity / that of the unpruned model, one per domain]} of the results of a run."""
+    p = results["perplexity"]
+    return {v: [x / p["unpruned"][d] for d, x in row.items()] for v, row in p.items() if row}
 
 
 def report(results):
     """results.json as text."""
-    p, names = results["perplexity"], list(results["perplexity"]["unpruned"])
-    ratio = {v: {d: x / p["unpruned"][d] for d, x in row.items()} for v, row in p.items()}
-    label = dict(backbone="backbone alone", koff="KOFF, matching module", routed="KOFF, routed module")
-    rows = {
-        label.get(v, v): [f"{row[d]:.2f}" for d in names]
-        + [f"{np.mean(list(ratio[v].values())):.3f} x", f"{max(ratio[v].values()):.3f} x"]
-        for v, row in p.items()
-        if row
-    }
-    text = ["## Held-out perplexity", table("", [*names, "mean ratio", "worst"], rows)]
-    if results["swap"]:
-        best = {d: min(row, key=row.get) for d, row in results["swap"].items()}
-        rows = {
-            d: [f"{x:.2f}" + ("*" if m == best[d] else " ") for m, x in row.items()]
-            for d, row in results["swap"].items()
-        }
-        text += [
-            "## Swap matrix: text of the row, module of the column, * the best",
-            table("", list(results["swap"][names[0]]), rows),
-        ]
+    p, swap, label = results["perplexity"], results["swap"], {"backbone": "backbone alone"}
+    label |= {"koff": "KOFF, matching module", "routed": "KOFF, routed module"}
+    rows = {}
+    for v, ratio in ratios(results).items():
+        end = [f"{np.mean(ratio):.3f} x", f"{max(ratio):.3f} x"]
+        rows[label.get(v, v)] = [f"{x:.2f}" for x in p[v].values()] + end
+    text = ["## Held-out perplexity", table("", [*p["unpruned"], "mean ratio", "worst"], rows)]
+    if swap:
+        rows = {}
+        for d, row in swap.items():
+            best = min(row, key=row.get)
+            rows[d] = [f"{x:.2f}{'*' if m == best else ' '}" for m, x in row.items()]
+        text += ["## Swap matrix: text of the row, module of the column, * the best", table("", list(row), rows)]
         text += [f"The wrong module costs a factor of {results['router']['wrong_route_cost']:.3f} on average."]
     r, led, s = results["router"], results["ledger"], results["sparsity"]
     line = f"Router: accuracy {r['accuracy']:.4f} on {r['windows']} held-out windows of 50 tokens"
@@ -199,6 +198,31 @@ def evaluate(folder, seconds=None):
     return results
 
 
+def compare(folders):
+    """One row per finished run, perplexities as the mean over domains of x / unpruned, and their mean and spread."""
+    columns = ("physical", "backbone", "KOFF", "worst domain", "routed", "best on diagonal", "router", "minutes")
+    found = {}
+    for folder in folders:
+        path = Path(folder, "results.json")
+        if not path.exists():
+            raise BadInput(f"{path} does not exist; name folders of runs that train.py has finished.")
+        r = json.loads(path.read_text(encoding="utf-8"))
+        mean = {v: np.mean(x) for v, x in ratios(r).items()}
+        worst = max(ratios(r)["koff"]) if r["swap"] else None
+        diagonal = np.mean([min(row, key=row.get) == d for d, row in r["swap"].items()]) if r["swap"] else None
+        found[str(folder)] = [
+            r["sparsity"]["physical"], mean["backbone"], mean.get("koff"), worst, mean.get("routed"), diagonal,
+            r["router"]["accuracy"], r["seconds"] / 60,
+        ]  # fmt: skip
+    rows = {name: ["-" if x is None else f"{x:.3f}" for x in row] for name, row in found.items()}
+    if len(found) > 1 and not any(x is None for row in found.values() for x in row):
+        every = np.array(list(found.values()))
+        rows["mean +/- std"] = [
+            f"{m:.3f} +/- {d:.3f}" for m, d in zip(every.mean(0), every.std(0, ddof=1), strict=True)
+        ]
+    print(table("", columns, rows))
+
+
 def continue_text(args):
     """Generate with a named or routed module, printing tokens as they come."""
     run = Run(args.run)
@@ -224,6 +248,8 @@ def main(argv=None):
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("report", help="evaluate a finished run again")
     one.add_argument("run", type=Path)
+    many = commands.add_parser("compare", help="one table of several finished runs")
+    many.add_argument("runs", type=Path, nargs="+")
     two = commands.add_parser("generate", help="continue a prompt")
     two.add_argument("run", type=Path)
     two.add_argument("prompt")
@@ -234,7 +260,12 @@ def main(argv=None):
     two.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     try:
-        evaluate(args.run) if args.command == "report" else continue_text(args)
+        if args.command == "report":
+            evaluate(args.run)
+        elif args.command == "compare":
+            compare(args.runs)
+        else:
+            continue_text(args)
         return 0
     except BadInput as error:
         print(f"eval.py: {error}", file=sys.stderr)

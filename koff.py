@@ -1,4 +1,4 @@
-"""Knowledge offloading (Galliamov, Choenni, Titov, arXiv 2605.29075): gates, memories, losses, compaction, router.
+"""Knowledge offloading (Galliamov, Choenni, Titov, arXiv 2605.29075): gates, memories, losses, compaction, files.
 
     min over z, {M_d}:  sum_d E_{x in D_d} KL(teacher || student(z, M_d))  +  lambda * Omega(z)                     Eq. 1
                         + the same KL on general text with a random module attached, for the gates only             Eq. 2
@@ -12,15 +12,12 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from data import BadInput, atomic
-from data.corpus import windows
+from data import BadInput, atomic, read_tensors
 from model import BlockMemory, Cache, Model
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -365,10 +362,10 @@ def compact_memory(blocks, mask, first):
     for i, m in blocks.items():
         lora = dict(m.lora)
         if i >= first:
-            kept = {name: t.to(m.device) for name, t in kept_of(mask, i - first).items()}
+            kept = kept_of(mask, i - first)
             for name, (a, b) in lora.items():
-                rows = kept["neuron" if name in ("gate", "up") else name]
-                lora[name] = (a[:, kept["neuron"]] if name == "down" else a, b[rows])
+                rows, columns = kept["neuron" if name in ("gate", "up") else name], kept["neuron"]
+                lora[name] = (a[:, columns.to(a.device)] if name == "down" else a, b[rows.to(b.device)])
         out[i] = BlockMemory(lora, m.keys, m.values)
     return out
 
@@ -390,54 +387,6 @@ def ledger(total, removed, modules):
     one = max(sizes.values(), default=0)
     share, every = one / max(1, removed), sum(sizes.values())
     return dict(total=total, removed=removed, one_module=one, all_modules=every, one_module_share=share)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Router: which domain is this text? Naive Bayes on a hashed bag of token n-grams, which is linear in the bag.
-
-
-class Router:
-    """weight [domains, buckets]: log-probability of each n-gram bucket; threshold [domains]: lowest score still trusted.
-
-    The score of a text is its mean log-probability per n-gram under a domain. It is a likelihood, so that text unlike
-    every domain scores low under all of them: the router then answers "unsure" (None).
-    """
-
-    BUCKETS, WINDOW = 2**16, 50
-
-    def __init__(self, domains, weight, threshold):
-        self.domains, self.weight, self.threshold = list(domains), weight, threshold
-
-    @classmethod
-    def buckets(cls, ids):
-        """ids [n, T] -> hashed buckets of all unigrams and bigrams [n, 2 T - 1]."""
-        ids = np.asarray(ids, dtype=np.int64)
-        pair = (ids[:, :-1] * 1_000_003 + ids[:, 1:]) * 2_654_435_761 % 2**32 % (cls.BUCKETS // 2) + cls.BUCKETS // 2
-        return np.concatenate([ids * 2_654_435_761 % 2**32 % (cls.BUCKETS // 2), pair], axis=1)
-
-    @classmethod
-    def fit(cls, train, keep=0.98):
-        """train {domain: ids}. Counts come from the first 90%; thresholds keep the share `keep` of windows of the rest."""
-        cut = {name: len(ids) * 9 // 10 for name, ids in train.items()}
-        bags = [cls.buckets(ids[None, : cut[name]])[0] for name, ids in train.items()]
-        counts = np.stack([np.bincount(bag, minlength=cls.BUCKETS) for bag in bags]) + 0.1  # smoothed
-        weight = np.log(counts / counts.sum(axis=1, keepdims=True)).astype(np.float32)
-        router = cls(train, weight, np.zeros(len(train)))
-        for d, (name, ids) in enumerate(train.items()):
-            tail = windows(ids[cut[name] :], cls.WINDOW)
-            router.threshold[d] = np.quantile(router.scores(tail)[:, d], 1 - keep)
-        return router
-
-    def scores(self, ids):
-        """ids [n, T] -> [n, domains]."""
-        return self.weight[:, self.buckets(ids)].mean(axis=2).T
-
-    def route(self, ids):
-        """ids [n, T] -> list of n domain names, None where unsure. Shorter than WINDOW, texts are unsure more often."""
-        scores = self.scores(ids)
-        best = scores.argmax(axis=1)
-        sure = scores.max(axis=1) >= self.threshold[best]
-        return [self.domains[b] if s else None for b, s in zip(best, sure, strict=True)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -464,18 +413,9 @@ def save_module(path, blocks, fingerprint):
         save_file(tensors_of(blocks), partial, metadata={"koff_backbone": fingerprint})
 
 
-def read(path, framework="pt", device="cpu"):
-    """(tensors, metadata) of a safetensors file of a run; BadInput if it cannot be read."""
-    try:
-        with safe_open(path, framework, device=str(device)) as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise BadInput(f"{path} cannot be read ({error}); name a run that train.py has finished.") from None
-
-
 def load_module(path, config, dtype, device="cpu"):
     """{block: BlockMemory} of a saved module. BadInput if it was trained with another backbone than `config`'s."""
-    tensors, metadata = read(path, device=device)
+    tensors, metadata = read_tensors(path, device=device)
     tensors, made_for = {name: t.to(dtype) for name, t in tensors.items()}, metadata.get("koff_backbone")
     if made_for != config.raw.get("koff_fingerprint"):
         raise BadInput(f"{path} was trained with another backbone ({made_for}); load it with the run it belongs to.")
@@ -498,16 +438,5 @@ def save_gates(path, gates, mask):
 
 def load_mask(path):
     """{name: bool [N, channels]}: the final mask."""
-    tensors, _ = read(path)
+    tensors, _ = read_tensors(path)
     return {n.removeprefix("mask."): t.bool() for n, t in tensors.items() if n.startswith("mask.")}
-
-
-def save_router(path, router):
-    tensors = {"weight": torch.from_numpy(router.weight), "threshold": torch.from_numpy(router.threshold)}
-    with atomic(path) as partial:
-        save_file(tensors, partial, metadata={"domains": json.dumps(router.domains)})
-
-
-def load_router(path):
-    tensors, metadata = read(path, "np")
-    return Router(json.loads(metadata["domains"]), tensors["weight"], tensors["threshold"])

@@ -170,10 +170,6 @@ class BlockMemory:
     def length(self):
         return 0 if self.keys is None else self.keys.shape[1]
 
-    @property
-    def device(self):
-        return next(t for t in (self.keys, *(b for _, b in self.lora.values())) if t is not None).device
-
 
 class Cache:
     """Keys and values of the tokens so far, memory tokens included. `room`: tokens that may follow the first call."""

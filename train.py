@@ -26,6 +26,7 @@ from tqdm import tqdm
 import koff
 from data import BadInput, atomic
 from data.corpus import batch, load_domains, load_text
+from data.router import Router
 from data.tokenizer import Tokenizer
 from model import Config, load
 
@@ -252,7 +253,7 @@ def open_run(s, out):
     koff.Gates(config, first, s.granularity).check_target(s.sparsity, s.count)
     tokenizer = Tokenizer.from_folder(s.model)
     how = dict(tokenizer=tokenizer, cache=out.parent / "tokens", separator=(*config.eos_token_ids, None)[0])
-    need = (s.batch * (s.seq_len + 1), s.eval_len)
+    need = (max(s.batch * (s.seq_len + 1), 10 * Router.WINDOW), max(s.eval_len, Router.WINDOW))
     domains = load_domains(s.data, need=need, least=2, **how)
     retention = load_text(s.retention, need=(need[0], 0), **how) if s.retention else None
     trainer = Trainer(load(s.model, pick_dtype(s.dtype, device), device), s, domains)
@@ -261,9 +262,14 @@ def open_run(s, out):
     return trainer, tokenizer, domains, retention
 
 
-def train(s, out):
+def train(s, out, fresh=False):
     """Train, save and evaluate the run `s` in the folder `out`. Returns False if Ctrl-C stopped it."""
     trainer, tokenizer, domains, retention = open_run(s, out)
+    if fresh:  # nothing of an old run goes before the new one is known to work
+        for name in ("checkpoint.pt", "router.safetensors", "results.json", "report.md"):
+            (out / name).unlink(missing_ok=True)
+        for module in out.glob("modules/*.safetensors"):
+            module.unlink()
     device, text, start, begun = trainer.penalty.device, {n: d.train for n, d in domains.items()}, 0, time.time()
     checkpoint = out / "checkpoint.pt"
     if checkpoint.exists():
@@ -323,7 +329,7 @@ def save(trainer, tokenizer, text, out):
     for domain in trainer.domains if s.memory else ():
         blocks = koff.compact_memory(trainer.memory(domain).by_block(small.head.dtype), mask, trainer.first)
         koff.save_module(out / "modules" / f"{domain}.safetensors", blocks, fingerprint)
-    koff.save_router(out / "router.safetensors", koff.Router.fit(text))
+    Router.fit(text).save(out / "router.safetensors")
 
 
 def parse(argv):
@@ -359,13 +365,7 @@ def main(argv=None):
             if (out / "results.json").exists():
                 print(f"{(out / 'report.md').read_text()}\n{out} is finished; --fresh trains it again")
                 return 0
-        if fresh and ours.exists():
-            open_run(s, out)  # nothing of the old run goes before the new one is known to work
-            for name in ("checkpoint.pt", "results.json", "report.md"):
-                (out / name).unlink(missing_ok=True)
-            for module in out.glob("modules/*.safetensors"):
-                module.unlink()
-        return 0 if train(s, out) else 130
+        return 0 if train(s, out, fresh) else 130
     except BadInput as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 
 def check_versions(python=sys.version_info, torch=torch.__version__):
@@ -38,3 +39,12 @@ def atomic(path):
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def read_tensors(path, framework="pt", device="cpu"):
+    """({name: tensor}, metadata) of a safetensors file that a run saved; BadInput if it cannot be read."""
+    try:
+        with safe_open(path, framework, device=str(device)) as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise BadInput(f"{path} cannot be read ({error}); name a run that train.py has finished.") from None

@@ -101,7 +101,8 @@ def load_text(path, tokenizer, cache, heldout=0.05, separator=None, need=(0, 0))
     for part, ids, least in ("training", split.train, need[0]), ("held-out", split.heldout, need[1]):
         if len(ids) < least:
             shorter = "--seq-len or --batch" if part == "training" else "--eval-len"
-            raise BadInput(f"{path}: its {part} text has {len(ids)} of {least} tokens; add text or lower {shorter}.")
+            needed = f"{len(ids)} tokens, {least} are needed"
+            raise BadInput(f"{path}: its {part} text has {needed}; add text, or lower {shorter}.")
     return split
 
 

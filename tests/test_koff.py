@@ -9,6 +9,7 @@ import torch
 
 import koff
 from data import BadInput
+from data.router import Router
 
 KINDS = {
     "llama": {},
@@ -322,7 +323,7 @@ def test_in_chunks_never_holds_more_than_a_chunk():
 def test_router_knows_its_domains_and_what_it_does_not_know():
     rng = np.random.default_rng(0)
     low, high, strange = (rng.integers(a, a + 300, 20_000) for a in (0, 250, 2000))
-    router = koff.Router.fit({"low": low, "high": high})
+    router = Router.fit({"low": low, "high": high})
     tiles = [ids[:5000].reshape(-1, 50) for ids in (low, high, strange)]
     assert [router.domains[i] for i in router.scores(tiles[0]).argmax(1)] == ["low"] * 100
     assert router.route(tiles[1]).count("high") > 90 and set(router.route(tiles[1])) <= {"high", None}

@@ -138,7 +138,7 @@ def test_a_run_writes_what_the_readme_promises(world, more, capsys):
     assert results["perplexity"]["koff"]["german"] == results["swap"]["german"]["german"]
     assert (out / "report.md").read_text().strip() in capsys.readouterr().out
     assert {p.name for p in (out / "modules").iterdir()} == {"german.safetensors", "french.safetensors"}
-    assert not list(out.rglob("*.part"))
+    assert not list(out.rglob("*.part")) and not (out / "checkpoint.pt").exists()
 
 
 def test_without_memory_and_without_training(world):
@@ -383,6 +383,40 @@ def test_an_output_folder_with_another_run_is_left_alone(world, capsys):
     assert train.main([*flags(world, rank=3, model="nowhere"), "--fresh"]) == 2
     assert {p: p.read_bytes() for p in (world / "runs").rglob("*") if p.is_file()} == before
     assert train.main([*flags(world, rank=3), "--fresh"]) == 0
+
+
+def test_evaluation_of_what_is_no_finished_run(world, capsys):
+    import eval as evaluation
+
+    out = world / "runs/one"
+    cases = ["settings.json does not exist", "is not the settings of this version", "is not finished"]
+    for message in cases:
+        assert evaluation.main(["report", str(out)]) == 2
+        assert message in capsys.readouterr().err
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "settings.json").write_text('{"wrong": 1}' if message == cases[0] else "{}")
+    assert evaluation.main(["compare", str(out)]) == 2
+    assert "results.json does not exist" in capsys.readouterr().err
+
+
+def test_finished_runs_are_compared_and_generate_text(world, capsys):
+    import eval as evaluation
+
+    for seed in (0, 1):
+        assert train.main(flags(world, seed=seed, out=world / f"runs/{seed}")) == 0
+    (world / "base").rename(world / "elsewhere")  # the run alone has to be enough
+    capsys.readouterr()
+    assert evaluation.main(["compare", str(world / "runs/0"), str(world / "runs/1")]) == 0
+    rows = capsys.readouterr().out.splitlines()
+    assert len(rows) == 5 and rows[-1].startswith("| mean +/- std") and "0.050 +/- 0.00" in rows[-1]
+    for more in (["--module", "german"], ["--temperature", "1", "--top-p", "0.9"]):
+        assert evaluation.main(["generate", str(world / "runs/0"), "Der Kernel", "--tokens", "5", *more]) == 0
+        assert capsys.readouterr().out.startswith("Der Kernel")
+    assert evaluation.main(["generate", str(world / "runs/0"), "Der Kernel", "--module", "dutch"]) == 2
+    assert "has no module 'dutch'; it has french, german" in capsys.readouterr().err
+    (world / "runs/0/router.safetensors").write_bytes(b"short")
+    assert evaluation.main(["generate", str(world / "runs/0"), "Der Kernel"]) == 2
+    assert "router.safetensors cannot be read" in capsys.readouterr().err
 
 
 def test_a_wrong_flag_on_the_command_line(world):
