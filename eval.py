@@ -9,13 +9,15 @@ import argparse
 import json
 import math
 import sys
+import time
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 
 import koff
-from data import BadInput, atomic
+from data import BadInput, atomic, run_script
 from data.corpus import load_domains, read_documents, windows
 from data.router import Router
 from data.tokenizer import Tokenizer
@@ -31,19 +33,23 @@ class Run:
         self.settings = Settings.from_file(self.folder / "settings.json")
         if not (self.folder / "router.safetensors").exists():  # the last part that train.py saves
             raise BadInput(f"{self.folder} is not finished; continue it with the train.py command that began it.")
-        self.device = pick_device(self.settings.device if device == "auto" else device)
+        self.device = pick_device(device)
         self.dtype = pick_dtype(self.settings.dtype, self.device)
         self.backbone = load(self.folder / "backbone", self.dtype, self.device)
         self.tokenizer = Tokenizer.from_folder(self.folder / "backbone")
         self.router = Router.load(self.folder / "router.safetensors")
-        self.modules = {path.stem: self.module(path.stem) for path in sorted(self.folder.glob("modules/*.safetensors"))}
+        self.names = sorted(path.stem for path in self.folder.glob("modules/*.safetensors"))
 
     def module(self, name):
+        if name not in self.names:
+            raise BadInput(f"{self.folder} has no module {name!r}; it has {', '.join(self.names) or 'none'}.")
         path = self.folder / "modules" / f"{name}.safetensors"
-        if not path.exists():
-            known = ", ".join(sorted(p.stem for p in self.folder.glob("modules/*.safetensors"))) or "none"
-            raise BadInput(f"{self.folder} has no module {name!r}; it has {known}.")
         return koff.load_module(path, self.backbone.config, self.dtype, self.device)
+
+    @cached_property
+    def modules(self):
+        """{domain: {block: BlockMemory}}, all of them."""
+        return {name: self.module(name) for name in self.names}
 
 
 @torch.no_grad()
@@ -68,9 +74,8 @@ def perplexities(run, base, domains):
     """Two tables {variant: {domain: x}} and {domain: {module: x}}, and the share of windows whose router was unsure."""
     s = run.settings
     first = len(base.layers) - s.blocks
-    variants = {"unpruned": (base, None), "backbone": (run.backbone, None)} | {
-        n: (run.backbone, m) for n, m in run.modules.items()
-    }
+    variants = {"": (base, None), None: (run.backbone, None)}  # the unpruned model; no module; and each domain's own
+    variants |= {name: (run.backbone, module) for name, module in run.modules.items()}
     table, swap, unsure = {name: {} for name in ("unpruned", "backbone", "koff", "routed")}, {}, {}
     for domain, split in domains.items():
         x = windows(split.heldout, s.eval_len, s.eval_windows)
@@ -81,10 +86,10 @@ def perplexities(run, base, domains):
         def ppl(values, x=x):
             return math.exp(float(np.sum(values)) / (x.shape[0] * (x.shape[1] - 1)))
 
-        table["unpruned"][domain], table["backbone"][domain] = ppl(nll["unpruned"]), ppl(nll["backbone"])
+        table["unpruned"][domain], table["backbone"][domain] = ppl(nll[""]), ppl(nll[None])
         if run.modules:
             table["koff"][domain] = ppl(nll[domain])
-            table["routed"][domain] = ppl([nll[name or "backbone"][i] for i, name in enumerate(chosen)])
+            table["routed"][domain] = ppl([nll[name][i] for i, name in enumerate(chosen)])
             swap[domain] = {name: ppl(nll[name]) for name in run.modules}
             unsure[domain] = sum(name is None for name in chosen) / len(chosen)
     return table, swap, unsure
@@ -168,15 +173,25 @@ def report(results):
     return "\n\n".join(text) + "\n"
 
 
-def evaluate(folder, seconds=None):
-    """All tables of the run: on the screen, in report.md and results.json. Returns the results."""
-    run = Run(folder)
-    s, path = run.settings, Path(folder, "results.json")
-    if seconds is None:
-        seconds = json.loads(path.read_text())["seconds"] if path.exists() else 0.0
+def saved_results(folder):
+    """results.json of a finished run."""
+    path = Path(folder, "results.json")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path} cannot be read ({error}); name runs that train.py has finished.") from None
+
+
+def evaluate(folder, begun=None, device="auto"):
+    """All tables of the run: on the screen, in report.md and results.json. `begun`: when it began; without: long ago."""
+    run = Run(folder, device)
+    s, seconds = run.settings, None if begun else saved_results(folder)["seconds"]
     base = load(s.model, run.dtype, run.device)
     eos = base.config.eos_token_ids[0] if base.config.eos_token_ids else None
-    domains = load_domains(s.data, run.tokenizer, Path(folder).parent / "tokens", separator=eos)
+    need = (0, max(s.eval_len, Router.WINDOW))
+    domains = load_domains(s.data, run.tokenizer, Path(folder).parent / "tokens", separator=eos, need=need)
+    if list(domains) != run.router.domains:
+        raise BadInput(f"{s.data} holds {', '.join(domains)}, not the domains that {folder} was trained on.")
     perplexity, swap, unsure = perplexities(run, base, domains)
     total, layers, led = sparsity(run, base)
     size = base.head.element_size()
@@ -188,14 +203,13 @@ def evaluate(folder, seconds=None):
     results = {
         "perplexity": perplexity, "swap": swap, "sparsity": total, "router": router, "ledger": led,
         "layers": {str(i): row for i, row in layers.items()}, "settings": json.loads((run.folder / "settings.json").read_text()),
-        "seconds": round(seconds, 1),
+        "seconds": round(time.time() - begun, 1) if begun else seconds,
     }  # fmt: skip
     text = report(results)
     for name, content in ("report.md", text), ("results.json", json.dumps(results, indent=1) + "\n"):
-        with atomic(Path(folder, name)) as partial:
+        with atomic(run.folder / name) as partial:
             partial.write_text(content, encoding="utf-8")
     print("\n" + text)
-    return results
 
 
 def compare(folders):
@@ -203,10 +217,7 @@ def compare(folders):
     columns = ("physical", "backbone", "KOFF", "worst domain", "routed", "best on diagonal", "router", "minutes")
     found = {}
     for folder in folders:
-        path = Path(folder, "results.json")
-        if not path.exists():
-            raise BadInput(f"{path} does not exist; name folders of runs that train.py has finished.")
-        r = json.loads(path.read_text(encoding="utf-8"))
+        r = saved_results(folder)
         mean = {v: np.mean(x) for v, x in ratios(r).items()}
         worst = max(ratios(r)["koff"]) if r["swap"] else None
         diagonal = np.mean([min(row, key=row.get) == d for d, row in r["swap"].items()]) if r["swap"] else None
@@ -224,20 +235,21 @@ def compare(folders):
 
 
 def continue_text(args):
-    """Generate with a named or routed module, printing tokens as they come."""
-    run = Run(args.run)
+    """Generate with a named or routed module."""
+    if args.temperature < 0 or not 0 < args.top_p <= 1 or args.tokens < 1:
+        raise BadInput("give a --temperature of at least 0, a --top-p above 0 and up to 1, and --tokens of at least 1.")
+    run = Run(args.run, args.device)
     ids = run.tokenizer.encode(args.prompt, bos=True)
     if not ids:
         raise BadInput("the prompt is empty; give some text.")
-    name = args.module or run.router.route(np.array([ids]))[0]
-    print(f"[module: {name or 'none, the router is unsure'}]", file=sys.stderr)
+    name = args.module or (run.router.route(np.array([ids]))[0] if run.names else None)
+    print(f"[module: {name or 'none, the router is unsure' if run.names else 'none in this run'}]", file=sys.stderr)
     memory = run.module(name) if name else None
     generator = torch.Generator(run.device).manual_seed(args.seed)
     eos, pieces = run.backbone.config.eos_token_ids, bytearray(args.prompt.encode())
-    for token in generate(
-        run.backbone, torch.tensor([ids], device=run.device), args.tokens, run.tokenizer.vocab_size,
-        eos, args.temperature, args.top_p, memory, generator,
-    ):  # fmt: skip
+    prompt, rows = torch.tensor([ids], device=run.device), run.tokenizer.vocab_size
+    how = dict(eos=eos, temperature=args.temperature, top_p=args.top_p, memory=memory, generator=generator)
+    for token in generate(run.backbone, prompt, args.tokens, rows, **how):
         if token.item() not in eos:
             pieces += run.tokenizer.decode_bytes([token.item()])
     print(pieces.decode("utf-8", errors="replace"))
@@ -246,33 +258,27 @@ def continue_text(args):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    one = commands.add_parser("report", help="evaluate a finished run again")
-    one.add_argument("run", type=Path)
+    again = commands.add_parser("report", help="evaluate a finished run again")
+    again.add_argument("run", type=Path)
     many = commands.add_parser("compare", help="one table of several finished runs")
     many.add_argument("runs", type=Path, nargs="+")
-    two = commands.add_parser("generate", help="continue a prompt")
-    two.add_argument("run", type=Path)
-    two.add_argument("prompt")
-    two.add_argument("--module", help="domain whose module is attached; without it the router picks")
-    two.add_argument("--tokens", type=int, default=64, help="how many to generate [64]")
-    two.add_argument("--temperature", type=float, default=0.0, help="0 is greedy [0]")
-    two.add_argument("--top-p", type=float, default=1.0, help="nucleus [1]")
-    two.add_argument("--seed", type=int, default=0)
+    text = commands.add_parser("generate", help="continue a prompt")
+    text.add_argument("run", type=Path)
+    text.add_argument("prompt")
+    text.add_argument("--module", help="domain whose module is attached; without it the router picks")
+    text.add_argument("--tokens", type=int, default=64, help="how many to generate [64]")
+    text.add_argument("--temperature", type=float, default=0.0, help="0 is greedy [0]")
+    text.add_argument("--top-p", type=float, default=1.0, help="nucleus [1]")
+    text.add_argument("--seed", type=int, default=0)
+    for command in (again, text):
+        command.add_argument("--device", default="auto", help="cpu or cuda; auto: cuda where there is one [auto]")
     args = parser.parse_args(argv)
-    try:
-        if args.command == "report":
-            evaluate(args.run)
-        elif args.command == "compare":
-            compare(args.runs)
-        else:
-            continue_text(args)
-        return 0
-    except BadInput as error:
-        print(f"eval.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\neval.py: stopped; nothing was written", file=sys.stderr)
-        return 130
+    work = {
+        "report": lambda: evaluate(args.run, device=args.device),
+        "compare": lambda: compare(args.runs),
+        "generate": lambda: continue_text(args),
+    }
+    return run_script("eval.py", work[args.command], "nothing was written") or 0
 
 
 if __name__ == "__main__":

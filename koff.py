@@ -9,6 +9,7 @@ Shapes as in `model.py`; N is the number of gated upper blocks, K the number of 
 import hashlib
 import json
 import math
+from bisect import bisect_left
 from dataclasses import replace
 from pathlib import Path
 
@@ -47,7 +48,7 @@ class Gates(nn.Module):
 
     def __init__(self, config, first, granularity="neuron", beta=2 / 3, start=3.0):
         super().__init__()
-        self.config, self.first, self.granularity, self.beta = config, first, granularity, beta
+        self.config, self.first, self.beta = config, first, beta
         width = {name: rows for name, (rows, _) in config.shapes.items()} | {"neuron": config.intermediate_size}
         shape = {name: (config.num_hidden_layers - first, width[name]) for name in GATED[granularity]}
         self.log_alpha = nn.ParameterDict({name: torch.full(shape[name], start) for name in shape})
@@ -128,12 +129,7 @@ class Gates(nn.Module):
             parts = still.split([a.numel() for a in flat.values()])
             return {name: part.view_as(a) for (name, a), part in zip(flat.items(), parts, strict=True)}
 
-        low, high = 0, len(order)
-        while low < high:
-            middle = (low + high) // 2
-            enough = self.sparsity(mask(middle), count) >= target
-            low, high = (low, middle) if enough else (middle + 1, high)
-        return mask(low)
+        return mask(bisect_left(range(len(order)), True, key=lambda n: bool(self.sparsity(mask(n), count) >= target)))
 
     def check_target(self, target, count):
         most = self.sparsity({name: torch.zeros(a.shape) for name, a in self.log_alpha.items()}, count).item()
@@ -147,8 +143,7 @@ class Gates(nn.Module):
         flat = torch.cat([s.flatten() for s in score.values()])
         rank = flat.argsort().argsort().float() / max(1, len(flat) - 1)
         parts = rank.split([s.numel() for s in score.values()])
-        for name, part in zip(score, parts, strict=True):
-            a = self.log_alpha[name]
+        for a, part in zip(self.log_alpha.values(), parts, strict=True):
             a.copy_((centre - half + 2 * half * part).view_as(a))
 
 
@@ -324,11 +319,11 @@ def distill(model, hidden, answer, tokens, objective="kl", tail="bucket"):
 # Compaction: the closed channels leave the tensors.
 
 
-def kept_of(mask, i):
-    """Indices of the open channels of gated block number i: {"k", "v", "neuron", "down"} -> int64 [kept]."""
+def kept_of(mask, i, device):
+    """Indices of the open channels of gated block number i, {name: int64 [kept]}; "gate" and "up" as "neuron"."""
     neuron = mask["neuron"][i] if "neuron" in mask else mask["gate"][i] & mask["up"][i]
-    rows = {"k": mask["k"][i], "v": mask["v"][i], "neuron": neuron, "down": mask["down"][i]}
-    return {name: row.nonzero()[:, 0] for name, row in rows.items()}
+    rows = {name: mask[name][i] for name in ("k", "v", "down")} | dict.fromkeys(("neuron", "gate", "up"), neuron)
+    return {name: row.nonzero()[:, 0].to(device) for name, row in rows.items()}
 
 
 @torch.no_grad()
@@ -337,18 +332,16 @@ def compact(model, mask, first):
     c, kept = model.config, [None] * model.config.num_hidden_layers
     state = dict(model.state_dict())
     for i in range(first, c.num_hidden_layers):
-        index = {name: t.to(model.embed_tokens.weight.device) for name, t in kept_of(mask, i - first).items()}
-        kept[i] = {name: len(t) for name, t in index.items()}
-        rows = {"self_attn.k": "k", "self_attn.v": "v", "mlp.gate": "neuron", "mlp.up": "neuron", "mlp.down": "down"}
-        for projection, channels in rows.items():
-            for kind in ("weight", "bias"):
-                if (name := f"layers.{i}.{projection}_proj.{kind}") in state:
-                    state[name] = state[name][index[channels]]
-        down = f"layers.{i}.mlp.down_proj.weight"
-        state[down] = state[down][:, index["neuron"]].contiguous()
-        for name in ("k", "v", "down"):
-            if len(index[name]) < c.shapes[name][0]:
+        index = kept_of(mask, i - first, model.head.device)
+        kept[i] = {name: len(index[name]) for name in ("k", "v", "neuron", "down")}
+        for name, (rows, _) in c.shapes.items():
+            matrix = f"layers.{i}.{'self_attn' if name in ('k', 'v') else 'mlp'}.{name}_proj"
+            for own in (f"{matrix}.weight", f"{matrix}.bias"):
+                if own in state:
+                    state[own] = state[own][index[name]]
+            if name not in ("gate", "up") and len(index[name]) < rows:
                 state[f"layers.{i}.{name}_kept"] = index[name]
+        state[f"{matrix}.weight"] = state[f"{matrix}.weight"][:, index["neuron"]].contiguous()  # down, the last
     config = replace(c, kept=tuple(kept), raw={**c.raw, "koff_kept": kept})
     with torch.device("meta"):
         small = Model(config)
@@ -360,12 +353,10 @@ def compact_memory(blocks, mask, first):
     """{block: BlockMemory} cut to the open channels of `mask`: rows of B, and down's columns of A."""
     out = {}
     for i, m in blocks.items():
-        lora = dict(m.lora)
-        if i >= first:
-            kept = kept_of(mask, i - first)
-            for name, (a, b) in lora.items():
-                rows, columns = kept["neuron" if name in ("gate", "up") else name], kept["neuron"]
-                lora[name] = (a[:, columns.to(a.device)] if name == "down" else a, b[rows.to(b.device)])
+        lora = {}
+        for name, (a, b) in m.lora.items():
+            kept = kept_of(mask, i - first, b.device)
+            lora[name] = a[:, kept["neuron"]] if name == "down" else a, b[kept[name]]
         out[i] = BlockMemory(lora, m.keys, m.values)
     return out
 
@@ -417,7 +408,7 @@ def load_module(path, config, dtype, device="cpu"):
     """{block: BlockMemory} of a saved module. BadInput if it was trained with another backbone than `config`'s."""
     tensors, metadata = read_tensors(path, device=device)
     tensors, made_for = {name: t.to(dtype) for name, t in tensors.items()}, metadata.get("koff_backbone")
-    if made_for != config.raw.get("koff_fingerprint"):
+    if made_for is None or made_for != config.raw.get("koff_fingerprint"):
         raise BadInput(f"{path} was trained with another backbone ({made_for}); load it with the run it belongs to.")
     blocks = {}
     for name, tensor in tensors.items():

@@ -60,7 +60,7 @@ class Config:
             raise BadInput(f"{where}: model_type {kind!r} is not implemented; use llama, qwen2 or qwen3.")
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
         rope_type = rope.get("rope_type", rope.get("type", "default"))
-        sliding = raw.get("use_sliding_window") or "sliding_attention" in raw.get("layer_types", ())
+        sliding = raw.get("use_sliding_window") or "sliding_attention" in (raw.get("layer_types") or ())
         partial = {**raw, **rope}.get("partial_rotary_factor", 1)
         for what, refused in {
             f"RoPE scaling {rope_type!r}": rope_type not in ("default", "llama3"),
@@ -75,14 +75,20 @@ class Config:
         eos = raw.get("eos_token_id")
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
         for key in sizes:
-            if not isinstance(raw.get(key), int):
-                raise BadInput(f"{where}: the key {key!r} is missing or no integer; take the checkpoint's config.json.")
+            if type(raw.get(key)) is not int or raw[key] < 1:
+                raise BadInput(f"{where}: {key} is missing or not a size; take the checkpoint's own config.json.")
         heads = raw["num_attention_heads"]
+        groups, head_dim = raw.get("num_key_value_heads") or heads, raw.get("head_dim") or raw["hidden_size"] // heads
+        if heads % groups or head_dim % 2:
+            raise BadInput(f"{where}: {heads} heads of {head_dim} in {groups} groups do not fit; mend config.json.")
+        keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        if rope_type == "llama3" and not all(isinstance(rope.get(key), int | float) for key in keys):
+            raise BadInput(f"{where}: llama3 RoPE scaling needs the numbers {', '.join(keys)}; mend config.json.")
         return cls(
             model_type=kind,
             **{key: raw[key] for key in sizes},
-            num_key_value_heads=raw.get("num_key_value_heads") or heads,
-            head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
+            num_key_value_heads=groups,
+            head_dim=head_dim,
             rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
             rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 10_000.0),
             rope_scaling=dict(rope) if rope_type == "llama3" else None,
@@ -108,19 +114,20 @@ class Config:
         path = Path(folder, "config.json")
         try:
             return cls.from_dict(json.loads(path.read_text(encoding="utf-8")), path)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise BadInput(f"{path} does not exist; give the folder of a Hugging Face checkpoint.") from None
-        except ValueError:
-            raise BadInput(f"{path} is not valid JSON; download it again.") from None
+        except (ValueError, TypeError, AttributeError) as error:
+            raise BadInput(f"{path} is not a valid config.json ({error}); download it again.") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Pieces.
 
 
-def rope_frequencies(config):
+def rope_frequencies(config, device):
     """Inverse wavelengths [hd / 2] (RoFormer, arXiv 2104.09864), stretched for long texts as Llama 3.1 does."""
-    f = 1.0 / config.rope_theta ** (torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
+    channel = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device)
+    f = 1.0 / config.rope_theta ** (channel / config.head_dim)
     if (s := config.rope_scaling) is None:
         return f
     turns = s["original_max_position_embeddings"] * f / (2 * math.pi)  # within the original context
@@ -132,7 +139,7 @@ def rope_frequencies(config):
 def rope_table(config, start, length, like):
     """(cos, sin), each [length, hd / 2], for positions start .. start + length - 1, on the device and in the dtype of `like`."""
     positions = torch.arange(start, start + length, dtype=torch.float32, device=like.device)
-    angles = torch.outer(positions, rope_frequencies(config).to(like.device))
+    angles = torch.outer(positions, rope_frequencies(config, like.device))
     return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
 
 
@@ -318,22 +325,20 @@ class Model(nn.Module):
 
 
 def checkpoint_files(folder):
-    """{file: None, or the names that the index expects in it}. File names in an index are untrusted."""
+    """The files of a checkpoint, one or several shards. Their names in an index are untrusted."""
     index, single = Path(folder, "model.safetensors.index.json"), Path(folder, "model.safetensors")
     if not index.exists():
         if not single.exists():
             raise BadInput(f"{single} does not exist; only safetensors are read: download or convert the weights.")
-        return {single: None}
+        return [single]
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError):
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        for name in names:
+            if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
+                raise BadInput(f"{index} names the file {name!r}, not a plain .safetensors name; do not trust it.")
+    except (ValueError, LookupError, TypeError, AttributeError):
         raise BadInput(f"{index} has no valid weight_map; download it again.") from None
-    files = {}
-    for name, file in weight_map.items():
-        if Path(file).name != file or "\\" in file or not file.endswith(".safetensors"):
-            raise BadInput(f"{index} names the file {file!r}, which is not a plain .safetensors name; do not trust it.")
-        files.setdefault(Path(folder, file), set()).add(name)
-    return files
+    return [Path(folder, name) for name in names]
 
 
 def load(folder, dtype=torch.float32, device="cpu"):
@@ -345,11 +350,10 @@ def load(folder, dtype=torch.float32, device="cpu"):
     with torch.device("meta"):
         model = Model(config)
     expected, state = model.state_dict(), {}
-    for path, promised in checkpoint_files(folder).items():
+    for path in checkpoint_files(folder):
         try:
             with safe_open(path, "pt") as file:
-                names = set(file.keys())
-                for name in sorted(names):
+                for name in file.keys():  # noqa: SIM118
                     own, tensor = name.removeprefix("model."), file.get_tensor(name)
                     if own.endswith("rotary_emb.inv_freq"):  # old checkpoints store what the config says
                         continue
@@ -363,8 +367,6 @@ def load(folder, dtype=torch.float32, device="cpu"):
             raise BadInput(f"{path} does not exist, though the index names it; download it again.") from None
         except (SafetensorError, OSError) as error:
             raise BadInput(f"{path} is truncated or not a safetensors file ({error}); download it again.") from None
-        if promised and promised - names:
-            raise BadInput(f"{path} lacks {min(promised - names)}, which the index places there; download it again.")
     if missing := expected.keys() - state.keys():
         raise BadInput(f"{folder}: {len(missing)} tensors are missing, {min(missing)} among them; download it again.")
     tied = state.pop("lm_head.weight", None) if config.tie_word_embeddings else None
@@ -385,10 +387,11 @@ def generate(model, tokens, steps, vocab_size, eos=(), temperature=0.0, top_p=1.
     temperature 0 is greedy; `top_p` keeps the smallest set of tokens with that probability. Rows of the vocabulary from
     `vocab_size` on are padding and never sampled. A finished row repeats its eos id.
     """
-    B, T = tokens.shape
-    limit = model.config.max_position_embeddings
-    if T + steps > limit:
-        raise BadInput(f"{T} prompt tokens and {steps} new ones exceed the model's context of {limit}; ask for less.")
+    (B, T), limit = tokens.shape, model.config.max_position_embeddings
+    M = max((block.length for block in (memory or {}).values()), default=0)
+    if M + T + steps > limit:
+        have = f"{M} memory tokens, {T} of the prompt and {steps} new ones"
+        raise BadInput(f"{have} exceed the model's context of {limit}; shorten the prompt or ask for less.")
     cache, stop = Cache(steps), torch.tensor(list(eos), dtype=tokens.dtype, device=tokens.device)
     done, last = torch.zeros(B, dtype=torch.bool, device=tokens.device), None
     x = tokens
@@ -399,7 +402,7 @@ def generate(model, tokens, steps, vocab_size, eos=(), temperature=0.0, top_p=1.
             new = logits.argmax(-1)
         else:
             p, order = (logits / temperature).softmax(-1).sort(dim=-1, descending=True)
-            p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)  # the first token always stays
+            p[:, 1:] = p[:, 1:].masked_fill((p.cumsum(-1) - p)[:, 1:] >= top_p, 0)  # the first token always stays
             new = order.gather(1, torch.multinomial(p, 1, generator=generator))[:, 0]
         last = new if last is None else torch.where(done, last, new)
         done = done | torch.isin(last, stop)

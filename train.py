@@ -24,7 +24,7 @@ from torch import nn
 from tqdm import tqdm
 
 import koff
-from data import BadInput, atomic
+from data import BadInput, atomic, run_script
 from data.corpus import batch, load_domains, load_text
 from data.router import Router
 from data.tokenizer import Tokenizer
@@ -55,10 +55,10 @@ class Settings:
     beta: float = option(2 / 3, "temperature of the gates (Louizos; at the paper's 2 the cost misleads)", low=0.05)
     ramp: float = option(0.2, "share of the steps in which the target rises to --sparsity (measured)", low=0.01, high=1)
     fix_mask: float = option(0.75, "last share of the steps, under the final 0/1 mask (measured)", low=0, high=0.99)
-    penalty: float = option(60.0, "first lambda (paper); x 1.03 a step while behind, / 1.03 while not", low=1e-3)
+    penalty: float = option(60.0, "first lambda (paper); x 1.03 a step while behind, / 1.03 while not", low=1)
     memory: bool = option(True, "train memories; --no-memory prunes only")
     rank: int = option(64, "LoRA rank (paper: 256 for 3B); 0: no LoRA", low=0)
-    alpha: float = option(64.0, "LoRA alpha; the update is scaled by alpha / rank (paper: 128 / 256)")
+    alpha: float = option(64.0, "LoRA alpha; the update is scaled by alpha / rank (paper: 128 / 256)", low=0)
     kv_tokens: int = option(16, "memory tokens per block (paper: 256); 0: none", low=0)
     kv_init: str = option("text", "start of the KV memory: text of the domain, or N(0, 0.02) (paper)", "text", "normal")
     objective: str = option("kl", "KL to the teacher (paper), next token, or half of each", "kl", "next-token", "blend")
@@ -72,7 +72,7 @@ class Settings:
     kv_rate: float = option(3e-3, "AdamW rate of the KV memory (measured; paper: 1e-2)", low=0)
     decay: float = option(0.5, "last share of the steps, in which LoRA's and KV's rates fall to 0", low=0, high=1)
     seed: int = option(0, "seed of data order, gate noise and first LoRA", low=0)
-    device: str = option("auto", "cpu, cuda or mps; auto: cuda where there is one")
+    device: str = option("auto", "cpu or cuda; auto: cuda where there is one")
     dtype: str = option("auto", "of the frozen weights; auto: bfloat16 if fast here", "auto", "bfloat16", "float32")
     checkpointing: bool = option(False, "recompute the student in backward: less memory, more time")
     eval_windows: int = option(12, "held-out windows per domain in the report", low=1)
@@ -89,7 +89,7 @@ class Settings:
                 raise BadInput(f"{flag} is {value!r}; give one of {', '.join(f.metadata['choices'])}.")
         if self.memory and not (self.rank or self.kv_tokens):
             raise BadInput("--rank 0 and --kv-tokens 0 contradict --memory: nothing is left of it; say --no-memory.")
-        if self.ramp > 1 - self.fix_mask:
+        if self.ramp + self.fix_mask > 1:
             raise BadInput("--ramp and --fix-mask contradict each other: the mask would be fixed during the ramp.")
         if self.kv_tokens > self.seq_len:
             raise BadInput("--kv-tokens is larger than --seq-len; a memory longer than the text is no memory.")
@@ -116,10 +116,10 @@ PRESETS = {
 
 
 def pick_device(name):
-    try:
-        return torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-    except RuntimeError:
-        raise BadInput(f"--device {name!r} is not a device; give cpu, cuda or mps.") from None
+    device = name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if device.split(":")[0] not in ("cpu", "cuda") or (device.startswith("cuda") and not torch.cuda.is_available()):
+        raise BadInput(f"--device {name!r} is not there; give cpu, or cuda where torch finds a GPU.")
+    return torch.device(device)
 
 
 def pick_dtype(name, device):
@@ -213,7 +213,7 @@ class Trainer:
             memory = self.memory(domain).by_block(shared.dtype) if s.memory else None
         hidden = model.run(shared, self.first, last, z, memory, checkpointing=s.checkpointing)
         loss = objective = koff.distill(model, hidden, answer, tokens, s.objective, s.tail)
-        if not fixed:  # lambda Omega(z) of Eq. 1; lambda follows the ramp
+        if not (fixed or retention):  # lambda Omega(z) of Eq. 1; lambda follows the ramp
             target = self.target(index)
             share = self.share * target / s.sparsity if s.sparsity else 0.0
             objective = loss + self.penalty * self.gates.behind(target, s.count, s.budget, share)
@@ -231,7 +231,7 @@ class Trainer:
     def restore(self, state):
         for name in ("gates", "memories", "optimizer"):
             getattr(self, name).load_state_dict(state[name])
-        self.penalty = state["penalty"]
+        self.penalty = state["penalty"].to(self.penalty.device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -245,13 +245,18 @@ def schedule(index, domains, seed):
 
 
 def open_run(s, out):
-    """Check everything that a run needs, before anything is written. Returns (trainer, tokenizer, domains, retention)."""
+    """Check everything that a run needs, before anything is written. Returns (trainer, domains, retention)."""
     config, device = Config.from_folder(s.model), pick_device(s.device)
     first = config.num_hidden_layers - s.blocks
     if first < 0:
         raise BadInput(f"--blocks is {s.blocks}, but {s.model} has {config.num_hidden_layers} blocks; give fewer.")
     koff.Gates(config, first, s.granularity).check_target(s.sparsity, s.count)
     tokenizer = Tokenizer.from_folder(s.model)
+    if max(tokenizer.vocab_size - 1, *config.eos_token_ids, 0) >= config.vocab_size:
+        raise BadInput(f"{s.model}: tokenizer.json has ids beyond the model's {config.vocab_size} rows; pair them.")
+    if (longest := max(s.seq_len, s.eval_len) + s.kv_tokens) > config.max_position_embeddings:
+        limit = config.max_position_embeddings
+        raise BadInput(f"{longest} tokens, --kv-tokens included, exceed the model's context of {limit}; lower them.")
     how = dict(tokenizer=tokenizer, cache=out.parent / "tokens", separator=(*config.eos_token_ids, None)[0])
     need = (max(s.batch * (s.seq_len + 1), 10 * Router.WINDOW), max(s.eval_len, Router.WINDOW))
     domains = load_domains(s.data, need=need, least=2, **how)
@@ -259,28 +264,28 @@ def open_run(s, out):
     trainer = Trainer(load(s.model, pick_dtype(s.dtype, device), device), s, domains)
     for split in (*domains.values(), *([retention] if retention else [])):
         split.store()
-    return trainer, tokenizer, domains, retention
+    return trainer, domains, retention
 
 
 def train(s, out, fresh=False):
     """Train, save and evaluate the run `s` in the folder `out`. Returns False if Ctrl-C stopped it."""
-    trainer, tokenizer, domains, retention = open_run(s, out)
+    begun = time.time()
+    trainer, domains, retention = open_run(s, out)
+    checkpoint, device, start = out / "checkpoint.pt", trainer.penalty.device, 0
+    text = {name: split.train for name, split in domains.items()}
     if fresh:  # nothing of an old run goes before the new one is known to work
-        for name in ("checkpoint.pt", "router.safetensors", "results.json", "report.md"):
-            (out / name).unlink(missing_ok=True)
-        for module in out.glob("modules/*.safetensors"):
-            module.unlink()
-    device, text, start, begun = trainer.penalty.device, {n: d.train for n, d in domains.items()}, 0, time.time()
-    checkpoint = out / "checkpoint.pt"
+        for old in (checkpoint, out / "router.safetensors", out / "results.json", *out.glob("modules/*.safetensors")):
+            old.unlink(missing_ok=True)
+    with atomic(out / "settings.json") as partial:
+        partial.write_text(json.dumps(asdict(s), indent=1) + "\n")
     if checkpoint.exists():
-        state = torch.load(checkpoint, map_location=device, weights_only=True)
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True)  # AdamW's counters stay on the CPU
         trainer.restore(state)
         start, begun = state["step"], begun - state["seconds"]
+        del state
         print(f"continuing {out} at step {start}")
     else:
         trainer.initialise(text)
-    with atomic(out / "settings.json") as partial:
-        partial.write_text(json.dumps(asdict(s), indent=1) + "\n")
 
     stop, bar = [], tqdm(total=s.steps, initial=start, desc=out.name, mininterval=1)
     before = signal.signal(signal.SIGINT, lambda *_: stop.append(True))  # never in the middle of an optimizer step
@@ -310,16 +315,17 @@ def train(s, out, fresh=False):
     finally:
         signal.signal(signal.SIGINT, before)
         bar.close()
-    save(trainer, tokenizer, text, out)
+    save(trainer, text, out)
+    del trainer  # what follows needs the memory
     import eval as evaluation  # eval.py reads what `save` wrote, as it would for any finished run
 
-    evaluation.evaluate(out, time.time() - begun)
+    evaluation.evaluate(out, begun)
     checkpoint.unlink(missing_ok=True)  # six modules with their optimizer state are larger than all that is left
     return True
 
 
 @torch.no_grad()
-def save(trainer, tokenizer, text, out):
+def save(trainer, text, out):
     """Close the gates, compact, and write backbone, modules, gates and router."""
     s = trainer.s
     mask = trainer.gates.final_mask(s.sparsity, s.count, s.budget)
@@ -342,7 +348,7 @@ def parse(argv):
         kind = {"type": type(f.default), "choices": f.metadata["choices"]}
         if isinstance(f.default, bool):
             kind = {"action": argparse.BooleanOptionalAction}
-        shown = Path(f.default).name if f.name in ("model", "data") else f.default
+        shown = Path(f.default).relative_to(HERE) if f.name in ("model", "data") else f.default
         flag, text = "--" + f.name.replace("_", "-"), f"{f.metadata['help']} [{shown}]"
         parser.add_argument(flag, default=argparse.SUPPRESS, help=text, **kind)
     given = vars(parser.parse_args(argv))
@@ -350,28 +356,25 @@ def parse(argv):
     return Settings(**{**PRESETS[preset], **given}), out or Path("out", preset), fresh
 
 
+def run(argv):
+    s, out, fresh = parse(argv)
+    keep_pages()
+    ours = out / "settings.json"
+    if out.exists() and not ours.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise BadInput(f"{out} holds something that is not a run; name another folder with --out.")
+    if ours.exists() and not fresh:
+        old = asdict(Settings.from_file(ours))
+        if changed := [name for name, value in asdict(s).items() if old[name] != value]:
+            flag = "--" + changed[0].replace("_", "-")
+            raise BadInput(f"{out} holds another run ({flag} differs); name another --out, or say --fresh.")
+        if (out / "results.json").exists():
+            print(f"{(out / 'report.md').read_text()}\n{out} is finished; --fresh trains it again")
+            return 0
+    return 0 if train(s, out, fresh) else 130
+
+
 def main(argv=None):
-    try:
-        s, out, fresh = parse(argv)
-        keep_pages()
-        ours = out / "settings.json"
-        if out.exists() and not ours.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise BadInput(f"{out} holds something that is not a run; name another folder with --out.")
-        if ours.exists() and not fresh:
-            old = asdict(Settings.from_file(ours))
-            if changed := [name for name, value in asdict(s).items() if old[name] != value]:
-                flag = "--" + changed[0].replace("_", "-")
-                raise BadInput(f"{out} holds another run ({flag} differs); name another --out, or say --fresh.")
-            if (out / "results.json").exists():
-                print(f"{(out / 'report.md').read_text()}\n{out} is finished; --fresh trains it again")
-                return 0
-        return 0 if train(s, out, fresh) else 130
-    except BadInput as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:  # before the first step or after the last one; in between, the loop saves
-        print("\ntrain.py: stopped; the same command starts again from the last checkpoint", file=sys.stderr)
-        return 130
+    return run_script("train.py", lambda: run(argv), "the same command continues from the last checkpoint")
 
 
 if __name__ == "__main__":

@@ -48,3 +48,15 @@ def read_tensors(path, framework="pt", device="cpu"):
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise BadInput(f"{path} cannot be read ({error}); name a run that train.py has finished.") from None
+
+
+def run_script(name, work, stopped):
+    """Exit status of work(): bad input, an unreadable file, a full disk or Ctrl-C end in one sentence, no traceback."""
+    try:
+        return work()
+    except (BadInput, OSError) as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\n{name}: stopped; {stopped}", file=sys.stderr)
+        return 130

@@ -33,7 +33,7 @@ class Split:
 def read_text(path):
     raw = path.read_bytes()
     try:
-        return raw.decode("utf-8")
+        return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise BadInput(f"{path} is not UTF-8 at byte {error.start}; convert it, for example with iconv.") from None
 
@@ -46,7 +46,7 @@ def read_documents(path):
     if path.suffix == ".txt":
         return [read_text(path)], True
     documents = []
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if line.strip():
             try:
                 text = json.loads(line)["text"]

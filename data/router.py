@@ -5,7 +5,7 @@ import json
 import numpy as np
 from safetensors.numpy import save_file
 
-from data import atomic, read_tensors
+from data import BadInput, atomic, read_tensors
 from data.corpus import windows
 
 
@@ -60,4 +60,6 @@ class Router:
     @classmethod
     def load(cls, path):
         tensors, metadata = read_tensors(path, "np")
+        if "domains" not in metadata:
+            raise BadInput(f"{path} is not a router; name a run that train.py has finished.")
         return cls(json.loads(metadata["domains"]), tensors["weight"], tensors["threshold"])

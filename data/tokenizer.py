@@ -45,7 +45,7 @@ class Tokenizer:
             return cls(json.loads(raw), hashlib.sha256(raw).hexdigest()[:16])
         except BadInput as error:
             raise BadInput(f"{path}: {error}") from None
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise BadInput(f"{path} is not a valid tokenizer.json ({reason}); download it again.") from None
 

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import eval as evaluation
 import koff
 import model as decoder
 import train
@@ -55,7 +56,7 @@ def flags(world, **more):
 
 def trainer_of(world, **more):
     s, out, _ = train.parse(flags(world, **more))
-    trainer, _, domains, _ = train.open_run(s, out)
+    trainer, domains, _ = train.open_run(s, out)
     return trainer, {name: split.train for name, split in domains.items()}
 
 
@@ -101,6 +102,7 @@ def test_retention_moves_gates_only_and_the_fixed_mask_stops_them(world):
     before = tensors(trainer)
     trainer.step(tokens, "german", 0, retention=True)
     after = tensors(trainer)
+    assert trainer.penalty.item() == 60  # Omega and its lambda belong to the domains' steps
     moved = {n for n in before if not torch.equal(before[n], after[n])}
     assert moved and all(n.startswith("log_alpha") for n in moved)
     trainer.fix(7)
@@ -127,7 +129,8 @@ def test_lambda_grows_while_behind_and_shrinks_while_not(world):
 
 
 @pytest.mark.parametrize("more", [{}, dict(granularity="projection", budget="module", count="paper", tail="drop"),
-                                  dict(objective="blend", gate_init="constant", kv_init="normal")])  # fmt: skip
+                                  dict(objective="blend", gate_init="constant", kv_init="normal"),
+                                  dict(objective="next-token", dtype="bfloat16", seed=3)])  # fmt: skip
 def test_a_run_writes_what_the_readme_promises(world, more, capsys):
     out = world / "runs/one"
     assert train.main(flags(world, retention=world / "data/french.txt", retention_every=2, **more)) == 0
@@ -141,10 +144,16 @@ def test_a_run_writes_what_the_readme_promises(world, more, capsys):
     assert not list(out.rglob("*.part")) and not (out / "checkpoint.pt").exists()
 
 
-def test_without_memory_and_without_training(world):
+def test_without_memory_and_without_training(world, capsys):
     assert train.main([*flags(world), "--no-memory"]) == 0
     results = json.loads((world / "runs/one/results.json").read_text())
     assert results["swap"] == {} and results["perplexity"]["koff"] == {}
+    assert evaluation.main(["generate", str(world / "runs/one"), "Der Kernel", "--tokens", "3"]) == 0
+    assert "none in this run" in capsys.readouterr().err
+    shutil.copy(world / "data/german.txt", world / "data/dutch.txt")
+    assert evaluation.main(["report", str(world / "runs/one")]) == 2
+    assert "not the domains that" in capsys.readouterr().err
+    (world / "data/dutch.txt").unlink()
     assert train.main(flags(world, steps=0, out=world / "runs/control")) == 0
     module = load_file(world / "runs/control/modules/german.safetensors")
     assert all((t == 0).all() for n, t in module.items() if n.endswith("lora_B"))
@@ -154,8 +163,9 @@ def outputs(folder):
     return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*.safetensors")}
 
 
-def test_resume_after_a_kill_is_the_uninterrupted_run_bit_for_bit(world, monkeypatch):
-    more = dict(retention=world / "data/french.txt", retention_every=2)
+@pytest.mark.parametrize("fix_mask", [0.25, 0.75])  # killed while the gates learn, and when they are fixed
+def test_resume_after_a_kill_is_the_uninterrupted_run_bit_for_bit(world, monkeypatch, fix_mask):
+    more = dict(retention=world / "data/french.txt", retention_every=2, fix_mask=fix_mask)
     assert train.main(flags(world, **more)) == 0
     whole, step = outputs(world / "runs/one"), Trainer.step
 
@@ -209,8 +219,11 @@ def fake_cuda(world, monkeypatch):
     monkeypatch.setattr(decoder, "causal_lower_right", mask)
     s, _, _ = train.parse(flags(world))
     trainer = Trainer(Model(Config.from_dict(CONFIG)), s, ["german", "french"])
+    kept = [None, None, {"k": 8, "v": 9, "neuron": 30, "down": 20}]
+    trainer.small = Model(Config.from_dict({**CONFIG, "koff_kept": kept})).to(torch.bfloat16)  # a compact backbone
     trainer.model.to(torch.bfloat16)
-    parts = [(part, part.state_dict()) for part in (trainer.model, trainer.gates, trainer.memories)]
+    modules = (trainer.model, trainer.small, trainer.gates, trainer.memories)
+    parts = [(part, part.state_dict()) for part in modules]
     shapes = [(part, {n: (p.shape, p.dtype) for n, p in state.items()}) for part, state in parts]
     with FakeTensorMode():
         for part, wanted in shapes:
@@ -232,8 +245,6 @@ def student_loss(trainer, tokens, tail="bucket"):
 
 
 def test_on_a_fake_gpu_no_tensor_stays_on_the_cpu(fake_cuda):
-    from eval import losses
-
     model, tokens = fake_cuda.model, torch.zeros(2, 16, dtype=torch.int64, device="cuda")
     for tail in ("bucket", "renormalise", "drop"):
         loss, memory = student_loss(fake_cuda, tokens, tail)
@@ -244,7 +255,10 @@ def test_on_a_fake_gpu_no_tensor_stays_on_the_cpu(fake_cuda):
             assert fake_cuda.gates.behind(0.1, "physical", budget, 0.1).device.type == "cuda"
         assert model(tokens, memory=memory, cache=cache).device.type == "cuda"
         assert model(tokens.narrow(1, 0, 1), memory=memory, cache=cache).shape == (2, 1, 4096)
-    measured = losses({"unpruned": (model, None), "german": (model, memory)}, tokens, fake_cuda.first, size=1)
+        assert fake_cuda.small(tokens).device.type == "cuda"
+    measured = evaluation.losses(
+        {"unpruned": (model, None), "german": (model, memory)}, tokens, fake_cuda.first, size=1
+    )
     assert all(x.device.type == "cuda" and x.shape == (2,) for x in measured.values())
 
 
@@ -253,21 +267,23 @@ def test_on_a_fake_gpu_a_cpu_index_is_noticed(fake_cuda):
         student_loss(fake_cuda, torch.zeros(2, 16, dtype=torch.int64))
 
 
-def meta_step(world, more=None):
+def meta_step(world, **more):
     with torch.device("meta"):
         model = Model(Config.from_dict(CONFIG)).requires_grad_(False)
-        s, _, _ = train.parse(flags(world))
+    s, _, _ = train.parse(flags(world, **more))
     trainer = Trainer(model, s, ["german", "french"])
-    with torch.device("meta"):
-        for index in (0, 1):
-            loss = trainer.step(torch.zeros(2, 16, dtype=torch.int64), "german", index)
-        trainer.mask = {n: torch.ones_like(a, dtype=torch.bool) for n, a in trainer.gates.log_alpha.items()}
-        loss = trainer.step(torch.zeros(2, 16, dtype=torch.int64), "german", 7)
+    tokens = torch.zeros(2, 16, dtype=torch.int64, device="meta")
+    for index in (0, 1):
+        loss = trainer.step(tokens, "german", index)
+    loss = trainer.step(tokens, "german", index, retention=True)
+    trainer.mask = {n: torch.ones_like(a, dtype=torch.bool) for n, a in trainer.gates.log_alpha.items()}
+    loss = trainer.step(tokens, "german", 7)
     return trainer, loss
 
 
-def test_a_whole_step_on_the_meta_device_asks_for_no_number(world):
-    trainer, loss = meta_step(world)
+@pytest.mark.parametrize("more", [{}, dict(budget="module", granularity="projection", objective="blend", tail="drop")])
+def test_a_whole_step_on_the_meta_device_asks_for_no_number(world, more):
+    trainer, loss = meta_step(world, **more)
     assert loss.is_meta and all(p.is_meta for p in trainer.gates.parameters())
 
 
@@ -305,6 +321,18 @@ def unknown_type(world):
     (world / "base/config.json").write_text(json.dumps({**CONFIG, "model_type": "mamba"}))
 
 
+def few_rows(world):
+    (world / "base/config.json").write_text(json.dumps({**CONFIG, "vocab_size": 4000}))
+
+
+def list_config(world):
+    (world / "base/config.json").write_text("[]")
+
+
+def half_llama3(world):
+    (world / "base/config.json").write_text(json.dumps({**CONFIG, "rope_scaling": {"type": "llama3", "factor": 8}}))
+
+
 def empty_domain(world):
     (world / "data/german.txt").write_text(" \n")
 
@@ -315,6 +343,10 @@ def one_domain(world):
 
 def short_text(world):
     (world / "data/german.txt").write_text("zu kurz\n" * 5)
+
+
+def short_tail(world):
+    (world / "data/german.txt").write_text("zu kurz\n" * 150)
 
 
 def not_utf8(world):
@@ -346,7 +378,7 @@ BAD = {
     "empty domain": (empty_domain, {}, "german.txt is empty"),
     "one domain": (one_domain, {}, "only one domain, french"),
     "short text": (short_text, {}, "german.txt: its training text has"),
-    "short held-out text": (nothing, dict(eval_len=5000), "its held-out text has"),
+    "short held-out text": (short_tail, {}, "german.txt: its held-out text has"),
     "not UTF-8": (not_utf8, {}, "is not UTF-8 at byte 1"),
     "not JSON": (bad_line, {}, "german.jsonl:1 is not a JSON object"),
     "no data": (no_data, {}, "is not a folder"),
@@ -354,7 +386,13 @@ BAD = {
     "no retention text": (nothing, dict(retention="nowhere.txt"), "nowhere.txt does not exist"),
     "unreachable": (nothing, dict(sparsity=0.9), "cannot be reached"),
     "too many blocks": (nothing, dict(blocks=9), "has 3 blocks"),
-    "a device that is none": (nothing, dict(device="gpu"), "is not a device"),
+    "a device that is none": (nothing, dict(device="gpu"), "is not there"),
+    "no GPU": (nothing, dict(device="cuda"), "is not there"),
+    "ids beyond the embedding": (few_rows, {}, "tokenizer.json has ids beyond"),
+    "beyond the context": (nothing, dict(eval_len=254), "257 tokens, --kv-tokens included, exceed"),
+    "a config that is no config": (list_config, {}, "is not a valid config.json"),
+    "no numbers for llama3": (half_llama3, {}, "llama3 RoPE scaling needs the numbers"),
+    "a file for a folder": (nothing, dict(model=ROOT / "train.py"), "does not exist"),
     "nothing to remember": (nothing, dict(rank=0, kv_tokens=0), "contradict"),
     "mask fixed in the ramp": (nothing, dict(ramp=0.9, fix_mask=0.9), "contradict"),
     "out of range": (nothing, dict(batch=0), "--batch is 0; give at least 1"),
@@ -386,8 +424,6 @@ def test_an_output_folder_with_another_run_is_left_alone(world, capsys):
 
 
 def test_evaluation_of_what_is_no_finished_run(world, capsys):
-    import eval as evaluation
-
     out = world / "runs/one"
     cases = ["settings.json does not exist", "is not the settings of this version", "is not finished"]
     for message in cases:
@@ -396,12 +432,10 @@ def test_evaluation_of_what_is_no_finished_run(world, capsys):
         out.mkdir(parents=True, exist_ok=True)
         (out / "settings.json").write_text('{"wrong": 1}' if message == cases[0] else "{}")
     assert evaluation.main(["compare", str(out)]) == 2
-    assert "results.json does not exist" in capsys.readouterr().err
+    assert "results.json cannot be read" in capsys.readouterr().err
 
 
 def test_finished_runs_are_compared_and_generate_text(world, capsys):
-    import eval as evaluation
-
     for seed in (0, 1):
         assert train.main(flags(world, seed=seed, out=world / f"runs/{seed}")) == 0
     (world / "base").rename(world / "elsewhere")  # the run alone has to be enough
@@ -409,6 +443,12 @@ def test_finished_runs_are_compared_and_generate_text(world, capsys):
     assert evaluation.main(["compare", str(world / "runs/0"), str(world / "runs/1")]) == 0
     rows = capsys.readouterr().out.splitlines()
     assert len(rows) == 5 and rows[-1].startswith("| mean +/- std") and "0.050 +/- 0.00" in rows[-1]
+    one = str(world / "runs/0")
+    for wrong in (["--top-p", "0"], ["--temperature", "-1"], ["--tokens", "0"]):
+        assert evaluation.main(["generate", one, "Der Kernel", *wrong]) == 2
+        assert "give a --temperature of at least 0" in capsys.readouterr().err
+    assert evaluation.main(["generate", one, "Der Kernel", "--tokens", "400"]) == 2
+    assert "exceed the model's context of 256" in capsys.readouterr().err
     for more in (["--module", "german"], ["--temperature", "1", "--top-p", "0.9"]):
         assert evaluation.main(["generate", str(world / "runs/0"), "Der Kernel", "--tokens", "5", *more]) == 0
         assert capsys.readouterr().out.startswith("Der Kernel")
