@@ -21,8 +21,7 @@ from torch import nn
 from data import BadInput, atomic, read_tensors
 from model import BlockMemory, Cache, Model
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Hard Concrete gates (Louizos et al. 2018, arXiv 1712.01312) on the output channels of k, v, gate, up and down.
+# Hard Concrete gates (Louizos et al. 2018, arXiv 1712.01312) on the output channels of k, v, gate, up and down -------
 
 GAMMA, ZETA = -0.1, 1.1  # the stretch of the concrete distribution; the paper gives none, these are Louizos'
 GATED = {"projection": ("k", "v", "gate", "up", "down"), "neuron": ("k", "v", "neuron", "down")}
@@ -166,8 +165,7 @@ def fisher_scores(model, gates, batches):
     return score
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Memory: LoRA on the five projections, and M trainable keys and values per block, in blocks first .. L - 1.
+# Memory: LoRA on the five projections, and M trainable keys and values per block, in blocks first .. L - 1 -----------
 
 
 class Memory(nn.Module):
@@ -207,8 +205,7 @@ class Memory(nn.Module):
         }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Distillation: KL(teacher || student) on the teacher's top-K logits.
+# Distillation: KL(teacher || student) on the teacher's top-K logits --------------------------------------------------
 
 
 class _InChunks(torch.autograd.Function):
@@ -315,8 +312,7 @@ def distill(model, hidden, answer, tokens, objective="kl", tail="bucket"):
     return loss
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Compaction: the closed channels leave the tensors.
+# Compaction: the closed channels leave the tensors -------------------------------------------------------------------
 
 
 def kept_of(mask, i, device):

@@ -23,8 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from data import BadInput
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Configuration: sizes come from config.json, never from a table.
+# Configuration: sizes come from config.json, never from a table ------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -120,8 +119,7 @@ class Config:
             raise BadInput(f"{path} is not a valid config.json ({error}); download it again.") from None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pieces.
+# Pieces --------------------------------------------------------------------------------------------------------------
 
 
 def rope_frequencies(config, device):
@@ -320,8 +318,7 @@ class Model(nn.Module):
         return self.logits(x)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Loading.
+# Loading -------------------------------------------------------------------------------------------------------------
 
 
 def checkpoint_files(folder):
@@ -376,8 +373,7 @@ def load(folder, dtype=torch.float32, device="cpu"):
     return model.requires_grad_(False)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Generation.
+# Generation ----------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
