@@ -165,7 +165,7 @@ def outputs(folder):
 
 @pytest.mark.parametrize("fix_mask", [0.25, 0.75])  # killed while the gates learn, and when they are fixed
 def test_resume_after_a_kill_is_the_uninterrupted_run_bit_for_bit(world, monkeypatch, fix_mask):
-    more = dict(retention=world / "data/french.txt", retention_every=2, fix_mask=fix_mask)
+    more = dict(retention=world / "data/french.txt", retention_every=2, fix_mask=fix_mask, focus=1)
     assert train.main(flags(world, **more)) == 0
     whole, step = outputs(world / "runs/one"), Trainer.step
 
@@ -480,12 +480,23 @@ def test_settings_are_the_command_line(world):
     assert train.parse([])[0] == Settings() and replace(s, rank=64, memory=True) == Settings(**train.PRESETS["smollm2"])
 
 
-def test_schedule_visits_every_domain_once_a_round():
-    names = ["a", "b", "c"]
-    seen = [train.schedule(i, names, 0) for i in range(30)]
-    for turn in range(10):
-        assert sorted(d for d, t in seen if t == turn) == names
-    assert len({tuple(d for d, _ in seen[i : i + 3]) for i in range(0, 30, 3)}) > 1
+def test_a_round_visits_every_domain_once_and_the_worst_again(world):
+    trainer, _ = trainer_of(world, focus=1)
+    trainer.recent[1] = 2.0
+    seen = [trainer.next_domain(i) for i in range(90)]
+    rounds = [[d for d, _ in seen[i : i + 3]] for i in range(0, 90, 3)]
+    assert all(sorted(r[:2]) == ["french", "german"] and r[2] == trainer.domains[1] for r in rounds)
+    assert len({tuple(r) for r in rounds}) == 2  # the order changes
+    for domain in trainer.domains:
+        assert [t for d, t in seen if d == domain] == list(range(60 if domain == trainer.domains[1] else 30))
+
+
+def test_the_recent_loss_follows_the_domains_own_steps(world):
+    trainer, text = trainer_of(world)
+    tokens = torch.from_numpy(train.batch(text["german"], 0, 2, 16, 0))
+    loss = trainer.step(tokens, "german", 7)
+    trainer.step(tokens, "german", 7, retention=True)
+    assert torch.equal(trainer.recent, loss * torch.tensor([0.0, 0.2])) and trainer.domains == ["french", "german"]
 
 
 def test_batches_cover_an_epoch_once_and_follow_from_their_number():
