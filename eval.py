@@ -213,11 +213,12 @@ def evaluate(folder, begun=None, device="auto"):
 
 
 def compare(folders):
-    """One row per finished run, perplexities as the mean over domains of x / unpruned, and their mean and spread."""
+    """One row per finished run, perplexities as the mean over domains of x / unpruned; seeds of one run get a mean."""
     columns = ("physical", "backbone", "KOFF", "worst domain", "routed", "best on diagonal", "router", "minutes")
-    found = {}
+    found, settings = {}, []
     for folder in folders:
         r = saved_results(folder)
+        settings.append({**r["settings"], "seed": None})
         mean = {v: np.mean(x) for v, x in ratios(r).items()}
         worst = max(ratios(r)["koff"]) if r["swap"] else None
         diagonal = np.mean([min(row, key=row.get) == d for d, row in r["swap"].items()]) if r["swap"] else None
@@ -226,7 +227,7 @@ def compare(folders):
             r["router"]["accuracy"], r["seconds"] / 60,
         ]  # fmt: skip
     rows = {name: ["-" if x is None else f"{x:.3f}" for x in row] for name, row in found.items()}
-    if len(found) > 1 and not any(x is None for row in found.values() for x in row):
+    if len(found) > 1 and settings.count(settings[0]) == len(settings) and settings[0]["memory"]:
         every = np.array(list(found.values()))
         rows["mean +/- std"] = [
             f"{m:.3f} +/- {d:.3f}" for m, d in zip(every.mean(0), every.std(0, ddof=1), strict=True)

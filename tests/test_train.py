@@ -443,6 +443,11 @@ def test_finished_runs_are_compared_and_generate_text(world, capsys):
     assert evaluation.main(["compare", str(world / "runs/0"), str(world / "runs/1")]) == 0
     rows = capsys.readouterr().out.splitlines()
     assert len(rows) == 5 and rows[-1].startswith("| mean +/- std") and "0.050 +/- 0.00" in rows[-1]
+    other = json.loads((world / "runs/1/results.json").read_text())
+    other["settings"]["rank"] = 7  # runs that differ by more than the seed have no mean
+    (world / "runs/1/results.json").write_text(json.dumps(other))
+    assert evaluation.main(["compare", str(world / "runs/0"), str(world / "runs/1")]) == 0
+    assert "mean" not in capsys.readouterr().out
     one = str(world / "runs/0")
     for wrong in (["--top-p", "0"], ["--temperature", "-1"], ["--tokens", "0"]):
         assert evaluation.main(["generate", one, "Der Kernel", *wrong]) == 2
