@@ -22,7 +22,7 @@ from data.corpus import load_domains, read_documents, windows
 from data.router import Router
 from data.tokenizer import Tokenizer
 from model import generate, load
-from train import HERE, Settings, pick_device, pick_dtype
+from train import HERE, Settings, pick_device, pick_dtype, reading
 
 
 class Run:
@@ -187,9 +187,8 @@ def evaluate(folder, begun=None, device="auto"):
     run = Run(folder, device)
     s, seconds = run.settings, None if begun else saved_results(folder)["seconds"]
     base = load(s.model, run.dtype, run.device)
-    eos = base.config.eos_token_ids[0] if base.config.eos_token_ids else None
     need = (0, max(s.eval_len, Router.WINDOW))
-    domains = load_domains(s.data, run.tokenizer, Path(folder).parent / "tokens", separator=eos, need=need)
+    domains = load_domains(s.data, need=need, **reading(run.folder, run.tokenizer, base.config))
     if list(domains) != run.router.domains:
         raise BadInput(f"{s.data} holds {', '.join(domains)}, not the domains that {folder} was trained on.")
     perplexity, swap, unsure = perplexities(run, base, domains)

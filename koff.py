@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from data import BadInput, atomic, read_tensors
-from model import BlockMemory, Cache, Model
+from model import BlockMemory, Cache, Model, checkpoint_name
 
 # Hard Concrete gates (Louizos et al. 2018, arXiv 1712.01312) on the output channels of k, v, gate, up and down -------
 
@@ -384,7 +384,7 @@ def ledger(total, removed, modules):
 def save_backbone(folder, model, tokenizer_json):
     """Write the compact backbone; returns its fingerprint, which every module trained with it carries."""
     folder = Path(folder)
-    state = {n if n.startswith("lm_head.") else f"model.{n}": t.contiguous() for n, t in model.state_dict().items()}
+    state = {checkpoint_name(n): t.contiguous() for n, t in model.state_dict().items()}
     with atomic(folder / "model.safetensors") as partial:
         save_file(state, partial, metadata={"format": "pt"})
         fingerprint = hashlib.sha256(partial.read_bytes()).hexdigest()[:16]

@@ -338,6 +338,11 @@ def checkpoint_files(folder):
     return [Path(folder, name) for name in names]
 
 
+def checkpoint_name(own):
+    """The name that Hugging Face checkpoints give to our parameter `own`."""
+    return own if own.startswith("lm_head.") else f"model.{own}"
+
+
 def load(folder, dtype=torch.float32, device="cpu"):
     """Read a Hugging Face folder (or a compact backbone) into a frozen `Model`.
 
@@ -365,7 +370,8 @@ def load(folder, dtype=torch.float32, device="cpu"):
         except (SafetensorError, OSError) as error:
             raise BadInput(f"{path} is truncated or not a safetensors file ({error}); download it again.") from None
     if missing := expected.keys() - state.keys():
-        raise BadInput(f"{folder}: {len(missing)} tensors are missing, {min(missing)} among them; download it again.")
+        one = checkpoint_name(min(missing))
+        raise BadInput(f"{folder}: {len(missing)} tensors are missing, {one} among them; download it again.")
     tied = state.pop("lm_head.weight", None) if config.tie_word_embeddings else None
     if tied is not None and not torch.equal(tied, state["embed_tokens.weight"]):
         raise BadInput(f"{folder}: lm_head.weight differs from the embedding that config.json ties it to.")

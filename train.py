@@ -252,6 +252,11 @@ class Trainer:
 # The loop ------------------------------------------------------------------------------------------------------------
 
 
+def reading(out, tokenizer, config):
+    """How a run reads text: one token cache beside the run folders; an eos id ends each document."""
+    return dict(tokenizer=tokenizer, cache=out.parent / "tokens", separator=(*config.eos_token_ids, None)[0])
+
+
 def open_run(s, out):
     """Check everything that a run needs, before anything is written. Returns (trainer, domains, retention)."""
     config, device = Config.from_folder(s.model), pick_device(s.device)
@@ -265,7 +270,7 @@ def open_run(s, out):
     if (longest := max(s.seq_len, s.eval_len) + s.kv_tokens) > config.max_position_embeddings:
         limit = config.max_position_embeddings
         raise BadInput(f"{longest} tokens, --kv-tokens included, exceed the model's context of {limit}; lower them.")
-    how = dict(tokenizer=tokenizer, cache=out.parent / "tokens", separator=(*config.eos_token_ids, None)[0])
+    how = reading(out, tokenizer, config)
     need = (max(s.batch * (s.seq_len + 1), 10 * Router.WINDOW), max(s.eval_len, Router.WINDOW))
     domains = load_domains(s.data, need=need, least=2, **how)
     retention = load_text(s.retention, need=(need[0], 0), **how) if s.retention else None

@@ -23,7 +23,7 @@ sys.path.insert(0, str(HERE.parent))
 from data import BadInput, atomic
 from data.corpus import batch, load_domains, read_documents, split_text, windows
 from data.tokenizer import Tokenizer
-from model import Config, Model
+from model import Config, Model, checkpoint_name
 
 CONFIG = dict(
     architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=4096, hidden_size=256, intermediate_size=768,
@@ -90,9 +90,7 @@ def main(minutes, size=16, length=256, peak=3e-3):
         step += 1
         bar.n = round(done * 60 * minutes)
         bar.set_postfix(step=step, loss=f"{loss.item():.3f}")
-    state = {
-        n if n.startswith("lm_head.") else f"model.{n}": p.detach().bfloat16() for n, p in model.named_parameters()
-    }
+    state = {checkpoint_name(n): p.detach().bfloat16() for n, p in model.named_parameters()}
     with atomic(base / "model.safetensors") as partial:
         save_file(state, partial, metadata={"format": "pt"})
     with atomic(base / "config.json") as partial:

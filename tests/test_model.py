@@ -154,7 +154,7 @@ def test_damaged_checkpoints(tmp_path):
     with pytest.raises(BadInput, match=r"holds model.extra"):
         load(tmp_path)
     save_file({k: v for k, v in state.items() if k != "model.norm.weight"}, path)
-    with pytest.raises(BadInput, match=r"1 tensors are missing, norm.weight"):
+    with pytest.raises(BadInput, match=r"1 tensors are missing, model.norm.weight"):
         load(tmp_path)
     save_file({**state, "lm_head.weight": state["model.embed_tokens.weight"] + 1}, path)
     with pytest.raises(BadInput, match="differs from the embedding"):
