@@ -18,10 +18,11 @@ import torch
 
 import koff
 from data import BadInput, atomic, run_script
+from data.checkpoint import load, load_mask, load_module
 from data.corpus import load_domains, read_documents, windows
 from data.router import Router
 from data.tokenizer import Tokenizer
-from model import generate, load
+from model import generate
 from train import HERE, Settings, pick_device, pick_dtype, reading
 
 
@@ -44,7 +45,7 @@ class Run:
         if name not in self.names:
             raise BadInput(f"{self.folder} has no module {name!r}; it has {', '.join(self.names) or 'none'}.")
         path = self.folder / "modules" / f"{name}.safetensors"
-        return koff.load_module(path, self.backbone.config, self.dtype, self.device)
+        return load_module(path, self.backbone.config, self.dtype, self.device)
 
     @cached_property
     def modules(self):
@@ -114,7 +115,7 @@ def router_quality(run, domains):
 def sparsity(run, base):
     """Both counts, exact, and the closed share per block and projection."""
     s = run.settings
-    mask = koff.load_mask(run.folder / "gates.safetensors")
+    mask = load_mask(run.folder / "gates.safetensors")
     gates = koff.Gates(base.config, len(base.layers) - s.blocks, s.granularity, s.beta)
     total = {count: gates.sparsity(mask, count).item() for count in ("physical", "paper")}
     closed = {n: (1 - mask[n].double().mean(1)).tolist() for n in gates.log_alpha}

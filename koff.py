@@ -1,4 +1,4 @@
-"""Knowledge offloading (Galliamov, Choenni, Titov, arXiv 2605.29075): gates, memories, losses, compaction, files.
+"""Knowledge offloading (Galliamov, Choenni, Titov, arXiv 2605.29075): gates, memories, losses, compaction.
 
     min over z, {M_d}:  sum_d E_{x in D_d} KL(teacher || student(z, M_d))  +  lambda * Omega(z)                     Eq. 1
                         + the same KL on general text with a random module attached, for the gates only             Eq. 2
@@ -6,20 +6,17 @@
 Shapes as in `model.py`; N is the number of gated upper blocks, K the number of the teacher's logits that are kept.
 """
 
-import hashlib
-import json
 import math
 from bisect import bisect_left
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import nn
 
-from data import BadInput, atomic, read_tensors
-from model import BlockMemory, Cache, Model, checkpoint_name
+from data import BadInput
+from data.checkpoint import tensors_of
+from model import BlockMemory, Cache, Model
 
 # Hard Concrete gates (Louizos et al. 2018, arXiv 1712.01312) on the output channels of k, v, gate, up and down -------
 
@@ -148,7 +145,8 @@ class Gates(nn.Module):
 
 def fisher_scores(model, gates, batches):
     """{name: [N, channels]}: squared gradient, per sequence, of the next-token loss with respect to each gate at 1,
-    per parameter that the gate frees. `batches`: token tensors [B, T]. (The KL to the teacher has gradient zero there.)
+    per parameter that the gate frees. (The KL to the teacher has gradient zero there.) `batches`: token tensors [B, T];
+    each is scaled to a sum of one, or domains that the model knows badly, whose gradients are large, would decide alone.
     """
     c, D = model.config, model.config.hidden_size
     frees = {"k": D, "v": D, "gate": 3 * D, "up": 3 * D, "neuron": 3 * D, "down": c.intermediate_size}
@@ -160,8 +158,10 @@ def fisher_scores(model, gates, batches):
             x = model.run(model.embed_tokens(tokens), 0, gates.first)
         x = model.run(x, gates.first, c.num_hidden_layers, gates.by_block(z, x.dtype))
         loss = in_chunks(lambda h, t: next_token(model, h, t), x[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
-        for (name, s), g in zip(score.items(), torch.autograd.grad(loss, list(z.values())), strict=True):
-            s += g.square().sum(dim=(1, 2)) / frees[name]
+        squares = [g.square().sum(dim=(1, 2)) for g in torch.autograd.grad(loss, list(z.values()))]
+        whole = sum(q.sum() for q in squares)
+        for (name, s), square in zip(score.items(), squares, strict=True):
+            s += square / whole / frees[name]
     return score
 
 
@@ -357,73 +357,9 @@ def compact_memory(blocks, mask, first):
     return out
 
 
-def tensors_of(blocks):
-    """A module as it is saved: {"layers.{i}.{projection}.lora_A", ".lora_B", "layers.{i}.keys", ".values"} -> tensor."""
-    out = {}
-    for i, m in blocks.items():
-        for name, (a, b) in m.lora.items():
-            out |= {f"layers.{i}.{name}.lora_A": a, f"layers.{i}.{name}.lora_B": b}
-        if m.keys is not None:
-            out |= {f"layers.{i}.keys": m.keys, f"layers.{i}.values": m.values}
-    return {name: t.detach().contiguous() for name, t in out.items()}
-
-
 def ledger(total, removed, modules):
     """What left the model against what the modules hold, in parameters; `modules` {domain: {block: BlockMemory}}."""
     sizes = {d: sum(t.numel() for t in tensors_of(m).values()) for d, m in modules.items()}
     one = max(sizes.values(), default=0)
     share, every = one / max(1, removed), sum(sizes.values())
     return dict(total=total, removed=removed, one_module=one, all_modules=every, one_module_share=share)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# A saved run: settings.json, backbone/ (a Hugging Face folder of its own), modules/<domain>.safetensors,
-# gates.safetensors, router.safetensors; each loads alone.
-
-
-def save_backbone(folder, model, tokenizer_json):
-    """Write the compact backbone; returns its fingerprint, which every module trained with it carries."""
-    folder = Path(folder)
-    state = {checkpoint_name(n): t.contiguous() for n, t in model.state_dict().items()}
-    with atomic(folder / "model.safetensors") as partial:
-        save_file(state, partial, metadata={"format": "pt"})
-        fingerprint = hashlib.sha256(partial.read_bytes()).hexdigest()[:16]
-    with atomic(folder / "tokenizer.json") as partial:
-        partial.write_bytes(Path(tokenizer_json).read_bytes())
-    with atomic(folder / "config.json") as partial:
-        partial.write_text(json.dumps({**model.config.raw, "koff_fingerprint": fingerprint}, indent=1))
-    return fingerprint
-
-
-def save_module(path, blocks, fingerprint):
-    with atomic(path) as partial:
-        save_file(tensors_of(blocks), partial, metadata={"koff_backbone": fingerprint})
-
-
-def load_module(path, config, dtype, device="cpu"):
-    """{block: BlockMemory} of a saved module. BadInput if it was trained with another backbone than `config`'s."""
-    tensors, metadata = read_tensors(path, device=device)
-    tensors, made_for = {name: t.to(dtype) for name, t in tensors.items()}, metadata.get("koff_backbone")
-    if made_for is None or made_for != config.raw.get("koff_fingerprint"):
-        raise BadInput(f"{path} was trained with another backbone ({made_for}); load it with the run it belongs to.")
-    blocks = {}
-    for name, tensor in tensors.items():
-        _, i, *rest = name.split(".")
-        block = blocks.setdefault(int(i), BlockMemory({}))
-        if len(rest) == 1:
-            setattr(block, rest[0], tensor)
-        elif rest[1] == "lora_A":
-            block.lora[rest[0]] = (tensor, tensors[f"layers.{i}.{rest[0]}.lora_B"])
-    return blocks
-
-
-def save_gates(path, gates, mask):
-    tensors = {f"log_alpha.{n}": a.detach().contiguous() for n, a in gates.log_alpha.items()}
-    with atomic(path) as partial:
-        save_file(tensors | {f"mask.{n}": m.to(torch.uint8) for n, m in mask.items()}, partial)
-
-
-def load_mask(path):
-    """{name: bool [N, channels]}: the final mask."""
-    tensors, _ = read_tensors(path)
-    return {n.removeprefix("mask."): t.bool() for n, t in tensors.items() if n.startswith("mask.")}

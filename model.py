@@ -1,4 +1,4 @@
-"""A from-scratch Llama / Qwen decoder that reads Hugging Face folders.
+"""A from-scratch Llama / Qwen decoder; `data/checkpoint.py` fills it from a Hugging Face folder.
 
 It covers Llama 3, 3.1, 3.2 and SmolLM2 (`llama`), Qwen2 and Qwen2.5 (`qwen2`), Qwen3 (`qwen3`), and the compact backbones
 that `koff.py` makes of them. The one thing that an ordinary decoder does not have is the seam: every block takes the
@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 
@@ -316,67 +315,6 @@ class Model(nn.Module):
         """tokens [B, T] -> logits [B, T, V]."""
         x = self.run(self.embed_tokens(tokens), 0, len(self.layers), gates, memory, cache)
         return self.logits(x)
-
-
-# Loading -------------------------------------------------------------------------------------------------------------
-
-
-def checkpoint_files(folder):
-    """The files of a checkpoint, one or several shards. Their names in an index are untrusted."""
-    index, single = Path(folder, "model.safetensors.index.json"), Path(folder, "model.safetensors")
-    if not index.exists():
-        if not single.exists():
-            raise BadInput(f"{single} does not exist; only safetensors are read: download or convert the weights.")
-        return [single]
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        for name in names:
-            if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
-                raise BadInput(f"{index} names the file {name!r}, not a plain .safetensors name; do not trust it.")
-    except (ValueError, LookupError, TypeError, AttributeError):
-        raise BadInput(f"{index} has no valid weight_map; download it again.") from None
-    return [Path(folder, name) for name in names]
-
-
-def checkpoint_name(own):
-    """The name that Hugging Face checkpoints give to our parameter `own`."""
-    return own if own.startswith("lm_head.") else f"model.{own}"
-
-
-def load(folder, dtype=torch.float32, device="cpu"):
-    """Read a Hugging Face folder (or a compact backbone) into a frozen `Model`.
-
-    Every tensor name and shape has to be accounted for. Raises BadInput otherwise.
-    """
-    config = Config.from_folder(folder)
-    with torch.device("meta"):
-        model = Model(config)
-    expected, state = model.state_dict(), {}
-    for path in checkpoint_files(folder):
-        try:
-            with safe_open(path, "pt") as file:
-                for name in file.keys():  # noqa: SIM118
-                    own, tensor = name.removeprefix("model."), file.get_tensor(name)
-                    if own.endswith("rotary_emb.inv_freq"):  # old checkpoints store what the config says
-                        continue
-                    if own not in expected and not (own == "lm_head.weight" and config.tie_word_embeddings):
-                        raise BadInput(f"{path} holds {name}, which a {config.model_type} of this config has not.")
-                    shape, needed = list(tensor.shape), list(expected.get(own, model.head).shape)
-                    if shape != needed:
-                        raise BadInput(f"{path}: {name} has shape {shape}, config.json says {needed}.")
-                    state[own] = tensor.to(device, dtype if tensor.is_floating_point() else None)
-        except FileNotFoundError:
-            raise BadInput(f"{path} does not exist, though the index names it; download it again.") from None
-        except (SafetensorError, OSError) as error:
-            raise BadInput(f"{path} is truncated or not a safetensors file ({error}); download it again.") from None
-    if missing := expected.keys() - state.keys():
-        one = checkpoint_name(min(missing))
-        raise BadInput(f"{folder}: {len(missing)} tensors are missing, {one} among them; download it again.")
-    tied = state.pop("lm_head.weight", None) if config.tie_word_embeddings else None
-    if tied is not None and not torch.equal(tied, state["embed_tokens.weight"]):
-        raise BadInput(f"{folder}: lm_head.weight differs from the embedding that config.json ties it to.")
-    model.load_state_dict(state, assign=True)
-    return model.requires_grad_(False)
 
 
 # Generation ----------------------------------------------------------------------------------------------------------

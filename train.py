@@ -25,10 +25,11 @@ from tqdm import tqdm
 
 import koff
 from data import BadInput, atomic, run_script
+from data.checkpoint import load, save_backbone, save_gates, save_module
 from data.corpus import batch, load_domains, load_text
 from data.router import Router
 from data.tokenizer import Tokenizer
-from model import Config, load
+from model import Config
 
 HERE = Path(__file__).resolve().parent
 
@@ -110,7 +111,7 @@ PRESETS = {
     "handbook": {},
     "quick": dict(steps=30, eval_windows=2, fisher_sequences=12),
     "smollm2": dict(
-        blocks=18, sparsity=0.12, kv_tokens=64, steps=1100, focus=2, batch=2, lora_rate=2e-3, eval_len=512
+        blocks=18, sparsity=0.12, kv_tokens=64, steps=1350, focus=5, batch=2, lora_rate=2e-3, eval_len=512
     ),
 }  # fmt: skip
 
@@ -343,11 +344,11 @@ def save(trainer, text, out):
     s = trainer.s
     mask = trainer.gates.final_mask(s.sparsity, s.count, s.budget)
     small = koff.compact(trainer.model, mask, trainer.first)
-    fingerprint = koff.save_backbone(out / "backbone", small, Path(s.model, "tokenizer.json"))
-    koff.save_gates(out / "gates.safetensors", trainer.gates, mask)
+    fingerprint = save_backbone(out / "backbone", small, Path(s.model, "tokenizer.json"))
+    save_gates(out / "gates.safetensors", trainer.gates, mask)
     for domain in trainer.domains if s.memory else ():
         blocks = koff.compact_memory(trainer.memory(domain).by_block(small.head.dtype), mask, trainer.first)
-        koff.save_module(out / "modules" / f"{domain}.safetensors", blocks, fingerprint)
+        save_module(out / "modules" / f"{domain}.safetensors", blocks, fingerprint)
     Router.fit(text).save(out / "router.safetensors")
 
 

@@ -9,6 +9,7 @@ import torch
 
 import koff
 from data import BadInput
+from data.checkpoint import load, load_module, save_backbone, save_module
 from data.router import Router
 
 KINDS = {
@@ -150,19 +151,26 @@ def test_unreachable_target_is_refused(tiny):
 
 
 def test_fisher_score_is_the_squared_gradient_of_each_sequence(tiny):
-    model = tiny()
+    model, step = tiny(), 1e-2
     gates, tokens = koff.Gates(model.config, 1, "neuron"), torch.randint(0, 131, (2, 12))
-    score = koff.fisher_scores(model, gates, [tokens])
-    step, expected = 1e-2, 0.0
-    for row in tokens[:, None]:
+    square = {n: torch.zeros(a.shape) for n, a in gates.log_alpha.items()}
+    z = {n: torch.ones(a.shape) for n, a in gates.log_alpha.items()}
+    for name, at in ((n, at) for n, a in square.items() for at in product(*map(range, a.shape))):
         loss = []
         for sign in (1, -1):
-            z = {n: torch.ones(a.shape) for n, a in gates.log_alpha.items()}
-            z["neuron"][1, 7] += sign * step
-            logits = model(row, gates.by_block(z, torch.float32))
-            loss.append(torch.nn.functional.cross_entropy(logits[0, :-1], row[0, 1:], reduction="sum").item())
-        expected += ((loss[0] - loss[1]) / (2 * step)) ** 2
-    assert score["neuron"][1, 7].item() == pytest.approx(expected / (3 * 24), rel=0.02)
+            z[name][at] += sign * step
+            logits = model(tokens, gates.by_block(z, torch.float32))[:, :-1].transpose(1, 2)
+            loss.append(torch.nn.functional.cross_entropy(logits, tokens[:, 1:], reduction="none").sum(1))
+            z[name][at] = 1
+        square[name][at] = ((loss[0] - loss[1]) / (2 * step)).square().sum()
+    whole, frees = sum(q.sum() for q in square.values()), {"k": 24, "v": 24, "neuron": 3 * 24, "down": 40}
+    score = koff.fisher_scores(model, gates, [tokens])
+    for name, s in score.items():
+        expected = square[name] / whole / frees[name]
+        assert (s - expected).abs().max() < 0.01 * expected.max(), name
+    other = koff.fisher_scores(model, gates, [tokens.flip(0, 1)])
+    both = koff.fisher_scores(model, gates, [tokens, tokens.flip(0, 1)])  # each batch counts as much as any other
+    torch.testing.assert_close(both["neuron"], score["neuron"] + other["neuron"])
     gates.spread(score)
     every = torch.cat([a.flatten() for a in gates.log_alpha.values()])
     assert every.min() == 1 and every.max() == 5
@@ -332,8 +340,6 @@ def test_router_knows_its_domains_and_what_it_does_not_know():
 
 
 def test_saved_parts_load_alone_and_a_module_of_another_backbone_is_refused(tiny, tmp_path):
-    from model import load
-
     model, tokens = tiny(), torch.randint(0, 131, (1, 20))
     gates = koff.Gates(model.config, 1, "neuron")
     (tmp_path / "tokenizer.json").write_text("{}")
@@ -342,17 +348,17 @@ def test_saved_parts_load_alone_and_a_module_of_another_backbone_is_refused(tiny
         mask = random_mask(gates)
         memory = koff.compact_memory(random_memory(model, 1).by_block(torch.float32), mask, 1)
         small = koff.compact(model, mask, 1)
-        fingerprint = koff.save_backbone(tmp_path / name, small, tmp_path / "tokenizer.json")
-        koff.save_module(tmp_path / f"{name}.safetensors", memory, fingerprint)
+        fingerprint = save_backbone(tmp_path / name, small, tmp_path / "tokenizer.json")
+        save_module(tmp_path / f"{name}.safetensors", memory, fingerprint)
         loaded = load(tmp_path / name)
-        again = koff.load_module(tmp_path / f"{name}.safetensors", loaded.config, torch.float32)
+        again = load_module(tmp_path / f"{name}.safetensors", loaded.config, torch.float32)
         assert torch.equal(loaded(tokens, None, again), small(tokens, None, memory))
         runs.append(loaded)
     with pytest.raises(BadInput, match="another backbone"):
-        koff.load_module(tmp_path / "one.safetensors", runs[1].config, torch.float32)
+        load_module(tmp_path / "one.safetensors", runs[1].config, torch.float32)
     (tmp_path / "one.safetensors").write_bytes(b"short")
     with pytest.raises(BadInput, match="cannot be read"):
-        koff.load_module(tmp_path / "one.safetensors", runs[0].config, torch.float32)
+        load_module(tmp_path / "one.safetensors", runs[0].config, torch.float32)
 
 
 def test_ledger_counts_the_saved_tensors(tiny):

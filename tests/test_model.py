@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from data import BadInput
-from model import Cache, causal_lower_right, causal_mask, generate, load
+from data.checkpoint import load
+from model import Cache, causal_lower_right, causal_mask, generate
 
 transformers = pytest.importorskip("transformers")
 
