@@ -105,6 +105,7 @@ def tensors_of(blocks):
 
 
 def save_module(path, blocks, fingerprint):
+    """Write one module {block: BlockMemory}, marked with the backbone that it belongs to."""
     with atomic(path) as partial:
         save_file(tensors_of(blocks), partial, metadata={"koff_backbone": fingerprint})
 
@@ -127,6 +128,7 @@ def load_module(path, config, dtype, device="cpu"):
 
 
 def save_gates(path, gates, mask):
+    """Write every log alpha and the final mask, each [N, channels]."""
     tensors = {f"log_alpha.{n}": a.detach().contiguous() for n, a in gates.log_alpha.items()}
     with atomic(path) as partial:
         save_file(tensors | {f"mask.{n}": m.to(torch.uint8) for n, m in mask.items()}, partial)

@@ -21,9 +21,10 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from data import BadInput, atomic
+from data.checkpoint import checkpoint_name
 from data.corpus import batch, load_domains, read_documents, split_text, windows
 from data.tokenizer import Tokenizer
-from model import Config, Model, checkpoint_name
+from model import Config, Model
 
 CONFIG = dict(
     architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=4096, hidden_size=256, intermediate_size=768,

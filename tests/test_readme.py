@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import train
@@ -24,3 +26,8 @@ def test_every_training_command_parses():
     for command in commands:
         if "--help" not in command:
             train.parse(shlex.split(command.replace("$s", "0").rstrip("`")))
+
+
+def test_the_script_that_made_the_base_model_still_starts():
+    done = subprocess.run([sys.executable, "data/make_base.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("usage:"), done.stderr
