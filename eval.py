@@ -3,6 +3,8 @@
 python eval.py report out/handbook                                  the tables: screen, report.md, results.json
 python eval.py compare out/*                                        one table of several runs
 python eval.py generate out/handbook "Der Kernel" --module german   one module by name; without --module: routed
+
+`python train.py --dry-run` prints what `dry_run` here finds out about a run before it begins.
 """
 
 import argparse
@@ -10,20 +12,77 @@ import json
 import math
 import sys
 import time
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import koff
 from data import BadInput, atomic, run_script
 from data.checkpoint import load, load_mask, load_module
-from data.corpus import load_domains, read_documents, windows
+from data.corpus import find_domains, load_domains, read_documents, windows
 from data.router import Router
 from data.tokenizer import Tokenizer
-from model import generate
-from train import HERE, Settings, pick_device, pick_dtype, reading
+from model import Cache, Model
+from train import HERE, Settings, Trainer, fitting, pick_device, pick_dtype, reading
+
+# Before a run: what it will need -------------------------------------------------------------------------------------
+
+
+def dry_run(s):
+    """Print the sizes and the memory of the run `s`, from config.json alone: its steps run on tensors without numbers.
+
+    Returns the exit status, 0.
+    """
+    config, gates = fitting(s)
+    domains = len(find_domains(s.data)) if Path(s.data).is_dir() else 2
+    share = gates.uniform_share(s.sparsity, s.count)
+    opened = {name: torch.full(a.shape, 1 - share, dtype=torch.float64) for name, a in gates.log_alpha.items()}
+    physical, paper = (gates.sparsity(opened, count).item() for count in ("physical", "paper"))
+    with torch.device("meta"):
+        model = Model(config).to(torch.float32 if s.dtype == "float32" else torch.bfloat16)
+    shapes = {name: (p.shape, p.dtype) for name, p in model.state_dict().items()}
+    with FakeTensorMode(), koff.Peak() as size:
+        model.load_state_dict({n: torch.empty(shape, dtype=d) for n, (shape, d) in shapes.items()}, assign=True)
+        weights, trainer = size.now, Trainer(model.requires_grad_(False), replace(s, budget="global"), ["one"])
+        tokens = torch.zeros(s.batch, s.seq_len, dtype=torch.int64)
+
+        def step():
+            size.peak, before = size.now, size.now
+            trainer.step(tokens, "one", 0)
+            return size.peak - before
+
+        step()  # the first one makes AdamW's state
+        sampled, before = step(), size.now
+        rows = {name: x.shape[1] for name, x in opened.items()}
+        rows |= {name: config.intermediate_size for name in ("neuron", "gate", "up")}
+        one = {name: torch.zeros(round(n * (1 - share)), dtype=torch.int64) for name, n in rows.items()}
+        trainer.mask, trainer.kept = {}, dict.fromkeys(range(trainer.first, config.num_hidden_layers), one)
+        trainer.student = koff.compact(model, trainer.kept)
+        small = size.now - before
+        fixed = small + step()
+    gate, module = (sum(p.numel() for p in part.parameters()) for part in (trainer.gates, trainer.memories))
+    gated = gates.removed({name: 0 * p for name, p in opened.items()}, "physical")
+    trained = gate + domains * module
+    there = gate + (1 if s.offload else domains) * module
+    print(
+        f"{gates.total:,} parameters, {int(gated):,} of them gated, in {s.blocks} of {config.num_hidden_layers} blocks"
+    )
+    print(f"{module:,} parameters a module, {domains} modules and {gate:,} gates: {trained:,} to train")
+    print(f"at the target (closed evenly): sparsity {physical:.4f} physical, {paper:.4f} by the paper's count")
+    parts = {f"weights, {model.head.dtype}": weights, "memories and gates, float32": 4 * there}
+    parts |= {"their AdamW state": 8 * there, f"one step of {s.batch} x {s.seq_len} tokens, gates sampled": sampled}
+    parts["or, once the mask is fixed, the compact student and its step"] = fixed
+    parts["peak memory"] = weights + 12 * there + max(sampled, fixed)
+    for name, b in parts.items():
+        print(f"{b / 1e9:9.3f} GB  {name}")
+    return 0
+
+
+# After it ------------------------------------------------------------------------------------------------------------
 
 
 class Run:
@@ -67,7 +126,7 @@ def losses(variants, tokens, first, size=8):
             hidden = model.run(shared, first, len(model.layers), memory=memory)
             hidden, targets = hidden.narrow(1, 0, part.shape[1] - 1), part.narrow(1, 1, part.shape[1] - 1)
             for h, y in zip(hidden, targets, strict=True):  # one row's logits at a time
-                out[name].append(koff.next_token(model, h, y).double())
+                out[name].append(koff.next_token(model.logits(h), y)[0].double())
     return {name: torch.stack(column) for name, column in out.items()}
 
 
@@ -233,6 +292,41 @@ def compare(folders):
             f"{m:.3f} +/- {d:.3f}" for m, d in zip(every.mean(0), every.std(0, ddof=1), strict=True)
         ]
     print(table("", columns, rows))
+
+
+# Generation ----------------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def generate(model, tokens, steps, vocab_size, eos=(), temperature=0.0, top_p=1.0, memory=None, generator=None):
+    """Continue tokens [B, T] (rows of equal length); yield one [B] per step until every row has met an id of `eos`.
+
+    temperature 0 is greedy; `top_p` keeps the smallest set of tokens with that probability. Rows of the vocabulary from
+    `vocab_size` on are padding and never sampled. A finished row repeats its eos id.
+    """
+    (B, T), limit = tokens.shape, model.config.max_position_embeddings
+    M = max((block.length for block in (memory or {}).values()), default=0)
+    if M + T + steps > limit:
+        have = f"{M} memory tokens, {T} of the prompt and {steps} new ones"
+        raise BadInput(f"{have} exceed the model's context of {limit}; shorten the prompt or ask for less.")
+    cache, stop = Cache(steps), torch.tensor(list(eos), dtype=tokens.dtype, device=tokens.device)
+    done, last = torch.zeros(B, dtype=torch.bool, device=tokens.device), None
+    x = tokens
+    for _ in range(steps):
+        x = model.run(model.embed_tokens(x), 0, len(model.layers), memory=memory, cache=cache)
+        logits = model.logits(x[:, -1])[:, :vocab_size]  # [B, V]
+        if temperature == 0:
+            new = logits.argmax(-1)
+        else:
+            p, order = (logits / temperature).softmax(-1).sort(dim=-1, descending=True)
+            p[:, 1:] = p[:, 1:].masked_fill((p.cumsum(-1) - p)[:, 1:] >= top_p, 0)  # the first token always stays
+            new = order.gather(1, torch.multinomial(p, 1, generator=generator))[:, 0]
+        last = new if last is None else torch.where(done, last, new)
+        done = done | torch.isin(last, stop)
+        yield last
+        if done.all():
+            return
+        x = last[:, None]
 
 
 def continue_text(args):

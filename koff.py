@@ -7,12 +7,14 @@ Shapes as in `model.py`; N is the number of gated upper blocks, K the number of 
 """
 
 import math
+import weakref
 from bisect import bisect_left
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 from data import BadInput
 from data.checkpoint import tensors_of
@@ -109,10 +111,11 @@ class Gates(nn.Module):
         return torch.cat([(share - (1 - p).mean(-1)).clamp(min=0) for p in self.p_open().values()]).mean()
 
     @torch.no_grad()
-    def final_mask(self, target, count, budget):
+    def final_mask(self, target, count, budget, multiple=1):
         """{name: bool [N, channels]}: gates close in order of log alpha until the exact count reaches `target`.
 
-        With budget "module" the order is the rank within the gate's own projection. Overshoots by one gate at most.
+        With budget "module" the order is the rank within the gate's own projection. A block's open neurons (granularity
+        "neuron") are rounded to a `multiple`, which GPUs like. Overshoots by one gate, or one multiple of them, at most.
         """
         flat = {name: a.float().cpu() for name, a in self.log_alpha.items()}
         if budget == "module":
@@ -123,7 +126,12 @@ class Gates(nn.Module):
             still = torch.ones(len(order), dtype=torch.bool)
             still[order[:closed]] = False
             parts = still.split([a.numel() for a in flat.values()])
-            return {name: part.view_as(a) for (name, a), part in zip(flat.items(), parts, strict=True)}
+            still = {name: part.view_as(a) for (name, a), part in zip(flat.items(), parts, strict=True)}
+            if multiple > 1 and "neuron" in still:
+                kept = (still["neuron"].sum(-1, keepdim=True) / multiple).round() * multiple
+                rank = flat["neuron"].argsort(dim=-1, stable=True).argsort(-1)
+                still["neuron"] = rank >= rank.shape[-1] - kept
+            return still
 
         return mask(bisect_left(range(len(order)), True, key=lambda n: bool(self.sparsity(mask(n), count) >= target)))
 
@@ -157,7 +165,7 @@ def fisher_scores(model, gates, batches):
         with torch.no_grad():
             x = model.run(model.embed_tokens(tokens), 0, gates.first)
         x = model.run(x, gates.first, c.num_hidden_layers, gates.by_block(z, x.dtype))
-        loss = in_chunks(lambda h, t: next_token(model, h, t), x[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+        loss = in_chunks(model, x[:, :-1].flatten(0, 1), next_token, tokens[:, 1:].flatten())
         squares = [g.square().sum(dim=(1, 2)) for g in torch.autograd.grad(loss, list(z.values()))]
         whole = sum(q.sum() for q in squares)
         for (name, s), square in zip(score.items(), squares, strict=True):
@@ -208,44 +216,16 @@ class Memory(nn.Module):
 # Distillation: KL(teacher || student) on the teacher's top-K logits --------------------------------------------------
 
 
-class _InChunks(torch.autograd.Function):
-    """Sum of loss(chunk of x, ...), and its gradient in the same pass: one chunk's logits are alive at a time."""
+def set_apart(logits, index):
+    """Logits [n, V] in place -> exp(logits - shift) with zeros at `index` [n, K]; returns what is left to know of them:
 
-    @staticmethod
-    def forward(ctx, x, loss, size, *beside):
-        grad, total, learn = torch.empty_like(x), x.new_zeros((), dtype=torch.float32), ctx.needs_input_grad[0]
-        for into, rows, *others in zip(*(t.split(size) for t in (grad, x, *beside)), strict=True):
-            with torch.set_grad_enabled(learn):
-                rows = rows.detach().requires_grad_(learn)
-                value = loss(rows, *others)
-            if learn:
-                into.copy_(torch.autograd.grad(value, rows)[0])
-            total += value.detach()
-        ctx.save_for_backward(grad)
-        return total
-
-    @staticmethod
-    def backward(ctx, scale):
-        return ctx.saved_tensors[0] * scale, *[None] * (len(ctx.needs_input_grad) - 1)
-
-
-def in_chunks(loss, x, *beside, size=256):
-    """Scalar sum of loss(x, *beside) over chunks of `size` rows: x [n, D] gets a gradient, `beside` [n, ...] does not."""
-    return _InChunks.apply(x, loss, size, *beside)
-
-
-def next_token(model, hidden, targets):
-    """Summed cross-entropy of hidden [n, D] against targets [n]."""
-    return F.cross_entropy(model.logits(hidden), targets, reduction="sum")
-
-
-def normalisers(logits, top, index):
-    """logsumexp [n, 1] over all logits [n, V], and over those outside `index` [n, K], whose values are `top` [n, K].
-
-    The second is summed by itself and not got by subtraction, so that it is exact down to a tail of 1e-9.
+    the logits at `index` [n, K]; and [n, 1] each: shift, the largest of the others; their logsumexp; that of all. The
+    others are summed by themselves and not got by subtraction, so that a tail of 1e-9 is exact.
     """
-    rest = logits.scatter(-1, index, float("-inf")).logsumexp(-1, keepdim=True)
-    return torch.logaddexp(top.logsumexp(-1, keepdim=True), rest), rest
+    top = logits.gather(-1, index)
+    shift = logits.scatter_(-1, index, float("-inf")).amax(-1, keepdim=True)
+    rest = shift + logits.sub_(shift).exp_().sum(-1, keepdim=True).log()
+    return top, shift, rest, torch.logaddexp(top.logsumexp(-1, keepdim=True), rest)
 
 
 @torch.no_grad()
@@ -255,47 +235,73 @@ def teacher_answer(model, hidden, top=100, chunk=256):
     for h in hidden.split(chunk):
         logits = model.logits(h)
         value, index = logits.topk(min(top, logits.shape[-1] - 1), dim=-1)
-        log_z, rest = normalisers(logits, value, index)
+        _, _, rest, log_z = set_apart(logits, index)
         parts.append((index, value - log_z, rest - log_z))
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 
-class _Divergence(torch.autograd.Function):
-    """`divergence` with its gradient in closed form: for all three tails it is that of a softmax, q - p."""
-
-    @staticmethod
-    def forward(ctx, logits, index, log_p, log_p_tail, tail):
-        top = logits.gather(-1, index)
-        if tail == "renormalise":
-            grad, log_p, log_q = torch.zeros_like(logits), log_p.log_softmax(-1), top.log_softmax(-1)
-            p, total, mass = log_p.exp(), 0.0, 1.0
-        else:
-            log_z, log_rest = normalisers(logits, top, index)
-            log_q, log_q_tail, p, p_tail = top - log_z, log_rest - log_z, log_p.exp(), log_p_tail.exp()
-            grad = (logits - log_z).exp_()  # q
-            if tail == "bucket":
-                total, mass = (p_tail * (log_p_tail - log_q_tail)).sum(), 1.0
-                grad *= 1 - (log_p_tail - log_q_tail).exp()  # the tail's p spread as q is: q - p_tail q / q_tail
-            else:
-                total, mass = 0.0, p.sum(-1, keepdim=True)
-                grad *= mass
-        grad.scatter_(-1, index, mass * log_q.exp() - p)
-        ctx.save_for_backward(grad)
-        return total + (p * (log_p - log_q)).sum()
-
-    @staticmethod
-    def backward(ctx, scale):
-        return ctx.saved_tensors[0] * scale, None, None, None, None
-
-
 def divergence(logits, answer, tail="bucket"):
-    """Summed KL(teacher || student) for student logits [n, V]. What happens to the mass outside the top K:
+    """Summed KL(teacher || student) for student logits [n, V], and its gradient, which takes the place of the logits.
+
+    (In the place of: a new vocabulary-sized tensor costs more time than what is computed with it.) The gradient is that
+    of a softmax, q - p, whatever happens to the mass outside the top K:
 
     bucket: it is one more outcome on both sides, so that none can leak there unseen (the default).
     renormalise: both top-K distributions are scaled to one, the tail is not looked at.
     drop: sum over the top K of p log(p / q) with the true probabilities, the tail's term left out.
     """
-    return _Divergence.apply(logits, *answer, tail)
+    index, log_p, log_p_tail = answer
+    if tail == "renormalise":
+        log_p, log_q = log_p.log_softmax(-1), logits.gather(-1, index).log_softmax(-1)
+        p, mass, value, grad = log_p.exp(), 1.0, 0.0, logits.zero_()
+    else:
+        top, shift, log_rest, log_z = set_apart(logits, index)
+        log_q, p = top - log_z, log_p.exp()
+        if tail == "bucket":
+            gap = log_p_tail - (log_rest - log_z)
+            mass, value, outside = 1.0, (log_p_tail.exp() * gap).sum(), 1 - gap.exp()  # q - p_tail q / q_tail
+        else:
+            mass = outside = p.sum(-1, keepdim=True)
+            value = 0.0
+        grad = logits.mul_((shift - log_z).exp() * outside)
+    grad.scatter_(-1, index, mass * log_q.exp() - p)
+    return value + (p * (log_p - log_q)).sum(), grad
+
+
+def next_token(logits, targets):
+    """Summed cross-entropy of logits [n, V] against targets [n]: the divergence from a teacher that is certain."""
+    index = targets.unsqueeze(-1)
+    return divergence(logits, (index, torch.zeros_like(index, dtype=logits.dtype), None), "drop")
+
+
+class _InChunks(torch.autograd.Function):
+    """`in_chunks`, forward and gradient in the same pass."""
+
+    @staticmethod
+    def forward(ctx, x, model, loss, size, *beside):
+        grad, total, learn = torch.empty_like(x), x.new_zeros((), dtype=torch.float32), ctx.needs_input_grad[0]
+        for into, rows, *others in zip(*(t.split(size) for t in (grad, x, *beside)), strict=True):
+            with torch.set_grad_enabled(learn):
+                rows = rows.detach().requires_grad_(learn)
+                logits = model.logits(rows)
+            value, slope = loss(logits.detach(), *others)
+            if learn:
+                into.copy_(torch.autograd.grad(logits, rows, slope)[0])
+            total += value
+        ctx.save_for_backward(grad)
+        return total
+
+    @staticmethod
+    def backward(ctx, scale):
+        return ctx.saved_tensors[0] * scale, *[None] * (len(ctx.needs_input_grad) - 1)
+
+
+def in_chunks(model, x, loss, *beside, size=256):
+    """Scalar sum of a loss over the rows of hidden x [n, D], which gets a gradient; logits of `size` rows exist at a time.
+
+    loss: (logits [rows, V], chunks of `beside` [n, ...]) -> (value, gradient [rows, V], in the place of the logits).
+    """
+    return _InChunks.apply(x, model, loss, size, *beside)
 
 
 def distill(model, hidden, answer, tokens, objective="kl", tail="bucket"):
@@ -303,33 +309,32 @@ def distill(model, hidden, answer, tokens, objective="kl", tail="bucket"):
     share, loss = 0.5 if objective == "blend" else 1.0, 0.0
     if objective != "next-token":
         rows = hidden.flatten(0, 1)
-        total = in_chunks(lambda h, *a: divergence(model.logits(h), a, tail), rows, *answer)
+        total = in_chunks(model, rows, lambda logits, *a: divergence(logits, a, tail), *answer)
         loss = loss + share * total / len(rows)
     if objective != "kl":
         T = tokens.shape[1]
         rows, targets = hidden.narrow(1, 0, T - 1).flatten(0, 1), tokens.narrow(1, 1, T - 1).flatten()
-        loss = loss + share * in_chunks(lambda h, t: next_token(model, h, t), rows, targets) / len(rows)
+        loss = loss + share * in_chunks(model, rows, next_token, targets) / len(rows)
     return loss
 
 
 # Compaction: the closed channels leave the tensors -------------------------------------------------------------------
 
 
-def kept_of(mask, i, device):
-    """Indices of the open channels of gated block number i, {name: int64 [kept]}; "gate" and "up" as "neuron"."""
-    neuron = mask["neuron"][i] if "neuron" in mask else mask["gate"][i] & mask["up"][i]
-    rows = {name: mask[name][i] for name in ("k", "v", "down")} | dict.fromkeys(("neuron", "gate", "up"), neuron)
-    return {name: row.nonzero()[:, 0].to(device) for name, row in rows.items()}
+def kept_channels(mask, first, device):
+    """{block: {projection: int64 [kept]}}: the open channels of {name: bool [N, channels]}; "gate" and "up" as "neuron"."""
+    neuron = mask["neuron"] if "neuron" in mask else mask["gate"] & mask["up"]
+    rows = {name: mask[name] for name in ("k", "v", "down")} | dict.fromkeys(("neuron", "gate", "up"), neuron)
+    pick = lambda i: {name: row[i].nonzero()[:, 0].to(device) for name, row in rows.items()}  # noqa: E731
+    return {first + i: pick(i) for i in range(len(neuron))}
 
 
 @torch.no_grad()
-def compact(model, mask, first):
-    """The physically smaller model whose output is that of `model` with the 0/1 gates `mask` on blocks first .. L - 1."""
-    c, kept = model.config, [None] * model.config.num_hidden_layers
-    state = dict(model.state_dict())
-    for i in range(first, c.num_hidden_layers):
-        index = kept_of(mask, i - first, model.head.device)
-        kept[i] = {name: len(index[name]) for name in ("k", "v", "neuron", "down")}
+def compact(model, kept):
+    """The physically smaller model of `kept_channels`: its output is that of `model` with the same 0/1 gates."""
+    c, state, sizes = model.config, dict(model.state_dict()), [None] * model.config.num_hidden_layers
+    for i, index in kept.items():
+        sizes[i] = {name: len(index[name]) for name in ("k", "v", "neuron", "down")}
         for name, (rows, _) in c.shapes.items():
             matrix = f"layers.{i}.{'self_attn' if name in ('k', 'v') else 'mlp'}.{name}_proj"
             for own in (f"{matrix}.weight", f"{matrix}.bias"):
@@ -338,21 +343,21 @@ def compact(model, mask, first):
             if name not in ("gate", "up") and len(index[name]) < rows:
                 state[f"layers.{i}.{name}_kept"] = index[name]
         state[f"{matrix}.weight"] = state[f"{matrix}.weight"][:, index["neuron"]].contiguous()  # down, the last
-    config = replace(c, kept=tuple(kept), raw={**c.raw, "koff_kept": kept})
+    config = replace(c, kept=tuple(sizes), raw={**c.raw, "koff_kept": sizes})
     with torch.device("meta"):
         small = Model(config)
     small.load_state_dict(state, assign=True)
     return small.requires_grad_(False)
 
 
-def compact_memory(blocks, mask, first):
-    """{block: BlockMemory} cut to the open channels of `mask`: rows of B, and down's columns of A."""
+def compact_memory(blocks, kept):
+    """{block: BlockMemory} cut to `kept_channels`: rows of B, and down's columns of A. Differentiable."""
     out = {}
     for i, m in blocks.items():
         lora = {}
         for name, (a, b) in m.lora.items():
-            kept = kept_of(mask, i - first, b.device)
-            lora[name] = a[:, kept["neuron"]] if name == "down" else a, b[kept[name]]
+            a = a.index_select(1, kept[i]["neuron"]) if name == "down" else a
+            lora[name] = a, b.index_select(0, kept[i][name])
         out[i] = BlockMemory(lora, m.keys, m.values)
     return out
 
@@ -363,3 +368,28 @@ def ledger(total, removed, modules):
     one = max(sizes.values(), default=0)
     share, every = one / max(1, removed), sum(sizes.values())
     return dict(total=total, removed=removed, one_module=one, all_modules=every, one_module_share=share)
+
+
+class Peak(TorchDispatchMode):
+    """Counts the bytes of all tensors that are made under it: those alive `now`, and the most that ever were."""
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.peak, self.alive = 0, 0, set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_iter(out):
+            if (
+                isinstance(tensor, torch.Tensor)
+                and (key := (storage := tensor.untyped_storage())._cdata) not in self.alive
+            ):
+                self.alive.add(key)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.gone, key, storage.nbytes())
+        return out
+
+    def gone(self, key, size):
+        self.alive.discard(key)
+        self.now -= size

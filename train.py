@@ -25,11 +25,10 @@ from tqdm import tqdm
 
 import koff
 from data import BadInput, atomic, run_script
-from data.checkpoint import load, save_backbone, save_gates, save_module
+from data.checkpoint import load, read_config, save_backbone, save_gates, save_module
 from data.corpus import batch, load_domains, load_text
 from data.router import Router
 from data.tokenizer import Tokenizer
-from model import Config
 
 HERE = Path(__file__).resolve().parent
 
@@ -53,6 +52,7 @@ class Settings:
     budget: str = option("global", "all gates compete, or each projection meets the target (paper)", "global", "module")
     gate_init: str = option("fisher", "start of log alpha: by Fisher score, or all 3", "fisher", "constant")
     fisher_sequences: int = option(48, "sequences of the calibration pass for it (measured)", low=1)
+    multiple: int = option(8, "a block keeps a multiple of this many neurons (granularity neuron)", low=1)
     beta: float = option(2 / 3, "temperature of the gates (Louizos; at the paper's 2 the cost misleads)", low=0.05)
     ramp: float = option(0.2, "share of the steps in which the target rises to --sparsity (measured)", low=0.01, high=1)
     fix_mask: float = option(0.75, "last share of the steps, under the final 0/1 mask (measured)", low=0, high=0.99)
@@ -77,6 +77,8 @@ class Settings:
     device: str = option("auto", "cpu or cuda; auto: cuda where there is one")
     dtype: str = option("auto", "of the frozen weights; auto: bfloat16 if fast here", "auto", "bfloat16", "float32")
     checkpointing: bool = option(False, "recompute the student in backward: less memory, more time")
+    offload: bool = option(False, "keep the memories that are not at work, and their AdamW state, off the GPU")
+    compile: bool = option(False, "torch.compile the blocks: a minute first, then fewer passes over memory on a GPU")
     eval_windows: int = option(12, "held-out windows per domain in the report", low=1)
     eval_len: int = option(256, "their length in tokens", low=8)
     save_every: int = option(200, "steps between checkpoints", low=1)
@@ -141,31 +143,61 @@ def keep_pages():
 # One step ------------------------------------------------------------------------------------------------------------
 
 
+def later(tensor):
+    """Begin to copy numbers from the device. The function that gives them is for later: a GPU at work is not waited for."""
+    copy, done = tensor.detach().to("cpu", non_blocking=True, copy=True), torch.cuda.Event() if tensor.is_cuda else None
+    if done:
+        done.record()
+
+    def numbers():
+        if done:
+            done.synchronize()
+        return copy.tolist()
+
+    return numbers
+
+
+def on_device(ids, device):
+    """numpy ids [B, T] -> tensor; a GPU takes them from pinned memory when it gets there."""
+    tokens = torch.from_numpy(ids)
+    return tokens.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tokens.to(device)
+
+
 class Trainer:
     """The trainables of a run, float32, and one optimizer over them in three groups. The model itself is frozen."""
 
     def __init__(self, model, s, domains):
         c, device = model.config, model.head.device
-        self.model, self.s, self.first, self.domains = model, s, c.num_hidden_layers - s.blocks, list(domains)
+        self.s, self.first, self.domains = s, c.num_hidden_layers - s.blocks, list(domains)
+        self.model = self.compiled(model)
         torch.manual_seed(s.seed)
-        self.gates = koff.Gates(c, self.first, s.granularity, s.beta)
+        with device:
+            self.gates = koff.Gates(c, self.first, s.granularity, s.beta)
+        with torch.device("cpu") if s.offload else device:
+            n = len(self.domains) if s.memory else 0
+            self.memories = nn.ModuleList(koff.Memory(c, self.first, s.rank, s.alpha, s.kv_tokens) for _ in range(n))
         self.share = self.gates.uniform_share(s.sparsity, s.count) if s.budget == "module" else 0.0
-        n = len(self.domains) if s.memory else 0
-        self.memories = nn.ModuleList(koff.Memory(c, self.first, s.rank, s.alpha, s.kv_tokens) for _ in range(n))
-        self.gates.to(device), self.memories.to(device)
         kind = {"lora": [], "gates": list(self.gates.parameters()), "kv": []}
         for name, p in self.memories.named_parameters():
             kind["lora" if "lora" in name else "kv"].append(p)
         rate = {"lora": s.lora_rate, "gates": s.gate_rate, "kv": s.kv_rate}
         groups = [dict(params=kind[n], lr=rate[n], peak=rate[n], name=n) for n in kind if kind[n]]
         # A module sees only its own domain's steps, some hundred in a short run: variances over 1,000 would come late.
-        self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, 0.99))
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, 0.99), fused=device.type != "meta")
         self.penalty = torch.tensor(s.penalty, device=device)  # lambda of Eq. 1
-        self.mask = None  # the final one, once it is fixed
+        self.mask = self.kept = self.student = None  # the final mask, once it is fixed, and what it leaves of the model
         self.visits, self.recent = [0] * len(self.domains), torch.zeros(len(self.domains), device=device)
+        self.before = self.at_work = None  # the losses before this round; the domain whose memory is on the device
 
     def memory(self, domain):
-        return self.memories[self.domains.index(domain)] if self.s.memory else None
+        """Its module, on the device; with --offload the one that was there before makes room."""
+        if self.s.offload and domain != self.at_work:
+            for name, device in ((self.at_work, "cpu"), (domain, self.penalty.device)):
+                for p in self.memories[self.domains.index(name)].parameters() if name else ():
+                    p.data = p.data.to(device)
+                    self.optimizer.state[p] = {key: x.to(device) for key, x in self.optimizer.state[p].items()}
+            self.at_work = domain
+        return self.memories[self.domains.index(domain)]
 
     def initialise(self, text):
         """The two starts that look at data, {domain: ids}: gates by Fisher score, KV memories from text."""
@@ -183,11 +215,13 @@ class Trainer:
     def next_domain(self, index):
         """(domain, number of its batch) for step `index`.
 
-        A round visits each domain once, in a new order, and then `focus` times the one whose recent loss is highest.
+        A round visits each domain once, in a new order, and then `focus` times the one whose loss was highest before it.
         """
         turn, place = divmod(index, len(self.domains) + self.s.focus)
         order = np.random.default_rng([self.s.seed, turn]).permutation(len(self.domains))
-        d = order[place] if place < len(order) else int(self.recent.argmax())
+        if place == 0:
+            self.before = later(self.recent)
+        d = order[place] if place < len(order) else int(np.argmax(self.before()))
         self.visits[d] += 1
         return self.domains[d], self.visits[d] - 1
 
@@ -198,8 +232,18 @@ class Trainer:
     def fix(self, index):
         """From the step on where only the last `fix_mask` of them are left, the gates are the final 0/1 mask."""
         if self.mask is None and index >= self.s.steps * (1 - self.s.fix_mask):
-            mask = self.gates.final_mask(self.s.sparsity, self.s.count, self.s.budget)
-            self.mask = {name: m.to(self.penalty.device) for name, m in mask.items()}
+            self.close(self.gates.final_mask(self.s.sparsity, self.s.count, self.s.budget, self.s.multiple))
+
+    def close(self, mask):
+        """The student becomes the compact backbone: what `mask` closes takes no more arithmetic."""
+        self.mask = {name: m.to(self.penalty.device) for name, m in mask.items()}
+        self.kept = koff.kept_channels(mask, self.first, self.penalty.device)
+        self.student = self.compiled(koff.compact(self.model, self.kept))
+
+    def compiled(self, model):
+        for block in model.layers if self.s.compile else ():
+            block.compile()
+        return model
 
     def step(self, tokens, domain, index, generator=None, retention=False):
         """One optimizer step on tokens [B, T] of `domain`. Returns the loss, a scalar on the device.
@@ -220,10 +264,12 @@ class Trainer:
             answer = None
             if s.objective != "next-token":
                 answer = koff.teacher_answer(model, model.run(shared, self.first, last).flatten(0, 1), s.top)
-        z = self.gates.by_block(self.mask, shared.dtype) if fixed else self.gates.sample(shared.dtype, generator)
         with torch.set_grad_enabled(not retention):
             memory = self.memory(domain).by_block(shared.dtype) if s.memory else None
-        hidden = model.run(shared, self.first, last, z, memory, checkpointing=s.checkpointing)
+        if fixed:
+            memory = koff.compact_memory(memory, self.kept)
+        student, z = (self.student, None) if fixed else (model, self.gates.sample(shared.dtype, generator))
+        hidden = student.run(shared, self.first, last, z, memory, checkpointing=s.checkpointing)
         loss = objective = koff.distill(model, hidden, answer, tokens, s.objective, s.tail)
         if not (fixed or retention):  # lambda Omega(z) of Eq. 1; lambda follows the ramp
             target = self.target(index)
@@ -240,14 +286,14 @@ class Trainer:
 
     def state(self):
         parts = {"gates": self.gates, "memories": self.memories, "optimizer": self.optimizer}
-        more = {"penalty": self.penalty, "recent": self.recent, "visits": self.visits}
+        more = {"penalty": self.penalty, "recent": self.recent, "before": self.before(), "visits": self.visits}
         return {name: part.state_dict() for name, part in parts.items()} | more
 
     def restore(self, state):
         for name in ("gates", "memories", "optimizer"):
             getattr(self, name).load_state_dict(state[name])
         self.penalty, self.recent = (state[name].to(self.penalty.device) for name in ("penalty", "recent"))
-        self.visits = state["visits"]
+        self.before, self.visits = lambda: state["before"], state["visits"]
 
 
 # The loop ------------------------------------------------------------------------------------------------------------
@@ -258,13 +304,19 @@ def reading(out, tokenizer, config):
     return dict(tokenizer=tokenizer, cache=out.parent / "tokens", separator=(*config.eos_token_ids, None)[0])
 
 
+def fitting(s):
+    """(config, gates) of the model; BadInput where --blocks or --sparsity ask for more than it has."""
+    config = read_config(s.model)
+    if (first := config.num_hidden_layers - s.blocks) < 0:
+        raise BadInput(f"--blocks is {s.blocks}, but {s.model} has {config.num_hidden_layers} blocks; give fewer.")
+    gates = koff.Gates(config, first, s.granularity)
+    gates.check_target(s.sparsity, s.count)
+    return config, gates
+
+
 def open_run(s, out):
     """Check everything that a run needs, before anything is written. Returns (trainer, domains, retention)."""
-    config, device = Config.from_folder(s.model), pick_device(s.device)
-    first = config.num_hidden_layers - s.blocks
-    if first < 0:
-        raise BadInput(f"--blocks is {s.blocks}, but {s.model} has {config.num_hidden_layers} blocks; give fewer.")
-    koff.Gates(config, first, s.granularity).check_target(s.sparsity, s.count)
+    (config, _), device = fitting(s), pick_device(s.device)
     tokenizer = Tokenizer.from_folder(s.model)
     if max(tokenizer.vocab_size - 1, *config.eos_token_ids, 0) >= config.vocab_size:
         raise BadInput(f"{s.model}: tokenizer.json has ids beyond the model's {config.vocab_size} rows; pair them.")
@@ -293,7 +345,7 @@ def train(s, out, fresh=False):
     with atomic(out / "settings.json") as partial:
         partial.write_text(json.dumps(asdict(s), indent=1) + "\n")
     if checkpoint.exists():
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True)  # AdamW's counters stay on the CPU
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
         trainer.restore(state)
         start, begun = state["step"], begun - state["seconds"]
         del state
@@ -301,25 +353,28 @@ def train(s, out, fresh=False):
     else:
         trainer.initialise(text)
 
-    stop, bar = [], tqdm(total=s.steps, initial=start, desc=out.name, mininterval=1)
+    stop, shown, bar = [], None, tqdm(total=s.steps, initial=start, desc=out.name, mininterval=1)
     before = signal.signal(signal.SIGINT, lambda *_: stop.append(True))  # never in the middle of an optimizer step
     try:
         for index in range(start, s.steps):
             trainer.fix(index)
             domain, turn = trainer.next_domain(index)
             generator = torch.Generator(device).manual_seed(s.seed * 1_000_003 + index)
-            tokens = torch.from_numpy(batch(text[domain], turn, s.batch, s.seq_len, s.seed))
-            loss = trainer.step(tokens.to(device), domain, index, generator)
+            tokens = batch(text[domain], turn, s.batch, s.seq_len, s.seed)
+            loss = trainer.step(on_device(tokens, device), domain, index, generator)
             if retention and (index + 1) % s.retention_every == 0:
                 general = batch(retention.train, index // s.retention_every, s.batch, s.seq_len, s.seed)
                 anyone = trainer.domains[np.random.default_rng([s.seed, index, 1]).integers(len(domains))]
-                trainer.step(torch.from_numpy(general).to(device), anyone, index, generator, retention=True)
+                trainer.step(on_device(general, device), anyone, index, generator, retention=True)
             bar.update()
-            if (index + 1) % 10 == 0:
-                physical, paper = (trainer.gates.sparsity(trainer.mask, c).item() for c in ("physical", "paper"))
+            if index % 10 == 0:
+                sparsities = (trainer.gates.sparsity(trainer.mask, count) for count in ("physical", "paper"))
+                shown = later(torch.stack([x.float() for x in (loss, *sparsities)]))
+            if index % 10 == 9 and shown:
+                loss, physical, paper = shown()
                 rate = s.batch * s.seq_len * (bar.n - bar.initial) / bar.format_dict["elapsed"]
                 sparsity = f"sparsity {physical:.3f} physical, {paper:.3f} paper"
-                bar.set_postfix_str(f"loss {loss.item():.3f}, {sparsity}, {rate:,.0f} tokens/s", refresh=False)
+                bar.set_postfix_str(f"loss {loss:.3f}, {sparsity}, {rate:,.0f} tokens/s", refresh=False)
             if stop or (index + 1) % s.save_every == 0 or index + 1 == s.steps:
                 with atomic(checkpoint) as partial:
                     torch.save(trainer.state() | {"step": index + 1, "seconds": time.time() - begun}, partial)
@@ -342,41 +397,44 @@ def train(s, out, fresh=False):
 def save(trainer, text, out):
     """Close the gates, compact, and write backbone, modules, gates and router."""
     s = trainer.s
-    mask = trainer.gates.final_mask(s.sparsity, s.count, s.budget)
-    small = koff.compact(trainer.model, mask, trainer.first)
-    fingerprint = save_backbone(out / "backbone", small, Path(s.model, "tokenizer.json"))
-    save_gates(out / "gates.safetensors", trainer.gates, mask)
+    trainer.fix(s.steps)
+    fingerprint = save_backbone(out / "backbone", trainer.student, Path(s.model, "tokenizer.json"))
+    save_gates(out / "gates.safetensors", trainer.gates, trainer.mask)
     for domain in trainer.domains if s.memory else ():
-        blocks = koff.compact_memory(trainer.memory(domain).by_block(small.head.dtype), mask, trainer.first)
+        blocks = koff.compact_memory(trainer.memory(domain).by_block(trainer.model.head.dtype), trainer.kept)
         save_module(out / "modules" / f"{domain}.safetensors", blocks, fingerprint)
     Router.fit(text).save(out / "router.safetensors")
 
 
 def parse(argv):
-    """Command line -> (settings, run folder, whether to start again)."""
+    """Command line -> (settings, run folder, {"fresh", "dry_run"})."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="handbook", help="named settings; flags override them")
     parser.add_argument("--out", type=Path, help="run folder [out/<preset>]")
     parser.add_argument("--fresh", action="store_true", help="start again, whatever the run folder holds")
+    parser.add_argument("--dry-run", action="store_true", help="print sizes and memory, from config.json alone")
     for f in fields(Settings):
-        kind = {"type": type(f.default), "choices": f.metadata["choices"]}
-        if isinstance(f.default, bool):
-            kind = {"action": argparse.BooleanOptionalAction}
+        switch, kind = isinstance(f.default, bool), {"type": type(f.default), "choices": f.metadata["choices"]}
+        kind = {"action": argparse.BooleanOptionalAction} if switch else kind
         shown = Path(f.default).relative_to(HERE) if f.name in ("model", "data") else f.default
         flag, text = "--" + f.name.replace("_", "-"), f"{f.metadata['help']} [{shown}]"
         parser.add_argument(flag, default=argparse.SUPPRESS, help=text, **kind)
     given = vars(parser.parse_args(argv))
-    preset, out, fresh = given.pop("preset"), given.pop("out"), given.pop("fresh")
-    return Settings(**{**PRESETS[preset], **given}), out or Path("out", preset), fresh
+    preset, out, do = given.pop("preset"), given.pop("out"), {name: given.pop(name) for name in ("fresh", "dry_run")}
+    return Settings(**{**PRESETS[preset], **given}), out or Path("out", preset), do
 
 
 def run(argv):
-    s, out, fresh = parse(argv)
+    s, out, do = parse(argv)
+    if do["dry_run"]:
+        import eval as evaluation  # it imports this file
+
+        return evaluation.dry_run(s)
     keep_pages()
     ours = out / "settings.json"
     if out.exists() and not ours.exists() and (not out.is_dir() or any(out.iterdir())):
         raise BadInput(f"{out} holds something that is not a run; name another folder with --out.")
-    if ours.exists() and not fresh:
+    if ours.exists() and not do["fresh"]:
         old = asdict(Settings.from_file(ours))
         if changed := [name for name, value in asdict(s).items() if old[name] != value]:
             flag = "--" + changed[0].replace("_", "-")
@@ -384,7 +442,7 @@ def run(argv):
         if (out / "results.json").exists():
             print(f"{(out / 'report.md').read_text()}\n{out} is finished; --fresh trains it again")
             return 0
-    return 0 if train(s, out, fresh) else 130
+    return 0 if train(s, out, do["fresh"]) else 130
 
 
 def main(argv=None):

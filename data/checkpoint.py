@@ -18,6 +18,16 @@ from model import BlockMemory, Config, Model
 # Pretrained models ---------------------------------------------------------------------------------------------------
 
 
+def read_config(folder):
+    path = Path(folder, "config.json")
+    try:
+        return Config.from_dict(json.loads(path.read_text(encoding="utf-8")), path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise BadInput(f"{path} does not exist; give the folder of a Hugging Face checkpoint.") from None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise BadInput(f"{path} is not a valid config.json ({error}); download it again.") from None
+
+
 def checkpoint_files(folder):
     """The files of a checkpoint, one or several shards. Their names in an index are untrusted."""
     index, single = Path(folder, "model.safetensors.index.json"), Path(folder, "model.safetensors")
@@ -45,7 +55,7 @@ def load(folder, dtype=torch.float32, device="cpu"):
 
     Every tensor name and shape has to be accounted for. Raises BadInput otherwise.
     """
-    config = Config.from_folder(folder)
+    config = read_config(folder)
     with torch.device("meta"):
         model = Model(config)
     expected, state = model.state_dict(), {}

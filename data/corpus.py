@@ -106,8 +106,8 @@ def load_text(path, tokenizer, cache, heldout=0.05, separator=None, need=(0, 0))
     return split
 
 
-def load_domains(folder, tokenizer, cache, least=1, **how):
-    """{domain: Split}, sorted by name; `how` as for `load_text`. BadInput where there are fewer than `least` domains."""
+def find_domains(folder, least=1):
+    """{domain: path}, sorted by name. BadInput where there are fewer than `least` domains."""
     folder, found = Path(folder), {}
     if not folder.is_dir():
         raise BadInput(f"{folder} is not a folder; give one with a <domain>.txt, .jsonl or sub-folder per domain.")
@@ -123,7 +123,12 @@ def load_domains(folder, tokenizer, cache, least=1, **how):
     if len(found) < least:
         has = f"only one domain, {next(iter(found))}" if found else "no domain"
         raise BadInput(f"{folder} holds {has}; put at least {least} there, each a <domain>.txt, .jsonl or sub-folder.")
-    return {name: load_text(path, tokenizer, cache, **how) for name, path in found.items()}
+    return found
+
+
+def load_domains(folder, tokenizer, cache, least=1, **how):
+    """{domain: Split}, sorted by name; `how` as for `load_text`."""
+    return {name: load_text(path, tokenizer, cache, **how) for name, path in find_domains(folder, least).items()}
 
 
 def windows(ids, length, limit=None):

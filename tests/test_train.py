@@ -1,6 +1,8 @@
 """Training: what moves and what does not, resume, the two stand-ins for a GPU, and every kind of bad input."""
 
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -213,7 +215,7 @@ def fake_cuda(world, monkeypatch):
     """A trainer whose every tensor claims to be on a GPU, under FakeTensorMode.
 
     A CPU-only torch cannot choose a CUDA attention kernel, so that `causal_lower_right` gives way to the mask that it
-    describes (`test_a_described_mask_is_the_boolean_one` in test_model.py compares the two).
+    describes (`test_attention_on_the_cpu_is_the_kernel_of_a_gpu...` in test_model.py compares the two).
     """
     mask = lambda T, S: torch.ones(T, S, dtype=torch.bool, device="cuda").tril(S - T)  # noqa: E731
     monkeypatch.setattr(decoder, "causal_lower_right", mask)
@@ -276,7 +278,7 @@ def meta_step(world, **more):
     for index in (0, 1):
         loss = trainer.step(tokens, "german", index)
     loss = trainer.step(tokens, "german", index, retention=True)
-    trainer.mask = {n: torch.ones_like(a, dtype=torch.bool) for n, a in trainer.gates.log_alpha.items()}
+    trainer.close({n: torch.arange(a.numel()).view(a.shape) % 3 > 0 for n, a in trainer.gates.log_alpha.items()})
     loss = trainer.step(tokens, "german", 7)
     return trainer, loss
 
@@ -437,7 +439,7 @@ def test_evaluation_of_what_is_no_finished_run(world, capsys):
 
 def test_finished_runs_are_compared_and_generate_text(world, capsys):
     for seed in (0, 1):
-        assert train.main(flags(world, seed=seed, out=world / f"runs/{seed}")) == 0
+        assert train.main(flags(world, seed=seed, multiple=1, out=world / f"runs/{seed}")) == 0
     (world / "base").rename(world / "elsewhere")  # the run alone has to be enough
     capsys.readouterr()
     assert evaluation.main(["compare", str(world / "runs/0"), str(world / "runs/1")]) == 0
@@ -480,8 +482,9 @@ def test_an_old_python_or_torch_is_named(monkeypatch):
 
 
 def test_settings_are_the_command_line(world):
-    s, out, fresh = train.parse(["--preset", "smollm2", "--rank", "8", "--no-memory"])
-    assert (s.blocks, s.rank, s.memory, out, fresh) == (18, 8, False, Path("out/smollm2"), False)
+    s, out, do = train.parse(["--preset", "smollm2", "--rank", "8", "--no-memory", "--dry-run"])
+    assert (s.blocks, s.rank, s.memory, out) == (18, 8, False, Path("out/smollm2"))
+    assert do == {"fresh": False, "dry_run": True}
     assert train.parse([])[0] == Settings() and replace(s, rank=64, memory=True) == Settings(**train.PRESETS["smollm2"])
 
 
@@ -494,6 +497,43 @@ def test_a_round_visits_every_domain_once_and_the_worst_again(world):
     assert len({tuple(r) for r in rounds}) == 2  # the order changes
     for domain in trainer.domains:
         assert [t for d, t in seen if d == domain] == list(range(60 if domain == trainer.domains[1] else 30))
+
+
+@pytest.mark.parametrize("more", [["--offload"], ["--compile"]])
+def test_a_switch_for_the_machine_changes_no_number(world, more, monkeypatch):
+    """(Compiled as far as its graphs, without the minute that a C++ compiler takes.)"""
+    whole = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda block: whole(block, backend="aot_eager"))
+    losses = []
+    for switch in ([], more):
+        s, out, _ = train.parse([*flags(world), *switch])
+        trainer, domains, _ = train.open_run(s, out)
+        trainer.initialise({name: split.train for name, split in domains.items()})
+        tokens = torch.arange(32).view(2, 16)
+        for index, domain in enumerate(["german", "french", "german", "french"]):
+            trainer.fix(2 * index)
+            losses.append(trainer.step(tokens, domain, index, torch.Generator().manual_seed(index)).item())
+    assert losses[:4] == pytest.approx(losses[4:], abs=0 if more == ["--offload"] else 1e-4)
+
+
+def test_offloading_moves_one_memory_in_and_the_last_one_out(world, monkeypatch):
+    s, out, _ = train.parse([*flags(world), "--offload"])
+    trainer, _, _ = train.open_run(s, out)
+    for domain in trainer.domains:  # both have AdamW state
+        trainer.step(torch.arange(32).view(2, 16), domain, 0)
+    moved, where, to = [], trainer.penalty.device, torch.Tensor.to
+    state = {d: [x for p in trainer.memories[i].parameters() for x in (p, *trainer.optimizer.state[p].values())]
+             for i, d in enumerate(trainer.domains)}  # fmt: skip
+    spy = lambda x, target, *more, **kw: moved.append((x.data_ptr(), str(target))) or to(x, target, *more, **kw)  # noqa: E731
+    monkeypatch.setattr(torch.Tensor, "to", spy)
+    trainer.at_work, first, second = "french", "french", "german"
+    trainer.memory(second)
+    assert sorted(moved) == sorted(
+        [(x.data_ptr(), "cpu") for x in state[first]] + [(x.data_ptr(), str(where)) for x in state[second]]
+    )
+    moved.clear()
+    trainer.memory(second)
+    assert not moved
 
 
 def test_the_recent_loss_follows_the_domains_own_steps(world):
@@ -510,3 +550,64 @@ def test_batches_cover_an_epoch_once_and_follow_from_their_number():
     assert len({row[0] for row in rows}) == 96 and (np.diff(rows, axis=1) == 1).all()
     assert (train.batch(ids, 30, 4, 10, 0) == train.batch(ids, 30, 4, 10, 0)).all()
     assert not (train.batch(ids, 0, 4, 10, 0) == train.batch(ids, 0, 4, 10, 1)).all()
+
+
+# Sizes before a run -------------------------------------------------------------------------------------------------
+
+LLAMAS = {  # shapes from the models' config.json; parameters per module from the paper, section 3
+    "Llama-3.1-8B": (277e6, dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+                                 num_key_value_heads=8, head_dim=128, tie_word_embeddings=False)),
+    "Llama-3.2-3B": (180e6, dict(hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24,
+                                 num_key_value_heads=8, head_dim=128, tie_word_embeddings=True)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LLAMAS)
+def test_a_dry_run_knows_the_papers_models_from_their_config(name, tmp_path, capsys):
+    module, shape = LLAMAS[name]
+    more = dict(model_type="llama", vocab_size=128256, max_position_embeddings=131072, eos_token_id=128001)
+    (tmp_path / "config.json").write_text(json.dumps({**more, **shape}))
+    flags = "--blocks 16 --sparsity 0.12 --rank 256 --alpha 128 --kv-tokens 256 --batch 2 --seq-len 512 --checkpointing"
+    assert train.main(["--dry-run", "--model", str(tmp_path), *flags.split()]) == 0
+    printed = capsys.readouterr().out
+    found = int(re.search(r"([\d,]+) parameters a module", printed)[1].replace(",", ""))
+    assert abs(found - module) < 0.5e6
+    assert float(re.search(r"([\d.]+) GB  peak memory", printed)[1]) < 80
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json"]
+
+
+STEPS = """
+import sys, torch, train
+from pathlib import Path
+from data.checkpoint import load
+
+def status(key):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+def steps(argv, T):
+    s, _, _ = train.parse(argv)
+    trainer = train.Trainer(load(s.model, torch.bfloat16), s, list("abcdef"))
+    tokens = torch.randint(0, 1000, (s.batch, T))
+    for domain in "abcdef":
+        trainer.step(tokens, domain, 0)
+    trainer.fix(s.steps)
+    trainer.step(tokens, "a", 0)
+
+steps([], 8)  # the program itself comes into memory
+Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+before = status("VmRSS")
+steps(sys.argv[1:], 512)
+print(status("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif("KOFF_SMOLLM2" not in os.environ, reason="set KOFF_SMOLLM2 to the folder of SmolLM2-135M")
+@pytest.mark.parametrize("more", [[], ["--checkpointing"]])
+def test_a_dry_run_estimates_the_peak_that_is_then_measured(more, capsys):
+    flags = ["--preset", "smollm2", "--model", os.environ["KOFF_SMOLLM2"], "--seq-len", "512", *more]
+    assert train.main(["--dry-run", *flags]) == 0
+    estimate = float(re.search(r"([\d.]+) GB  peak memory", capsys.readouterr().out)[1])
+    command, env = [sys.executable, "-c", STEPS, *flags], os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    assert int(done.stdout) / 1e9 == pytest.approx(estimate, rel=0.15)
