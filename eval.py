@@ -12,6 +12,7 @@ import json
 import math
 import sys
 import time
+import weakref
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +20,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 import koff
 from data import BadInput, atomic, run_script
@@ -30,6 +33,28 @@ from model import Cache, Model
 from train import HERE, Settings, Trainer, fitting, pick_device, pick_dtype, reading
 
 # Before a run: what it will need -------------------------------------------------------------------------------------
+
+
+class Peak(TorchDispatchMode):
+    """Counts the bytes of all tensors that are made under it: those alive `now`, and the most that ever were."""
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.peak, self.alive = 0, 0, set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for storage in (x.untyped_storage() for x in tree_iter(out) if isinstance(x, torch.Tensor)):
+            if (key := storage._cdata) not in self.alive:  # neither a view nor written in place
+                self.alive.add(key)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.gone, key, storage.nbytes())
+        return out
+
+    def gone(self, key, size):
+        self.alive.discard(key)
+        self.now -= size
 
 
 def dry_run(s):
@@ -45,9 +70,12 @@ def dry_run(s):
     with torch.device("meta"):
         model = Model(config).to(torch.float32 if s.dtype == "float32" else torch.bfloat16)
     shapes = {name: (p.shape, p.dtype) for name, p in model.state_dict().items()}
-    with FakeTensorMode(), koff.Peak() as size:
+    with FakeTensorMode(), Peak() as size:
         model.load_state_dict({n: torch.empty(shape, dtype=d) for n, (shape, d) in shapes.items()}, assign=True)
-        weights, trainer = size.now, Trainer(model.requires_grad_(False), replace(s, budget="global"), ["one"])
+        weights, trainer = (
+            size.now,
+            Trainer(model.requires_grad_(False), replace(s, budget="global", compile=False), ["one"]),
+        )
         tokens = torch.zeros(s.batch, s.seq_len, dtype=torch.int64)
 
         def step():
@@ -57,9 +85,10 @@ def dry_run(s):
 
         step()  # the first one makes AdamW's state
         sampled, before = step(), size.now
-        rows = {name: x.shape[1] for name, x in opened.items()}
-        rows |= {name: config.intermediate_size for name in ("neuron", "gate", "up")}
-        one = {name: torch.zeros(round(n * (1 - share)), dtype=torch.int64) for name, n in rows.items()}
+        sizes = {name: round(x.shape[1] * (1 - share)) for name, x in opened.items()}
+        alive = round(config.intermediate_size * (1 - share) ** (1 if "neuron" in opened else 2))
+        sizes |= dict.fromkeys(("neuron", "gate", "up"), alive)
+        one = {name: torch.zeros(n, dtype=torch.int64) for name, n in sizes.items()}
         trainer.mask, trainer.kept = {}, dict.fromkeys(range(trainer.first, config.num_hidden_layers), one)
         trainer.student = koff.compact(model, trainer.kept)
         small = size.now - before

@@ -7,14 +7,11 @@ Shapes as in `model.py`; N is the number of gated upper blocks, K the number of 
 """
 
 import math
-import weakref
 from bisect import bisect_left
 from dataclasses import replace
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 from data import BadInput
 from data.checkpoint import tensors_of
@@ -115,9 +112,11 @@ class Gates(nn.Module):
         """{name: bool [N, channels]}: gates close in order of log alpha until the exact count reaches `target`.
 
         With budget "module" the order is the rank within the gate's own projection. A block's open neurons (granularity
-        "neuron") are rounded to a `multiple`, which GPUs like. Overshoots by one gate, or one multiple of them, at most.
+        "neuron") are rounded to a `multiple`, which GPUs like; the other gates then make up for it. Overshoots by one
+        gate at most, by one multiple of neurons where hardly any other gate is closed.
         """
         flat = {name: a.float().cpu() for name, a in self.log_alpha.items()}
+        multiple = multiple if "neuron" in flat else 1
         if budget == "module":
             flat = {name: a.argsort(-1).argsort(-1) / a.shape[-1] for name, a in flat.items()}
         order = torch.cat([a.flatten() for a in flat.values()]).argsort(stable=True)
@@ -127,13 +126,20 @@ class Gates(nn.Module):
             still[order[:closed]] = False
             parts = still.split([a.numel() for a in flat.values()])
             still = {name: part.view_as(a) for (name, a), part in zip(flat.items(), parts, strict=True)}
-            if multiple > 1 and "neuron" in still:
+            if multiple > 1:
                 kept = (still["neuron"].sum(-1, keepdim=True) / multiple).round() * multiple
                 rank = flat["neuron"].argsort(dim=-1, stable=True).argsort(-1)
                 still["neuron"] = rank >= rank.shape[-1] - kept
             return still
 
-        return mask(bisect_left(range(len(order)), True, key=lambda n: bool(self.sparsity(mask(n), count) >= target)))
+        def reach(mask):
+            def enough(closed):
+                return self.sparsity(mask(closed), count).item() >= target
+
+            return mask(bisect_left(range(len(order)), True, key=enough))
+
+        found = reach(mask)
+        return found if multiple == 1 else reach(lambda closed: mask(closed) | {"neuron": found["neuron"]})
 
     def check_target(self, target, count):
         most = self.sparsity({name: torch.zeros(a.shape) for name, a in self.log_alpha.items()}, count).item()
@@ -368,28 +374,3 @@ def ledger(total, removed, modules):
     one = max(sizes.values(), default=0)
     share, every = one / max(1, removed), sum(sizes.values())
     return dict(total=total, removed=removed, one_module=one, all_modules=every, one_module_share=share)
-
-
-class Peak(TorchDispatchMode):
-    """Counts the bytes of all tensors that are made under it: those alive `now`, and the most that ever were."""
-
-    def __init__(self):
-        super().__init__()
-        self.now, self.peak, self.alive = 0, 0, set()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for tensor in tree_iter(out):
-            if (
-                isinstance(tensor, torch.Tensor)
-                and (key := (storage := tensor.untyped_storage())._cdata) not in self.alive
-            ):
-                self.alive.add(key)
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self.gone, key, storage.nbytes())
-        return out
-
-    def gone(self, key, size):
-        self.alive.discard(key)
-        self.now -= size

@@ -5,8 +5,8 @@
     python tests/bench.py --model DIR inference       prefill and decoding: transformers, dense, compact, with a module
     python tests/bench.py --model DIR growth          our step against length, KV tokens, rank, domains, vocabulary
 
-Every subject runs in processes of its own, in turns with the others; the fastest of its rounds counts, so that all
-figures of a table are of one time. Memory is the peak of the resident set above what it is with the weights loaded.
+Every subject of `step` runs in processes of its own, in turns with the others, those of `inference` in turns in one;
+the fastest round counts, so that all figures of a table are of one time. Memory is the peak of the resident set above what it is with the weights loaded.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -28,6 +29,7 @@ sys.path.insert(0, str(ROOT))
 
 import koff
 from data.checkpoint import load, load_module, read_config, save_module
+from data.tokenizer import Tokenizer
 from eval import table
 from model import Cache, Model
 from train import Settings, Trainer, pick_dtype
@@ -98,7 +100,11 @@ def rate():
 def our_step(model, settings, domains=1, closed=False, vocabulary=None, times=4):
     s = Settings(model=model, **settings)
     if vocabulary:  # numbers do not matter
-        model = Model(replace(read_config(model), vocab_size=vocabulary)).to(DTYPE).requires_grad_(False)
+        with torch.device("meta"):
+            model = Model(replace(read_config(model), vocab_size=vocabulary)).to(DTYPE).requires_grad_(False)
+        model.to_empty(device="cpu")
+        for p in model.parameters():
+            torch.nn.init.normal_(p, std=0.02)
     else:
         model = load(model, DTYPE)
     memory = memory_above(model)
@@ -145,57 +151,59 @@ def peer_step(model, settings, adapters="float32", times=4):
     return {"seconds": fastest(step, times), "memory": memory()}
 
 
-def prefill_and_decode(forward, start, vocabulary, prompt=512, new=128):
-    """Seconds to read a prompt, and for a new token, greedy. `start()` is an empty cache, `forward(x, cache)` gives ids."""
-    tokens, decode = torch.randint(0, vocabulary, (1, prompt), generator=torch.Generator().manual_seed(0)), []
+def in_inference(model, rounds, prompt=512, new=128):
+    """{name: {"prefill": seconds for the prompt, "decode": for a new token, greedy}}, and the seconds of a module's swap.
+
+    (All in one process, in turns, since a ratio of 0.9 is less than what two minutes change on a shared machine.)
+    """
+    from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
+
+    folder, peer = model, AutoModelForCausalLM.from_pretrained(model, dtype=DTYPE)
+    text = (ROOT / "data/handbook/english.txt").read_text(encoding="utf-8")[:100_000]
+    ids = np.array(Tokenizer.from_folder(folder).encode(text))
+
+    def theirs(x, cache):
+        return peer(x, past_key_values=cache, logits_to_keep=1).logits[:, -1].argmax(-1, keepdim=True)
+
+    def ours(model, memory=None):
+        def forward(x, cache):
+            hidden = model.run(model.embed_tokens(x), 0, len(model.layers), memory=memory, cache=cache)
+            return model.logits(hidden[:, -1]).argmax(-1, keepdim=True)
+
+        return forward, lambda: Cache(new)
+
+    subjects = {
+        "transformers, dynamic cache": (theirs, lambda: DynamicCache(config=peer.config)),
+        "transformers, static cache": (theirs, lambda: StaticCache(config=peer.config, max_cache_len=prompt + new)),
+        "ours, dense": ours(load(folder, DTYPE)),
+    }
+    for sparsity in (0.12, 0.30):
+        s = Settings(model=folder, blocks=18, kv_tokens=64, sparsity=sparsity, fisher_sequences=12)
+        trainer = Trainer(load(folder, DTYPE), s, ["one"])
+        trainer.initialise({"one": ids})  # what closes are mostly neurons, as in a run
+        trainer.fix(s.steps)
+        with torch.no_grad(), tempfile.TemporaryDirectory() as at:
+            path, config = Path(at, "one.safetensors"), replace(trainer.model.config, raw={"koff_fingerprint": "here"})
+            save_module(path, koff.compact_memory(trainer.memory("one").by_block(DTYPE), trainer.kept), "here")
+            memory, swap = (
+                load_module(path, config, DTYPE),
+                fastest(lambda a=(path, config, DTYPE): load_module(*a), 20),
+            )
+        subjects[f"compact, {sparsity:.0%}"] = ours(trainer.student)
+        subjects[f"compact, {sparsity:.0%}, with a module"] = ours(trainer.student, memory)
+    found = {name: {"prefill": [], "decode": []} for name in subjects}
     with torch.inference_mode():
-        prefill = fastest(lambda: forward(tokens, start()), 5)
-        for _ in range(3):
-            cache = start()
-            x = forward(tokens, cache)
+        for name in list(subjects) * rounds:
+            (forward, start), seconds = subjects[name], found[name]
+            for _ in range(3):
+                begun, cache = time.perf_counter(), start()
+                x = forward(torch.from_numpy(ids[None, :prompt]), cache)
+                seconds["prefill"].append(time.perf_counter() - begun)
             begun = time.perf_counter()
             for _ in range(new):
                 x = forward(x, cache)
-            decode.append((time.perf_counter() - begun) / new)
-    return {"prefill": prefill, "decode": min(decode)}
-
-
-def our_inference(model, sparsity=0.0, module=False):
-    s = Settings(model=model, blocks=18, kv_tokens=64, sparsity=sparsity, gate_init="constant")
-    model, found = load(model, DTYPE), {}
-    trainer, memory = Trainer(model, s, ["one"]), None
-    if sparsity:
-        for a in trainer.gates.log_alpha.values():
-            torch.nn.init.normal_(a)
-        trainer.fix(s.steps)
-        model = trainer.student
-    if module:
-        with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-            blocks = koff.compact_memory(trainer.memory("one").by_block(DTYPE), trainer.kept)
-            save_module(Path(folder, "one.safetensors"), blocks, "here")
-            config = replace(model.config, raw={"koff_fingerprint": "here"})
-            read = lambda: load_module(Path(folder, "one.safetensors"), config, DTYPE)  # noqa: E731
-            found["swap"], memory = fastest(read, 20), read()
-
-    def forward(x, cache):
-        hidden = model.run(model.embed_tokens(x), 0, len(model.layers), memory=memory, cache=cache)
-        return model.logits(hidden[:, -1]).argmax(-1, keepdim=True)
-
-    return prefill_and_decode(forward, lambda: Cache(128), model.config.vocab_size) | found
-
-
-def peer_inference(model, static):
-    from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
-
-    model = AutoModelForCausalLM.from_pretrained(model, dtype=DTYPE)
-    room = dict(config=model.config, max_cache_len=512 + 128)
-
-    def forward(x, cache):
-        return model(x, past_key_values=cache, logits_to_keep=1).logits[:, -1].argmax(-1, keepdim=True)
-
-    return prefill_and_decode(
-        forward, lambda: StaticCache(**room) if static else DynamicCache(), model.config.vocab_size
-    )
+            seconds["decode"].append((time.perf_counter() - begun) / new)
+    return {"swap": swap} | {name: {key: min(x) for key, x in r.items()} for name, r in found.items()}
 
 
 # Tables --------------------------------------------------------------------------------------------------------------
@@ -210,7 +218,8 @@ def in_turns(subjects, rounds):
         if done.returncode:
             sys.exit(f"{name}: {done.stderr}")
         found[name].append(json.loads(done.stdout.splitlines()[-1]))
-    return {name: {figure: min(r[figure] for r in all_) for figure in all_[0]} for name, all_ in found.items()}
+    best = lambda column: min(column) if isinstance(column[0], float | int) else column[0]  # noqa: E731
+    return {name: {x: best([r[x] for r in all_]) for x in all_[0]} for name, all_ in found.items()}
 
 
 def step(model, rounds):
@@ -239,15 +248,8 @@ def step(model, rounds):
 
 
 def inference(model, rounds):
-    subjects = {f"transformers, {'static' if x else 'dynamic'} cache": (peer_inference, dict(model=model, static=x), True)
-                for x in (False, True)}  # fmt: skip
-    subjects["ours, dense"] = our_inference, dict(model=model), True
-    for sparsity in (0.12, 0.30):
-        given = dict(model=model, sparsity=sparsity)
-        subjects[f"compact, {sparsity:.0%}"] = our_inference, given, True
-        subjects[f"compact, {sparsity:.0%}, with a module"] = our_inference, {**given, "module": True}, True
-    found = in_turns(subjects, rounds)
-    dense, swap = found["ours, dense"], next(r["swap"] for r in found.values() if "swap" in r)
+    found = in_turns({"": (in_inference, dict(model=model, rounds=3 * rounds), True)}, 1)[""]
+    swap, dense = found.pop("swap"), found["ours, dense"]
     rows = {
         name: [x for key in ("prefill", "decode") for x in (f"{r[key] * 1e3:.1f}", f"{r[key] / dense[key]:.2f} x")]
         for name, r in found.items()

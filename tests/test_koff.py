@@ -142,7 +142,7 @@ def test_open_neurons_are_rounded_and_the_budget_is_met(tiny, budget):
         a.data.normal_()
     free, rounded = gates.final_mask(0.2, "physical", budget), gates.final_mask(0.2, "physical", budget, 8)
     assert (free["neuron"].sum(1) % 8).any() and not (rounded["neuron"].sum(1) % 8).any()
-    assert 0.2 <= gates.sparsity(rounded) < 0.2 + 8 * 3 * 48 / gates.total
+    assert 0.2 <= gates.sparsity(rounded) < 0.2 + 400 / gates.total  # a gate of down frees most, its 400 columns
     assert (free["neuron"].sum(1) - rounded["neuron"].sum(1)).abs().max() <= 8
     for a, row in zip(gates.log_alpha["neuron"], rounded["neuron"], strict=True):
         assert a[row].min() > a[~row].max()

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
+import bench
 import eval as evaluation
 import koff
 import model as decoder
@@ -486,6 +490,32 @@ def test_settings_are_the_command_line(world):
     assert (s.blocks, s.rank, s.memory, out) == (18, 8, False, Path("out/smollm2"))
     assert do == {"fresh": False, "dry_run": True}
     assert train.parse([])[0] == Settings() and replace(s, rank=64, memory=True) == Settings(**train.PRESETS["smollm2"])
+
+
+class Operations(TorchDispatchMode):
+    """What torch's own formulas count, {"mm": operations, ...}."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if count := flop_registry.get(function.overloadpacket):
+            self.found[function.overloadpacket.__name__] += count(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+@pytest.mark.parametrize("kv_tokens", [0, 3])
+def test_the_operations_that_the_benchmark_counts_are_those_that_torch_counts(world, kv_tokens, monkeypatch):
+    trainer, _ = trainer_of(world, kv_tokens=kv_tokens)
+    monkeypatch.setattr(decoder.CausalRows, "ROWS", 1)  # now it computes what is visible and nothing else
+    with Operations() as counted:
+        trainer.step(torch.arange(32).view(2, 16), "german", 0)
+    linear, attention = bench.operations(trainer.model.config, trainer.s)
+    assert counted.found.pop("mm") == linear
+    once_more = 2 * 2 * 2 * 32 * sum(kv_tokens + t for t in range(1, 17))  # backward repeats Q K^T; 2 blocks, batch 2
+    assert counted.found.pop("bmm") + counted.found.pop("baddbmm") == attention + once_more and not counted.found
 
 
 def test_a_round_visits_every_domain_once_and_the_worst_again(world):
