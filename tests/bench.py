@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import koff
+from data import BadInput
 from data.checkpoint import load, load_module, read_config, save_module
 from data.tokenizer import Tokenizer
 from eval import table
@@ -288,6 +289,10 @@ def main():
     args = parser.parse_args()
     if unknown := set(args.sections) - set(sections):
         parser.error(f"there is no section {', '.join(unknown)}; give {', '.join(sections)}")
+    try:
+        read_config(args.model)
+    except BadInput as error:
+        parser.error(str(error))
     for name in args.sections or sections:
         sections[name](args.model, args.rounds)
 
