@@ -112,10 +112,8 @@ class Settings:
 PRESETS = {
     "handbook": {},
     "quick": dict(steps=30, eval_windows=2, fisher_sequences=12),
-    "smollm2": dict(
-        blocks=18, sparsity=0.12, kv_tokens=64, steps=1350, focus=5, batch=2, lora_rate=2e-3, eval_len=512
-    ),
-}  # fmt: skip
+    "smollm2": dict(blocks=18, sparsity=0.12, kv_tokens=64, steps=1350, focus=5, batch=2, lora_rate=2e-3, eval_len=512),
+}
 
 
 def pick_device(name):
@@ -414,8 +412,8 @@ def parse(argv):
     parser.add_argument("--fresh", action="store_true", help="start again, whatever the run folder holds")
     parser.add_argument("--dry-run", action="store_true", help="print sizes and memory, from config.json alone")
     for f in fields(Settings):
-        switch, kind = isinstance(f.default, bool), {"type": type(f.default), "choices": f.metadata["choices"]}
-        kind = {"action": argparse.BooleanOptionalAction} if switch else kind
+        kind = {"type": type(f.default), "choices": f.metadata["choices"]}
+        kind = {"action": argparse.BooleanOptionalAction} if isinstance(f.default, bool) else kind
         shown = Path(f.default).relative_to(HERE) if f.name in ("model", "data") else f.default
         flag, text = "--" + f.name.replace("_", "-"), f"{f.metadata['help']} [{shown}]"
         parser.add_argument(flag, default=argparse.SUPPRESS, help=text, **kind)
