@@ -78,7 +78,7 @@ class Settings:
     dtype: str = option("auto", "of the frozen weights; auto: bfloat16 if fast here", "auto", "bfloat16", "float32")
     checkpointing: bool = option(False, "recompute the student in backward: less memory, more time")
     offload: bool = option(False, "keep the memories that are not at work, and their AdamW state, off the GPU")
-    compile: bool = option(False, "torch.compile the blocks: a minute first, then fewer passes over memory on a GPU")
+    compile: bool = option(False, "torch.compile the blocks; a minute first (no gain on the CPU that was measured)")
     eval_windows: int = option(12, "held-out windows per domain in the report", low=1)
     eval_len: int = option(256, "their length in tokens", low=8)
     save_every: int = option(200, "steps between checkpoints", low=1)
