@@ -68,14 +68,12 @@ def dry_run(s):
     opened = {name: torch.full(a.shape, 1 - share, dtype=torch.float64) for name, a in gates.log_alpha.items()}
     physical, paper = (gates.sparsity(opened, count).item() for count in ("physical", "paper"))
     with torch.device("meta"):
-        model = Model(config).to(torch.float32 if s.dtype == "float32" else torch.bfloat16)
+        model = Model(config).to(pick_dtype(s.dtype, torch.device("cuda")))
     shapes = {name: (p.shape, p.dtype) for name, p in model.state_dict().items()}
     with FakeTensorMode(), Peak() as size:
         model.load_state_dict({n: torch.empty(shape, dtype=d) for n, (shape, d) in shapes.items()}, assign=True)
-        weights, trainer = (
-            size.now,
-            Trainer(model.requires_grad_(False), replace(s, budget="global", compile=False), ["one"]),
-        )
+        weights = size.now
+        trainer = Trainer(model.requires_grad_(False), replace(s, budget="global", compile=False), ["one"])
         tokens = torch.zeros(s.batch, s.seq_len, dtype=torch.int64)
 
         def step():
@@ -97,9 +95,8 @@ def dry_run(s):
     gated = gates.removed({name: 0 * p for name, p in opened.items()}, "physical")
     trained = gate + domains * module
     there = gate + (1 if s.offload else domains) * module
-    print(
-        f"{gates.total:,} parameters, {int(gated):,} of them gated, in {s.blocks} of {config.num_hidden_layers} blocks"
-    )
+    where = f"in {s.blocks} of {config.num_hidden_layers} blocks"
+    print(f"{gates.total:,} parameters, {int(gated):,} of them gated, {where}")
     print(f"{module:,} parameters a module, {domains} modules and {gate:,} gates: {trained:,} to train")
     print(f"at the target (closed evenly): sparsity {physical:.4f} physical, {paper:.4f} by the paper's count")
     parts = {f"weights, {model.head.dtype}": weights, "memories and gates, float32": 4 * there}

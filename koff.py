@@ -117,6 +117,7 @@ class Gates(nn.Module):
         """
         flat = {name: a.float().cpu() for name, a in self.log_alpha.items()}
         multiple = multiple if "neuron" in flat else 1
+        rank = flat["neuron"].argsort(dim=-1, stable=True).argsort(-1) if multiple > 1 else None
         if budget == "module":
             flat = {name: a.argsort(-1).argsort(-1) / a.shape[-1] for name, a in flat.items()}
         order = torch.cat([a.flatten() for a in flat.values()]).argsort(stable=True)
@@ -128,7 +129,6 @@ class Gates(nn.Module):
             still = {name: part.view_as(a) for (name, a), part in zip(flat.items(), parts, strict=True)}
             if multiple > 1:
                 kept = (still["neuron"].sum(-1, keepdim=True) / multiple).round() * multiple
-                rank = flat["neuron"].argsort(dim=-1, stable=True).argsort(-1)
                 still["neuron"] = rank >= rank.shape[-1] - kept
             return still
 
@@ -331,8 +331,9 @@ def kept_channels(mask, first, device):
     """{block: {projection: int64 [kept]}}: the open channels of {name: bool [N, channels]}; "gate" and "up" as "neuron"."""
     neuron = mask["neuron"] if "neuron" in mask else mask["gate"] & mask["up"]
     rows = {name: mask[name] for name in ("k", "v", "down")} | dict.fromkeys(("neuron", "gate", "up"), neuron)
-    pick = lambda i: {name: row[i].nonzero()[:, 0].to(device) for name, row in rows.items()}  # noqa: E731
-    return {first + i: pick(i) for i in range(len(neuron))}
+    return {
+        first + i: {name: row[i].nonzero()[:, 0].to(device) for name, row in rows.items()} for i in range(len(neuron))
+    }
 
 
 @torch.no_grad()

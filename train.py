@@ -156,7 +156,7 @@ def later(tensor):
 
 
 def on_device(ids, device):
-    """numpy ids [B, T] -> tensor; a GPU takes them from pinned memory when it gets there."""
+    """numpy ids of any shape -> tensor; a GPU takes them from pinned memory when it gets there."""
     tokens = torch.from_numpy(ids)
     return tokens.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tokens.to(device)
 
@@ -203,12 +203,10 @@ class Trainer:
         if s.gate_init == "fisher":
             rounds = -(-s.fisher_sequences // (s.batch * len(text)))
             drawn = (batch(ids, r, s.batch, s.seq_len, s.seed + 1) for r in range(rounds) for ids in text.values())
-            batches = (torch.from_numpy(x).to(device) for x in drawn)
-            self.gates.spread(koff.fisher_scores(self.model, self.gates, batches))
+            self.gates.spread(koff.fisher_scores(self.model, self.gates, (on_device(x, device) for x in drawn)))
         if s.kv_tokens and s.kv_init == "text":
             for domain, memory in zip(self.domains, self.memories, strict=False):  # no memories with --no-memory
-                start = torch.from_numpy(text[domain][: s.kv_tokens].astype(np.int64))
-                memory.init_from_text(self.model, start.to(device))
+                memory.init_from_text(self.model, on_device(text[domain][: s.kv_tokens].astype(np.int64), device))
 
     def next_domain(self, index):
         """(domain, number of its batch) for step `index`.
@@ -413,7 +411,8 @@ def parse(argv):
     parser.add_argument("--dry-run", action="store_true", help="print sizes and memory, from config.json alone")
     for f in fields(Settings):
         kind = {"type": type(f.default), "choices": f.metadata["choices"]}
-        kind = {"action": argparse.BooleanOptionalAction} if isinstance(f.default, bool) else kind
+        if isinstance(f.default, bool):
+            kind = {"action": argparse.BooleanOptionalAction}
         shown = Path(f.default).relative_to(HERE) if f.name in ("model", "data") else f.default
         flag, text = "--" + f.name.replace("_", "-"), f"{f.metadata['help']} [{shown}]"
         parser.add_argument(flag, default=argparse.SUPPRESS, help=text, **kind)

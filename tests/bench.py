@@ -6,7 +6,8 @@
     python tests/bench.py --model DIR growth          our step against length, KV tokens, rank, domains, vocabulary
 
 Every subject of `step` runs in processes of its own, in turns with the others, those of `inference` in turns in one;
-the fastest round counts, so that all figures of a table are of one time. Memory is the peak of the resident set above what it is with the weights loaded.
+the fastest round counts, so that all figures of a table are of one time. Memory is the peak of the resident set above
+what it is with the weights loaded.
 """
 
 import argparse
@@ -52,9 +53,7 @@ def operations(config, s):
     block = 2 * c.hidden_size * q_width + sum(rows * columns for rows, columns in c.shapes.values())
     lora = s.rank * sum(rows + columns for rows, columns in c.shapes.values())
     head = c.vocab_size * c.hidden_size
-    unneeded = c.hidden_size * (
-        q_width + 2 * c.shapes["k"][0] + 2 * s.rank
-    )  # gradient of the first gated block's input
+    unneeded = c.hidden_size * (q_width + 2 * c.shapes["k"][0] + 2 * s.rank)  # of the first gated block's input
     forward = (n + s.blocks) * block + s.blocks * lora + 2 * head
     backward = s.blocks * (block + 2 * lora) - unneeded + head
     pairs = s.seq_len * (s.seq_len + 1) // 2
@@ -62,14 +61,14 @@ def operations(config, s):
     return 2 * tokens * (forward + backward), 2 * 2 * q_width * s.batch * seen
 
 
-def memory_above(model):
+def memory_above(parameters):
     """Forget the peak so far. The function returned gives the bytes by which the resident set has grown at most."""
 
     def status(key):
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
-    for p in model.parameters():
+    for p in parameters:
         p.sum()  # now the weights are there: they may have been a mapped file so far
     Path("/proc/self/clear_refs").write_text("5")
     before = status("VmRSS")
@@ -108,7 +107,7 @@ def our_step(model, settings, domains=1, closed=False, vocabulary=None, times=4)
             torch.nn.init.normal_(p, std=0.02)
     else:
         model = load(model, DTYPE)
-    memory = memory_above(model)
+    memory = memory_above(model.parameters())
     trainer = Trainer(model, s, [f"d{i}" for i in range(domains)])
     tokens = torch.randint(0, model.config.vocab_size, (s.batch, s.seq_len))
     if closed:
@@ -126,7 +125,7 @@ def peer_step(model, settings, adapters="float32", times=4):
 
     s = Settings(model=model, **settings)
     base = AutoModelForCausalLM.from_pretrained(model, dtype=DTYPE)
-    c, memory = base.config, memory_above(base)
+    c, memory = base.config, memory_above(base.parameters())
     first, dtype = c.num_hidden_layers - s.blocks, getattr(torch, adapters)
     names, upper = [f"{x}_proj" for x in ("k", "v", "gate", "up", "down")], list(range(first, c.num_hidden_layers))
     lora = LoraConfig(r=s.rank, lora_alpha=s.alpha, target_modules=names, layers_to_transform=upper)
@@ -186,10 +185,8 @@ def in_inference(model, rounds, prompt=512, new=128):
         with torch.no_grad(), tempfile.TemporaryDirectory() as at:
             path, config = Path(at, "one.safetensors"), replace(trainer.model.config, raw={"koff_fingerprint": "here"})
             save_module(path, koff.compact_memory(trainer.memory("one").by_block(DTYPE), trainer.kept), "here")
-            memory, swap = (
-                load_module(path, config, DTYPE),
-                fastest(lambda a=(path, config, DTYPE): load_module(*a), 20),
-            )
+            memory = load_module(path, config, DTYPE)
+            swap = fastest(lambda a=(path, config, DTYPE): load_module(*a), 20)
         subjects[f"compact, {sparsity:.0%}"] = ours(trainer.student)
         subjects[f"compact, {sparsity:.0%}, with a module"] = ours(trainer.student, memory)
     found = {name: {"prefill": [], "decode": []} for name in subjects}
@@ -210,17 +207,21 @@ def in_inference(model, rounds, prompt=512, new=128):
 # Tables --------------------------------------------------------------------------------------------------------------
 
 
+def measured(subject, arguments, kept):
+    """What a subject returns that runs in a process of its own; `kept`: its allocator keeps its pages."""
+    command = [sys.executable, __file__, "--subject", subject.__name__, json.dumps(arguments)]
+    done = subprocess.run(command, env=os.environ | (KEPT if kept else {}), capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{subject.__name__}: {done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def in_turns(subjects, rounds):
     """{name: (subject, its arguments, allocator kept?)} -> {name: {figure: the least of all rounds}}."""
     found = {name: [] for name in subjects}
-    for name, (subject, arguments, kept) in tqdm(list(subjects.items()) * rounds, leave=False):
-        command = [sys.executable, __file__, "--subject", subject.__name__, json.dumps(arguments)]
-        done = subprocess.run(command, env=os.environ | (KEPT if kept else {}), capture_output=True, text=True)
-        if done.returncode:
-            sys.exit(f"{name}: {done.stderr}")
-        found[name].append(json.loads(done.stdout.splitlines()[-1]))
-    best = lambda column: min(column) if isinstance(column[0], float | int) else column[0]  # noqa: E731
-    return {name: {x: best([r[x] for r in all_]) for x in all_[0]} for name, all_ in found.items()}
+    for name, subject in tqdm(list(subjects.items()) * rounds, leave=False):
+        found[name].append(measured(*subject))
+    return {name: {figure: min(r[figure] for r in all_) for figure in all_[0]} for name, all_ in found.items()}
 
 
 def step(model, rounds):
@@ -249,7 +250,7 @@ def step(model, rounds):
 
 
 def inference(model, rounds):
-    found = in_turns({"": (in_inference, dict(model=model, rounds=3 * rounds), True)}, 1)[""]
+    found = measured(in_inference, dict(model=model, rounds=3 * rounds), True)
     swap, dense = found.pop("swap"), found["ours, dense"]
     rows = {
         name: [x for key in ("prefill", "decode") for x in (f"{r[key] * 1e3:.1f}", f"{r[key] / dense[key]:.2f} x")]

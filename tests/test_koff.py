@@ -313,10 +313,8 @@ def test_gradient_of_the_divergence_is_the_finite_difference(tail):
     torch.manual_seed(0)
     answer = koff.teacher_answer(Head(), torch.randn(3, 12) * 3, 5)
     answer = [answer[0], *(a.double() for a in answer[1:])]
-    student, step = (
-        torch.randn(3, 12, dtype=torch.float64) * 3,
-        1e-6 * torch.eye(36, dtype=torch.float64).view(36, 3, 12),
-    )
+    student = torch.randn(3, 12, dtype=torch.float64) * 3
+    step = 1e-6 * torch.eye(36, dtype=torch.float64).view(36, 3, 12)
     value = lambda logits: koff.divergence(logits, answer, tail)[0]  # noqa: E731
     slope = torch.stack([value(student + e) - value(student - e) for e in step]) / 2e-6
     assert torch.allclose(koff.divergence(student.clone(), answer, tail)[1].flatten(), slope, atol=1e-6)
