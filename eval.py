@@ -27,10 +27,11 @@ import koff
 from data import BadInput, atomic, run_script
 from data.checkpoint import load, load_mask, load_module
 from data.corpus import find_domains, load_domains, read_documents, windows
+from data.recipes import HERE, Settings
 from data.router import Router
 from data.tokenizer import Tokenizer
 from model import Cache, Model
-from train import HERE, Settings, Trainer, fitting, pick_device, pick_dtype, reading
+from train import Trainer, fitting, pick_device, pick_dtype, reading
 
 # Before a run: what it will need -------------------------------------------------------------------------------------
 

@@ -29,5 +29,5 @@ def test_every_training_command_parses():
 
 
 def test_the_script_that_made_the_base_model_still_starts():
-    done = subprocess.run([sys.executable, "data/make_base.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "tests/make_base.py", "--help"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith("usage:"), done.stderr

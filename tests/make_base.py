@@ -1,6 +1,6 @@
 """Train the tiny multilingual base model that the repository ships in data/base/.
 
-    pip install tokenizers && python data/make_base.py [--minutes 15]
+    pip install tokenizers && python tests/make_base.py [--minutes 15]
 
 A 4,096-entry byte-level BPE and a 5.8M-parameter Llama, both on the training part of data/handbook/ only: the held-out
 text is never seen. Needs `tokenizers` for the BPE; weights are saved as bfloat16 (11.5 MB).
@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+HERE = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(HERE))
 from data import BadInput, atomic
 from data.checkpoint import checkpoint_name
 from data.corpus import batch, load_domains, read_documents, split_text, windows
@@ -57,7 +57,7 @@ def train_tokenizer(texts, path):
 
 
 def main(minutes, size=16, length=256, peak=3e-3):
-    base, corpus = HERE / "base", HERE / "handbook"
+    base, corpus = HERE / "data/base", HERE / "data/handbook"
     paths = sorted(corpus.glob("*.txt"))
     training_text = [split_text(*read_documents(path), 0.05, path)[0][0] for path in paths]
     train_tokenizer(training_text, base / "tokenizer.json")

@@ -1,6 +1,6 @@
 """Make the six-language corpus in data/handbook/ from the Debian package `debian-handbook`.
 
-    python data/handbook.py [HTML_FOLDER]
+    python tests/make_handbook.py [HTML_FOLDER]
 
 Without HTML_FOLDER the package is fetched with apt-get and unpacked with dpkg-deb. One paragraph a line, in the order of
 the English book's table of contents in every language, so that the last 5% of each file covers the same chapters.
@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import atomic
 
-OUT = Path(__file__).parent / "handbook"
+OUT = Path(__file__).resolve().parent.parent / "data/handbook"
 SIX = {
     "english": "en-US",
     "spanish": "es-ES",

@@ -1,0 +1,92 @@
+"""What a run can be told: every setting with its default, and the presets, which are named settings."""
+
+import json
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+from data import BadInput
+
+HERE = Path(__file__).resolve().parent.parent
+
+
+def option(default, text, *choices, low=None, high=None):
+    return field(default=default, metadata={"help": text, "choices": choices or None, "low": low, "high": high})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every choice of a run; the command line is made of it. "paper" marks the paper's values, "measured" our own."""
+
+    model: str = option(str(HERE / "data/base"), "folder of the pretrained model (Hugging Face layout, safetensors)")
+    data: str = option(str(HERE / "data/handbook"), "folder with one <domain>.txt, .jsonl or sub-folder per domain")
+    retention: str = option("", "general text for retention batches (Eq. 2); empty: none")
+    retention_every: int = option(20, "steps between retention batches (paper)", low=1)
+    blocks: int = option(4, "how many upper blocks carry gates and memories (paper: 18 of 28)", low=1)
+    sparsity: float = option(0.25, "share of all parameters to remove (paper: 0.12 of 3B)", low=0, high=0.99)
+    count: str = option("physical", "what that share counts: parameters gone, or the paper's", "physical", "paper")
+    granularity: str = option("neuron", "gate MLP neurons, or each projection (paper)", "neuron", "projection")
+    budget: str = option("global", "all gates compete, or each projection meets the target (paper)", "global", "module")
+    gate_init: str = option("fisher", "start of log alpha: by Fisher score, or all 3", "fisher", "constant")
+    fisher_sequences: int = option(48, "sequences of the calibration pass for it (measured)", low=1)
+    multiple: int = option(8, "a block keeps a multiple of this many neurons (granularity neuron)", low=1)
+    beta: float = option(2 / 3, "temperature of the gates (Louizos; at the paper's 2 the cost misleads)", low=0.05)
+    ramp: float = option(0.2, "share of the steps in which the target rises to --sparsity (measured)", low=0.01, high=1)
+    fix_mask: float = option(0.75, "last share of the steps, under the final 0/1 mask (measured)", low=0, high=0.99)
+    penalty: float = option(60.0, "first lambda (paper); x 1.03 a step while behind, / 1.03 while not", low=1)
+    memory: bool = option(True, "train memories; --no-memory prunes only")
+    rank: int = option(64, "LoRA rank (paper: 256 for 3B); 0: no LoRA", low=0)
+    alpha: float = option(64.0, "LoRA alpha; the update is scaled by alpha / rank (paper: 128 / 256)", low=0)
+    kv_tokens: int = option(16, "memory tokens per block (paper: 256); 0: none", low=0)
+    kv_init: str = option("text", "start of the KV memory: text of the domain, or N(0, 0.02) (paper)", "text", "normal")
+    objective: str = option("kl", "KL to the teacher (paper), next token, or half of each", "kl", "next-token", "blend")
+    top: int = option(100, "how many logits of the teacher are kept (paper)", low=1)
+    tail: str = option("bucket", "the mass outside them, see koff.divergence", "bucket", "renormalise", "drop")
+    steps: int = option(500, "training steps, each on one batch of one domain; 0: a control without training", low=0)
+    focus: int = option(0, "extra steps a round for the domain furthest from the teacher (measured)", low=0)
+    batch: int = option(4, "sequences per batch (paper: 2)", low=1)
+    seq_len: int = option(256, "tokens per sequence (paper: 512)", low=8)
+    lora_rate: float = option(5e-3, "AdamW rate of LoRA (measured; paper: 1e-5 over 150M tokens)", low=0)
+    gate_rate: float = option(5e-2, "AdamW rate of log alpha (measured; paper: 1e-2)", low=0)
+    kv_rate: float = option(3e-3, "AdamW rate of the KV memory (measured; paper: 1e-2)", low=0)
+    decay: float = option(0.5, "last share of the steps, in which LoRA's and KV's rates fall to 0", low=0, high=1)
+    seed: int = option(0, "seed of data order, gate noise and first LoRA", low=0)
+    device: str = option("auto", "cpu or cuda; auto: cuda where there is one")
+    dtype: str = option("auto", "of the frozen weights; auto: bfloat16 if fast here", "auto", "bfloat16", "float32")
+    checkpointing: bool = option(False, "recompute the student in backward: less memory, more time")
+    offload: bool = option(False, "keep the memories that are not at work, and their AdamW state, off the GPU")
+    compile: bool = option(False, "torch.compile the blocks; a minute first (no gain on the CPU that was measured)")
+    eval_windows: int = option(12, "held-out windows per domain in the report", low=1)
+    eval_len: int = option(256, "their length in tokens", low=8)
+    save_every: int = option(200, "steps between checkpoints", low=1)
+
+    def __post_init__(self):
+        for f in fields(self):
+            value, low, high = getattr(self, f.name), f.metadata["low"], f.metadata["high"]
+            flag = "--" + f.name.replace("_", "-")
+            if (low is not None and not value >= low) or (high is not None and not value <= high):
+                raise BadInput(f"{flag} is {value}; give {f'at least {low}' if high is None else f'{low} to {high}'}.")
+            if f.metadata["choices"] and value not in f.metadata["choices"]:
+                raise BadInput(f"{flag} is {value!r}; give one of {', '.join(f.metadata['choices'])}.")
+        if self.memory and not (self.rank or self.kv_tokens):
+            raise BadInput("--rank 0 and --kv-tokens 0 contradict --memory: nothing is left of it; say --no-memory.")
+        if self.ramp + self.fix_mask > 1:
+            raise BadInput("--ramp and --fix-mask contradict each other: the mask would be fixed during the ramp.")
+        if self.kv_tokens > self.seq_len:
+            raise BadInput("--kv-tokens is larger than --seq-len; a memory longer than the text is no memory.")
+
+    @classmethod
+    def from_file(cls, path):
+        """The settings that a run was saved with."""
+        try:
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            raise BadInput(f"{path} does not exist; name the folder of a run that train.py made.") from None
+        except (OSError, ValueError, TypeError) as error:
+            raise BadInput(f"{path} is not the settings of this version ({error}); train the run again.") from None
+
+
+PRESETS = {
+    "handbook": {},
+    "quick": dict(steps=30, eval_windows=2, fisher_sequences=12),
+    "smollm2": dict(blocks=18, sparsity=0.12, kv_tokens=64, steps=1350, focus=5, batch=2, lora_rate=2e-3, eval_len=512),
+}
