@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_iter
 
 import koff
 from data import BadInput, atomic, run_script
-from data.checkpoint import load, load_mask, load_module
+from data.checkpoint import load, load_gates, load_module
 from data.corpus import find_domains, load_domains, read_documents, windows
 from data.recipes import HERE, Settings
 from data.router import Router
@@ -64,7 +64,7 @@ def dry_run(s):
     Returns the exit status, 0.
     """
     config, gates = fitting(s)
-    domains = len(find_domains(s.data)) if Path(s.data).is_dir() else 2
+    domains = len(find_domains(s.data, s.domains)) if Path(s.data).is_dir() else 2
     share = gates.uniform_share(s.sparsity, s.count)
     opened = {name: torch.full(a.shape, 1 - share, dtype=torch.float64) for name, a in gates.log_alpha.items()}
     physical, paper = (gates.sparsity(opened, count).item() for count in ("physical", "paper"))
@@ -87,6 +87,7 @@ def dry_run(s):
         sizes = {name: round(x.shape[1] * (1 - share)) for name, x in opened.items()}
         alive = round(config.intermediate_size * (1 - share) ** (1 if "neuron" in opened else 2))
         sizes |= dict.fromkeys(("neuron", "gate", "up"), alive)
+        sizes = {name: rows for name, (rows, _) in config.shapes.items()} | sizes
         one = {name: torch.zeros(n, dtype=torch.int64) for name, n in sizes.items()}
         trainer.mask, trainer.kept = {}, dict.fromkeys(range(trainer.first, config.num_hidden_layers), one)
         trainer.student = koff.compact(model, trainer.kept)
@@ -160,7 +161,7 @@ def losses(variants, tokens, first, size=8):
 def perplexities(run, base, domains):
     """Two tables {variant: {domain: x}} and {domain: {module: x}}, and the share of windows whose router was unsure."""
     s = run.settings
-    first = len(base.layers) - s.blocks
+    _, _, first = s.first(len(base.layers))
     variants = {"": (base, None), None: (run.backbone, None)}  # the unpruned model; no module; and each domain's own
     variants |= {name: (run.backbone, module) for name, module in run.modules.items()}
     table, swap, unsure = {name: {} for name in ("unpruned", "backbone", "koff", "routed")}, {}, {}
@@ -199,11 +200,12 @@ def router_quality(run, domains):
 
 
 def sparsity(run, base):
-    """Both counts, exact, and the closed share per block and projection."""
+    """Both counts, exact, and the one that training aimed at in expectation; the closed share per block and projection."""
     s = run.settings
-    mask = load_mask(run.folder / "gates.safetensors")
-    gates = koff.Gates(base.config, len(base.layers) - s.blocks, s.granularity, s.beta)
+    gates = koff.Gates(base.config, s.first(len(base.layers))[0], s.granularity, s.beta_end or s.beta, s.gated)
+    mask = load_gates(run.folder / "gates.safetensors", gates)
     total = {count: gates.sparsity(mask, count).item() for count in ("physical", "paper")}
+    total["expected"] = gates.sparsity(count=s.count).item()
     closed = {n: (1 - mask[n].double().mean(1)).tolist() for n in gates.log_alpha}
     layers = {gates.first + i: {n: row[i] for n, row in closed.items()} for i in range(s.blocks)}
     return total, layers, koff.ledger(gates.total, round(total["physical"] * gates.total), run.modules)
@@ -240,8 +242,9 @@ def report(results):
             best = min(row, key=row.get)
             rows[d] = [f"{x:.2f}{'*' if m == best else ' '}" for m, x in row.items()]
         text += ["## Swap matrix: text of the row, module of the column, * the best", table("", list(row), rows)]
-        text += [f"The wrong module costs a factor of {results['router']['wrong_route_cost']:.3f} on average."]
     r, led, s = results["router"], results["ledger"], results["sparsity"]
+    if "wrong_route_cost" in r:
+        text += [f"The wrong module costs a factor of {r['wrong_route_cost']:.3f} on average."]
     line = f"Router: accuracy {r['accuracy']:.4f} on {r['windows']} held-out windows of 50 tokens"
     line += f", {r['unsure']:.1%} of them called unsure"
     if "unsure_other_languages" in r:
@@ -275,7 +278,7 @@ def evaluate(folder, begun=None, device="auto"):
     s, seconds = run.settings, None if begun else saved_results(folder)["seconds"]
     base = load(s.model, run.dtype, run.device)
     need = (0, max(s.eval_len, Router.WINDOW))
-    domains = load_domains(s.data, need=need, **reading(run.folder, run.tokenizer, base.config))
+    domains = load_domains(s.data, s.domains, need=need, **reading(run.folder, run.tokenizer, base.config))
     if list(domains) != run.router.domains:
         raise BadInput(f"{s.data} holds {', '.join(domains)}, not the domains that {folder} was trained on.")
     perplexity, swap, unsure = perplexities(run, base, domains)
@@ -283,7 +286,7 @@ def evaluate(folder, begun=None, device="auto"):
     size = base.head.element_size()
     led |= {f"{name}_bytes": led[name] * size for name in ("removed", "one_module", "all_modules")}
     router = router_quality(run, domains) | {"unsure_evaluation_windows": unsure}
-    if swap:
+    if len(swap) > 1:
         wrong = [x / row[d] for d, row in swap.items() for m, x in row.items() if m != d]
         router["wrong_route_cost"] = math.exp(np.mean(np.log(wrong)))
     results = {
@@ -298,27 +301,63 @@ def evaluate(folder, begun=None, device="auto"):
     print("\n" + text)
 
 
+def summary(folder):
+    """The figures of a finished run that tables of several runs show: {column: number, None where it has none}.
+
+    backbone, KOFF and routed are means over domains of perplexity / unpruned; settled is the step at which the gates
+    had closed, in expectation, 95% of what they closed in the end.
+    """
+    r, log = saved_results(folder), Path(folder, "log.jsonl")
+    ratio, swap = ratios(r), r["swap"]
+    mean = {v: float(np.mean(x)) for v, x in ratio.items()}
+    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    count = r["settings"].get("count", "physical")
+    settled = [line["step"] for line in lines if line[count] >= 0.95 * r["sparsity"][count]]
+    return {
+        **r["sparsity"], "backbone": mean["backbone"], "koff": mean.get("koff"), "routed": mean.get("routed"),
+        "worst": max(ratio["koff"]) if swap else None,
+        "diagonal": float(np.mean([min(row, key=row.get) == d for d, row in swap.items()])) if swap else None,
+        "router": r["router"]["accuracy"], "settled": settled[0] if settled else None, "minutes": r["seconds"] / 60,
+    }  # fmt: skip
+
+
+def side_by_side(rows):
+    """{label: [summary of a run, ...]} as a table; several runs of a row (seeds) as mean +/- sample deviation."""
+    columns, lines = {name: None for runs in rows.values() for run in runs for name in run}, {}
+    for label, runs in rows.items():
+        every = [[run.get(name) for run in runs] for name in columns]
+        lines[label] = ["-" if None in x else f"{np.mean(x):.3f}" for x in every]
+        if len(runs) > 1:
+            lines[label] = [
+                t if t == "-" else f"{t} +/- {np.std(x, ddof=1):.3f}" for t, x in zip(lines[label], every, strict=True)
+            ]
+    return table("", list(columns), lines)
+
+
 def compare(folders):
-    """One row per finished run, perplexities as the mean over domains of x / unpruned; seeds of one run get a mean."""
-    columns = ("physical", "backbone", "KOFF", "worst domain", "routed", "best on diagonal", "router", "minutes")
-    found, settings = {}, []
-    for folder in folders:
-        r = saved_results(folder)
-        settings.append({**r["settings"], "seed": None})
-        mean = {v: np.mean(x) for v, x in ratios(r).items()}
-        worst = max(ratios(r)["koff"]) if r["swap"] else None
-        diagonal = np.mean([min(row, key=row.get) == d for d, row in r["swap"].items()]) if r["swap"] else None
-        found[str(folder)] = [
-            r["sparsity"]["physical"], mean["backbone"], mean.get("koff"), worst, mean.get("routed"), diagonal,
-            r["router"]["accuracy"], r["seconds"] / 60,
-        ]  # fmt: skip
-    rows = {name: ["-" if x is None else f"{x:.3f}" for x in row] for name, row in found.items()}
-    if len(found) > 1 and settings.count(settings[0]) == len(settings) and settings[0]["memory"]:
-        every = np.array(list(found.values()))
-        rows["mean +/- std"] = [
-            f"{m:.3f} +/- {d:.3f}" for m, d in zip(every.mean(0), every.std(0, ddof=1), strict=True)
-        ]
-    print(table("", columns, rows))
+    """One row per finished run; seeds of one run get a mean."""
+    rows = {str(folder): [summary(folder)] for folder in folders}
+    settings = [{**saved_results(folder)["settings"], "seed": None} for folder in folders]
+    if len(rows) > 1 and settings.count(settings[0]) == len(settings):
+        rows["mean +/- std"] = [run for (run,) in rows.values()]
+    print(side_by_side(rows))
+
+
+def save_sweep(out, name, runs):
+    """Write the table of a sweep, {label: [folder, one per seed]}: sweep.md to read, sweep.json for the pictures."""
+    rows = {label: [summary(folder) for folder in folders] for label, folders in runs.items()}
+    columns = {
+        label: {"runs": [str(folder) for folder in runs[label]]}
+        | {key: None if every[0][key] is None else [one[key] for one in every] for key in every[0]}
+        for label, every in rows.items()
+    }
+    text = f"## Sweep {name}\n\n{side_by_side(rows)}\n"
+    for file, content in (
+        ("sweep.md", text),
+        ("sweep.json", json.dumps({"sweep": name, "rows": columns}, indent=1) + "\n"),
+    ):
+        with atomic(out / file) as partial:
+            partial.write_text(content, encoding="utf-8")
 
 
 # Generation ----------------------------------------------------------------------------------------------------------

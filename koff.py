@@ -20,7 +20,8 @@ from model import BlockMemory, Cache, Model
 # Hard Concrete gates (Louizos et al. 2018, arXiv 1712.01312) on the output channels of k, v, gate, up and down -------
 
 GAMMA, ZETA = -0.1, 1.1  # the stretch of the concrete distribution; the paper gives none, these are Louizos'
-GATED = {"projection": ("k", "v", "gate", "up", "down"), "neuron": ("k", "v", "neuron", "down")}
+MLP = {"projection": ("gate", "up", "down"), "neuron": ("neuron", "down")}
+GATED = ("k,v", "q,k,v", "k,v,mlp", "k,v,mlp,o")  # the sets that the paper compares, its choice is the third
 
 
 def p_open(log_alpha, beta):
@@ -37,15 +38,16 @@ def hard_concrete(log_alpha, beta, u):
 class Gates(nn.Module):
     """log alpha of every gate in blocks first .. first + N - 1, one [N, channels] parameter per gated projection.
 
-    granularity "projection" is the paper's: each of the five on its own. "neuron" has one gate per MLP neuron, on
+    granularity "projection" is the paper's: gate, up and down each on its own. "neuron" has one gate per MLP neuron, on
     silu(gate) * up: it frees a row of gate, a row of up and a column of down.
     """
 
-    def __init__(self, config, first, granularity="neuron", beta=2 / 3, start=3.0):
+    def __init__(self, config, first, granularity="neuron", beta=2 / 3, gated="k,v,mlp", start=3.0):
         super().__init__()
         self.config, self.first, self.beta = config, first, beta
         width = {name: rows for name, (rows, _) in config.shapes.items()} | {"neuron": config.intermediate_size}
-        shape = {name: (config.num_hidden_layers - first, width[name]) for name in GATED[granularity]}
+        parts = [name for part in gated.split(",") for name in (MLP[granularity] if part == "mlp" else (part,))]
+        shape = {name: (config.num_hidden_layers - first, width[name]) for name in parts}
         self.log_alpha = nn.ParameterDict({name: torch.full(shape[name], start) for name in shape})
         with torch.device("meta"):
             self.total = sum(p.numel() for p in Model(config).parameters())  # tied embeddings count once
@@ -74,15 +76,19 @@ class Gates(nn.Module):
         expectations of products are products of expectations.
         """
         c, D, n = self.config, self.config.hidden_size, len(opened["k"])
+        fan_in = {name: columns for name, (_, columns) in c.shapes.items()} | {"neuron": 2 * D}
         closed = {name: (1 - p).sum() for name, p in opened.items()}
         if count == "paper":
-            fan_in = {name: columns for name, (_, columns) in c.shapes.items()} | {"neuron": 2 * D}
             return sum(closed[name] * fan_in[name] for name in opened)
+        bias = {"q": c.qkv_bias, "k": c.qkv_bias, "v": c.qkv_bias, "o": c.o_bias}
+        attention = sum(closed[name] * (fan_in[name] + bias[name]) for name in opened if name in bias)
+        if "down" not in opened:
+            return attention
         neurons = opened["neuron"] if "neuron" in opened else opened["gate"] * opened["up"]
         alive, down = neurons.sum(-1), opened["down"].sum(-1)  # [N]
         mlp = 2 * D * alive + alive * down + (2 * alive + down if c.mlp_bias else 0)
         dense = 3 * D * c.intermediate_size + (2 * c.intermediate_size + D if c.mlp_bias else 0)
-        return (closed["k"] + closed["v"]) * (D + c.qkv_bias) + (n * dense - mlp.sum())
+        return attention + (n * dense - mlp.sum())
 
     def sparsity(self, opened=None, count="physical"):
         """Share of all parameters removed: expected (differentiable) by default, exact for a mask."""
@@ -99,13 +105,13 @@ class Gates(nn.Module):
         return high
 
     def behind(self, target, count, budget, share):
-        """Omega(z), Eq. 1: hinge on the expected cost, `target` minus what is closed in expectation, at least 0.
+        """[n]: by how much the expected cost is behind (below 0: ahead of) what should be closed, as shares.
 
         budget "global": all gates compete for one target. "module": each projection of each block has to close `share`.
         """
         if budget == "global":
-            return (target - self.sparsity(count=count)).clamp(min=0)
-        return torch.cat([(share - (1 - p).mean(-1)).clamp(min=0) for p in self.p_open().values()]).mean()
+            return (target - self.sparsity(count=count)).view(1)
+        return torch.cat([share - (1 - p).mean(-1) for p in self.p_open().values()])
 
     @torch.no_grad()
     def final_mask(self, target, count, budget, multiple=1):
@@ -157,13 +163,40 @@ class Gates(nn.Module):
             a.copy_((centre - half + 2 * half * part).view_as(a))
 
 
+class Penalty:
+    """lambda Omega(z) of Eq. 1, for the `behind` of the gates, with multipliers [2] that follow it.
+
+    hinge: Omega is what is missing, 0 at the target and beyond. The paper's "auto-scaling" is not given; here lambda
+    grows by 3% a step while more than 0.002 is missing and shrinks by as much while not.
+    lagrangian: lambda_1 gap + lambda_2 gap^2, whose multipliers climb their own gradient (Sheared LLaMA, arXiv
+    2310.06694, Eq. 3): `start` is their rate. It pulls back what went too far, so that it lands on the target.
+    """
+
+    def __init__(self, kind, start, scaled, device):
+        self.kind, self.start, self.scaled = kind, start, scaled
+        self.multipliers = torch.tensor([0.0, 0.0] if kind == "lagrangian" else [start, 0.0], device=device)
+
+    def __call__(self, behind):
+        gap, square = behind.mean(), behind.square().mean()
+        if self.kind == "lagrangian":
+            loss = self.multipliers[0] * gap + self.multipliers[1] * square
+            self.multipliers = self.multipliers + self.start * torch.stack([gap, square]).detach()
+            return loss
+        omega = behind.clamp(min=0).mean()
+        loss = self.multipliers[0] * omega
+        if self.scaled:
+            step = torch.where(omega.detach() > 0.002, 1.03, 1 / 1.03)
+            self.multipliers = (self.multipliers * step).clamp(1.0, 1e6)
+        return loss
+
+
 def fisher_scores(model, gates, batches):
     """{name: [N, channels]}: squared gradient, per sequence, of the next-token loss with respect to each gate at 1,
     per parameter that the gate frees. (The KL to the teacher has gradient zero there.) `batches`: token tensors [B, T];
     each is scaled to a sum of one, or domains that the model knows badly, whose gradients are large, would decide alone.
     """
     c, D = model.config, model.config.hidden_size
-    frees = {"k": D, "v": D, "gate": 3 * D, "up": 3 * D, "neuron": 3 * D, "down": c.intermediate_size}
+    frees = {name: columns for name, (_, columns) in c.shapes.items()} | dict.fromkeys(("gate", "up", "neuron"), 3 * D)
     score = {name: torch.zeros_like(a) for name, a in gates.log_alpha.items()}
     for tokens in batches:
         B = len(tokens)
@@ -179,7 +212,10 @@ def fisher_scores(model, gates, batches):
     return score
 
 
-# Memory: LoRA on the five projections, and M trainable keys and values per block, in blocks first .. L - 1 -----------
+# Memory: LoRA on five projections, and M trainable keys and values per block, in blocks first .. L - 1 -----------
+
+
+LORA = ("k", "v", "gate", "up", "down")
 
 
 class Memory(nn.Module):
@@ -189,7 +225,8 @@ class Memory(nn.Module):
         super().__init__()
         self.first, self.scale, n = first, alpha / rank if rank else 0.0, config.num_hidden_layers - first
         self.lora_a, self.lora_b = nn.ParameterDict(), nn.ParameterDict()
-        for name, (rows, columns) in config.shapes.items() if rank else ():
+        for name in LORA if rank else ():
+            rows, columns = config.shapes[name]
             bound = columns**-0.5  # Kaiming-uniform with a = sqrt(5), as peft; B = 0: training starts at the teacher
             self.lora_a[name] = torch.empty(n, rank, columns).uniform_(-bound, bound)
             self.lora_b[name] = torch.zeros(n, rows, rank)
@@ -327,13 +364,13 @@ def distill(model, hidden, answer, tokens, objective="kl", tail="bucket"):
 # Compaction: the closed channels leave the tensors -------------------------------------------------------------------
 
 
-def kept_channels(mask, first, device):
+def kept_channels(mask, config, first, device):
     """{block: {projection: int64 [kept]}}: the open channels of {name: bool [N, channels]}; "gate" and "up" as "neuron"."""
-    neuron = mask["neuron"] if "neuron" in mask else mask["gate"] & mask["up"]
-    rows = {name: mask[name] for name in ("k", "v", "down")} | dict.fromkeys(("neuron", "gate", "up"), neuron)
-    return {
-        first + i: {name: row[i].nonzero()[:, 0].to(device) for name, row in rows.items()} for i in range(len(neuron))
-    }
+    n = config.num_hidden_layers - first
+    rows = {name: torch.ones(n, width, dtype=torch.bool) for name, (width, _) in config.shapes.items()} | mask
+    neuron = mask["neuron"] if "neuron" in mask else rows["gate"] & rows["up"]
+    rows |= dict.fromkeys(("neuron", "gate", "up"), neuron)
+    return {first + i: {name: row[i].nonzero()[:, 0].to(device) for name, row in rows.items()} for i in range(n)}
 
 
 @torch.no_grad()
@@ -341,15 +378,16 @@ def compact(model, kept):
     """The physically smaller model of `kept_channels`: its output is that of `model` with the same 0/1 gates."""
     c, state, sizes = model.config, dict(model.state_dict()), [None] * model.config.num_hidden_layers
     for i, index in kept.items():
-        sizes[i] = {name: len(index[name]) for name in ("k", "v", "neuron", "down")}
+        sizes[i] = {name: len(index[name]) for name in ("q", "k", "v", "o", "neuron", "down")}
         for name, (rows, _) in c.shapes.items():
-            matrix = f"layers.{i}.{'self_attn' if name in ('k', 'v') else 'mlp'}.{name}_proj"
+            matrix = f"layers.{i}.{'self_attn' if name in 'qkvo' else 'mlp'}.{name}_proj"
             for own in (f"{matrix}.weight", f"{matrix}.bias"):
-                if own in state:
+                if own in state and len(index[name]) < rows:
                     state[own] = state[own][index[name]]
             if name not in ("gate", "up") and len(index[name]) < rows:
                 state[f"layers.{i}.{name}_kept"] = index[name]
-        state[f"{matrix}.weight"] = state[f"{matrix}.weight"][:, index["neuron"]].contiguous()  # down, the last
+        if len(index["neuron"]) < c.intermediate_size:
+            state[f"{matrix}.weight"] = state[f"{matrix}.weight"][:, index["neuron"]].contiguous()  # down, the last
     config = replace(c, kept=tuple(sizes), raw={**c.raw, "koff_kept": sizes})
     with torch.device("meta"):
         small = Model(config)
@@ -358,14 +396,14 @@ def compact(model, kept):
 
 
 def compact_memory(blocks, kept):
-    """{block: BlockMemory} cut to `kept_channels`: rows of B, and down's columns of A. Differentiable."""
+    """{block: BlockMemory} cut to `kept_channels` where a block has gates: B's rows, down's columns of A. Differentiable."""
     out = {}
     for i, m in blocks.items():
         lora = {}
-        for name, (a, b) in m.lora.items():
+        for name, (a, b) in m.lora.items() if i in kept else ():
             a = a.index_select(1, kept[i]["neuron"]) if name == "down" else a
             lora[name] = a, b.index_select(0, kept[i][name])
-        out[i] = BlockMemory(lora, m.keys, m.values)
+        out[i] = BlockMemory(lora or m.lora, m.keys, m.values)
     return out
 
 

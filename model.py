@@ -45,7 +45,7 @@ class Config:
     mlp_bias: bool
     qk_norm: bool
     eos_token_ids: tuple[int, ...]
-    kept: tuple[dict | None, ...] = ()  # {"k", "v", "neuron", "down"} -> channels left, None for an untouched block
+    kept: tuple[dict | None, ...] = ()  # {"k", "v", "neuron", "down", ...} -> channels left, None: an untouched block
     raw: dict = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
@@ -101,9 +101,10 @@ class Config:
 
     @property
     def shapes(self):
-        """The projections that carry gates and LoRA: {name: (output channels, fan-in)}."""
-        D, F, kv = self.hidden_size, self.intermediate_size, self.num_key_value_heads * self.head_dim
-        return {"k": (kv, D), "v": (kv, D), "gate": (F, D), "up": (F, D), "down": (D, F)}
+        """The projections of a block: {name: (output channels, fan-in)}."""
+        D, F, hd = self.hidden_size, self.intermediate_size, self.head_dim
+        q, kv = self.num_attention_heads * hd, self.num_key_value_heads * hd
+        return {"q": (q, D), "k": (kv, D), "v": (kv, D), "o": (D, q), "gate": (F, D), "up": (F, D), "down": (D, F)}
 
 
 # Pieces --------------------------------------------------------------------------------------------------------------
@@ -252,15 +253,14 @@ class Block(nn.Module):
     def __init__(self, c, kept=None):
         super().__init__()
         self.c = c
-        D, q_width = c.hidden_size, c.num_attention_heads * c.head_dim
-        full = {name: rows for name, (rows, _) in c.shapes.items()}
-        kept = kept or {**full, "neuron": c.intermediate_size}
+        D, full = c.hidden_size, {name: rows for name, (rows, _) in c.shapes.items()}
+        kept = {**full, "neuron": c.intermediate_size, **(kept or {})}
         self.input_layernorm = nn.RMSNorm(D, eps=c.rms_norm_eps)
         self.self_attn = nn.Module()
-        self.self_attn.q_proj = nn.Linear(D, q_width, bias=c.qkv_bias)
+        self.self_attn.q_proj = nn.Linear(D, kept["q"], bias=c.qkv_bias)
         self.self_attn.k_proj = nn.Linear(D, kept["k"], bias=c.qkv_bias)
         self.self_attn.v_proj = nn.Linear(D, kept["v"], bias=c.qkv_bias)
-        self.self_attn.o_proj = nn.Linear(q_width, D, bias=c.o_bias)
+        self.self_attn.o_proj = nn.Linear(full["q"], kept["o"], bias=c.o_bias)
         if c.qk_norm:
             self.self_attn.q_norm = nn.RMSNorm(c.head_dim, eps=c.rms_norm_eps)
             self.self_attn.k_norm = nn.RMSNorm(c.head_dim, eps=c.rms_norm_eps)
@@ -270,22 +270,22 @@ class Block(nn.Module):
         self.mlp.up_proj = nn.Linear(D, kept["neuron"], bias=c.mlp_bias)
         self.mlp.down_proj = nn.Linear(kept["neuron"], kept["down"], bias=c.mlp_bias)
         # Where the open channels of a compact block belong; None in a dense one.
-        for name in ("k", "v", "down"):
+        for name in ("q", "k", "v", "o", "down"):
             index = torch.zeros(kept[name], dtype=torch.int64) if kept[name] < full[name] else None
             self.register_buffer(f"{name}_kept", index)
 
     def forward(self, x, i, rope, gates=None, memory=None, cache=None):
         """x [B, T, D] -> [B, T, D]. `i`: number of this block, for the cache; `rope`: see `rope_table`."""
-        x = x + self.attention(self.input_layernorm(x), i, rope, gates, memory, cache)
-        y = self.mlp_out(self.post_attention_layernorm(x), gates, memory)
-        return x + y if self.down_kept is None else x.index_add(-1, self.down_kept, y)
+        x = add(x, self.attention(self.input_layernorm(x), i, rope, gates, memory, cache), self.o_kept)
+        return add(x, self.mlp_out(self.post_attention_layernorm(x), gates, memory), self.down_kept)
 
     def attention(self, x, i, rope, gates, memory, cache):
         c, at = self.c, self.self_attn
         B, T, _ = x.shape
+        q = widen(project(at.q_proj, x, "q", gates, memory), self.q_kept, c.shapes["q"][0])
         k = widen(project(at.k_proj, x, "k", gates, memory), self.k_kept, c.shapes["k"][0])
         v = widen(project(at.v_proj, x, "v", gates, memory), self.v_kept, c.shapes["v"][0])
-        q, k, v = (t.view(B, T, -1, c.head_dim) for t in (at.q_proj(x), k, v))
+        q, k, v = (t.view(B, T, -1, c.head_dim) for t in (q, k, v))
         if c.qk_norm:
             q, k = at.q_norm(q), at.k_norm(k)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, heads, T, hd]
@@ -296,7 +296,7 @@ class Block(nn.Module):
             v = torch.cat([memory.values.expand(B, -1, -1, -1), v], dim=2)
         if cache is not None:
             k, v = cache.extend(i, k, v)
-        return at.o_proj(attend(q, k, v).transpose(1, 2).reshape(B, T, -1))
+        return project(at.o_proj, attend(q, k, v).transpose(1, 2).reshape(B, T, -1), "o", gates, memory)
 
     def mlp_out(self, x, gates, memory):
         h = F.silu(project(self.mlp.gate_proj, x, "gate", gates, memory))
@@ -304,6 +304,11 @@ class Block(nn.Module):
         if gates is not None and "neuron" in gates:
             h = h * gates["neuron"]
         return project(self.mlp.down_proj, h, "down", gates, memory)
+
+
+def add(x, y, kept):
+    """x [..., D] plus the open channels [..., kept] of y; a closed channel adds nothing."""
+    return x + y if kept is None else x.index_add(-1, kept, y)
 
 
 def widen(y, kept, width):
@@ -332,7 +337,7 @@ class Model(nn.Module):
     def run(self, x, first, last, gates=None, memory=None, cache=None, checkpointing=False):
         """Blocks first .. last - 1 on x [B, T, D].
 
-        gates: block -> {"k", "v", "gate", "up", "neuron", "down"} -> z, broadcast against [B, T, channels].
+        gates: block -> {"k", "v", "neuron", "down", ...} -> z, broadcast against [B, T, channels].
         memory: block -> BlockMemory. In blocks with a memory the text's positions start at M.
         """
         T = x.shape[1]

@@ -1,7 +1,7 @@
 """Split a pretrained model into a sparse backbone and one memory module per domain.
 
     python train.py                                the embedded default: a tiny model, six languages, minutes on a laptop
-    python train.py --preset smollm2 --model DIR   a real model
+    python train.py --preset best --model DIR   a real model
     python train.py --help                         every setting, its default and where that comes from
 
 The run folder (out/<preset> unless --out names one) gets the backbone, the modules, the router and the report. Ctrl-C
@@ -11,7 +11,10 @@ saves; the same command continues. The loop is `train`, one step of it is `Train
 import argparse
 import contextlib
 import ctypes
+import hashlib
 import json
+import math
+import re
 import signal
 import sys
 import time
@@ -20,14 +23,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 
 import koff
-from data import BadInput, atomic, run_script
+from data import BadInput, atomic, read_tensors, run_script
 from data.checkpoint import load, read_config, save_backbone, save_gates, save_module
 from data.corpus import batch, load_domains, load_text
-from data.recipes import HERE, PRESETS, Settings
+from data.recipes import HERE, PRESETS, SWEEPS, Settings
 from data.router import Router
 from data.tokenizer import Tokenizer
 
@@ -77,19 +81,38 @@ def on_device(ids, device):
     return tokens.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tokens.to(device)
 
 
+class Answers:
+    """The teacher's answers on disk, each computed once for all runs of a sweep that meet the same tokens."""
+
+    def __init__(self, folder, s, dtype):
+        self.folder, self.about = Path(folder), f"{s.model} {dtype} {s.top}"
+
+    def __call__(self, tokens, compute):
+        digest = hashlib.sha256(self.about.encode() + tokens.cpu().numpy().tobytes()).hexdigest()
+        path = self.folder / f"{digest[:24]}.safetensors"
+        if not path.exists():
+            index, log_p, rest = compute()
+            with atomic(path) as partial:
+                save_file({"index": index.int(), "log_p": log_p, "rest": rest}, partial)
+            return index, log_p, rest
+        saved, _ = read_tensors(path, device=tokens.device)
+        return saved["index"].long(), saved["log_p"], saved["rest"]
+
+
 class Trainer:
     """The trainables of a run, float32, and one optimizer over them in three groups. The model itself is frozen."""
 
-    def __init__(self, model, s, domains):
+    def __init__(self, model, s, domains, answers=None):
         c, device = model.config, model.head.device
-        self.s, self.first, self.domains = s, c.num_hidden_layers - s.blocks, list(domains)
+        self.s, self.device, self.domains, self.answers = s, device, list(domains), answers
+        self.first, memory_first, self.split = s.first(c.num_hidden_layers)
         self.model = self.compiled(model)
         torch.manual_seed(s.seed)
         with device:
-            self.gates = koff.Gates(c, self.first, s.granularity, s.beta)
+            self.gates = koff.Gates(c, self.first, s.granularity, s.beta, s.gated)
         with torch.device("cpu") if s.offload else device:
             n = len(self.domains) if s.memory else 0
-            self.memories = nn.ModuleList(koff.Memory(c, self.first, s.rank, s.alpha, s.kv_tokens) for _ in range(n))
+            self.memories = nn.ModuleList(koff.Memory(c, memory_first, s.rank, s.alpha, s.kv_tokens) for _ in range(n))
         self.share = self.gates.uniform_share(s.sparsity, s.count) if s.budget == "module" else 0.0
         kind = {"lora": [], "gates": list(self.gates.parameters()), "kv": []}
         for name, p in self.memories.named_parameters():
@@ -98,7 +121,7 @@ class Trainer:
         groups = [dict(params=kind[n], lr=rate[n], peak=rate[n], name=n) for n in kind if kind[n]]
         # A module sees only its own domain's steps, some hundred in a short run: variances over 1,000 would come late.
         self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, 0.99), fused=device.type != "meta")
-        self.penalty = torch.tensor(s.penalty, device=device)  # lambda of Eq. 1
+        self.penalty = koff.Penalty(s.constraint, s.penalty, s.scaled, device)
         self.mask = self.kept = self.student = None  # the final mask, once it is fixed, and what it leaves of the model
         self.visits, self.recent = [0] * len(self.domains), torch.zeros(len(self.domains), device=device)
         self.before = self.at_work = None  # the losses before this round; the domain whose memory is on the device
@@ -106,7 +129,7 @@ class Trainer:
     def memory(self, domain):
         """Its module, on the device; with --offload the one that was there before makes room."""
         if self.s.offload and domain != self.at_work:
-            for name, device in ((self.at_work, "cpu"), (domain, self.penalty.device)):
+            for name, device in ((self.at_work, "cpu"), (domain, self.device)):
                 for p in self.memories[self.domains.index(name)].parameters() if name else ():
                     p.data = p.data.to(device)
                     self.optimizer.state[p] = {key: x.to(device) for key, x in self.optimizer.state[p].items()}
@@ -115,7 +138,7 @@ class Trainer:
 
     def initialise(self, text):
         """The two starts that look at data, {domain: ids}: gates by Fisher score, KV memories from text."""
-        s, device = self.s, self.penalty.device
+        s, device = self.s, self.device
         if s.gate_init == "fisher":
             rounds = -(-s.fisher_sequences // (s.batch * len(text)))
             drawn = (batch(ids, r, s.batch, s.seq_len, s.seed + 1) for r in range(rounds) for ids in text.values())
@@ -138,8 +161,9 @@ class Trainer:
         return self.domains[d], self.visits[d] - 1
 
     def target(self, index):
-        """The ramp: what should be closed, in expectation, at step `index`."""
-        return self.s.sparsity * min(1.0, (index + 1) / (self.s.ramp * self.s.steps))
+        """What should be closed, in expectation, at step `index`: a ramp, but for the plain hinge."""
+        ramp = (index + 1) / (self.s.ramp * self.s.steps) if self.s.constraint != "hinge" else 1.0
+        return self.s.sparsity * min(1.0, ramp)
 
     def fix(self, index):
         """From the step on where only the last `fix_mask` of them are left, the gates are the final 0/1 mask."""
@@ -148,8 +172,8 @@ class Trainer:
 
     def close(self, mask):
         """The student becomes the compact backbone: what `mask` closes takes no more arithmetic."""
-        self.mask = {name: m.to(self.penalty.device) for name, m in mask.items()}
-        self.kept = koff.kept_channels(mask, self.first, self.penalty.device)
+        self.mask = {name: m.to(self.device) for name, m in mask.items()}
+        self.kept = koff.kept_channels(mask, self.model.config, self.first, self.device)
         self.student = self.compiled(koff.compact(self.model, self.kept))
 
     def compiled(self, model):
@@ -171,24 +195,30 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * (1.0 if group["name"] == "gates" else falling)
 
+        if s.beta_end:
+            learnt = min(1.0, index / max(1.0, s.steps * (1 - s.fix_mask)))
+            self.gates.beta = s.beta + (s.beta_end - s.beta) * learnt
+
+        def teacher():
+            return koff.teacher_answer(model, model.run(shared, self.split, last).flatten(0, 1), s.top)
+
         with torch.no_grad():  # the lower blocks have neither gates nor memory: teacher and student share them
-            shared = model.run(model.embed_tokens(tokens), 0, self.first)
-            answer = None
+            shared, answer = model.run(model.embed_tokens(tokens), 0, self.split), None
             if s.objective != "next-token":
-                answer = koff.teacher_answer(model, model.run(shared, self.first, last).flatten(0, 1), s.top)
-        with torch.set_grad_enabled(not retention):
-            memory = self.memory(domain).by_block(shared.dtype) if s.memory else None
+                answer = self.answers(tokens, teacher) if self.answers else teacher()
+        memory = None
+        if s.memory and (fixed or s.order == "joint"):
+            with torch.set_grad_enabled(not retention):
+                memory = self.memory(domain).by_block(shared.dtype)
         if fixed:
             memory = koff.compact_memory(memory, self.kept)
         student, z = (self.student, None) if fixed else (model, self.gates.sample(shared.dtype, generator))
-        hidden = student.run(shared, self.first, last, z, memory, checkpointing=s.checkpointing)
+        hidden = student.run(shared, self.split, last, z, memory, checkpointing=s.checkpointing)
         loss = objective = koff.distill(model, hidden, answer, tokens, s.objective, s.tail)
-        if not (fixed or retention):  # lambda Omega(z) of Eq. 1; lambda follows the ramp
+        if not (fixed or retention):  # lambda Omega(z) of Eq. 1
             target = self.target(index)
             share = self.share * target / s.sparsity if s.sparsity else 0.0
-            objective = loss + self.penalty * self.gates.behind(target, s.count, s.budget, share)
-            late = self.gates.sparsity(count=s.count).detach() < target - 0.002
-            self.penalty = (self.penalty * torch.where(late, 1.03, 1 / 1.03)).clamp(1.0, 1e6)
+            objective = loss + self.penalty(self.gates.behind(target, s.count, s.budget, share))
         objective.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)  # None, not zero: the modules of other domains stand still
@@ -198,13 +228,14 @@ class Trainer:
 
     def state(self):
         parts = {"gates": self.gates, "memories": self.memories, "optimizer": self.optimizer}
-        more = {"penalty": self.penalty, "recent": self.recent, "before": self.before(), "visits": self.visits}
+        more = {"penalty": self.penalty.multipliers, "recent": self.recent}
+        more |= {"before": self.before(), "visits": self.visits}
         return {name: part.state_dict() for name, part in parts.items()} | more
 
     def restore(self, state):
         for name in ("gates", "memories", "optimizer"):
             getattr(self, name).load_state_dict(state[name])
-        self.penalty, self.recent = (state[name].to(self.penalty.device) for name in ("penalty", "recent"))
+        self.penalty.multipliers, self.recent = (state[name].to(self.device) for name in ("penalty", "recent"))
         self.before, self.visits = lambda: state["before"], state["visits"]
 
 
@@ -219,15 +250,16 @@ def reading(out, tokenizer, config):
 def fitting(s):
     """(config, gates) of the model; BadInput where --blocks or --sparsity ask for more than it has."""
     config = read_config(s.model)
-    if (first := config.num_hidden_layers - s.blocks) < 0:
-        raise BadInput(f"--blocks is {s.blocks}, but {s.model} has {config.num_hidden_layers} blocks; give fewer.")
-    gates = koff.Gates(config, first, s.granularity)
+    if min(first := s.first(config.num_hidden_layers)) < 0:
+        most = max(s.blocks, s.memory_blocks)
+        raise BadInput(f"--blocks is {most}, but {s.model} has {config.num_hidden_layers} blocks; give fewer.")
+    gates = koff.Gates(config, first[0], s.granularity, gated=s.gated)
     gates.check_target(s.sparsity, s.count)
     return config, gates
 
 
-def open_run(s, out):
-    """Check everything that a run needs, before anything is written. Returns (trainer, domains, retention)."""
+def open_run(s, out, answers=None):
+    """Check everything that a run needs, before anything is written. Returns (trainer, {domain: ids}, general ids)."""
     (config, _), device = fitting(s), pick_device(s.device)
     tokenizer = Tokenizer.from_folder(s.model)
     if max(tokenizer.vocab_size - 1, *config.eos_token_ids, 0) >= config.vocab_size:
@@ -236,30 +268,43 @@ def open_run(s, out):
         limit = config.max_position_embeddings
         raise BadInput(f"{longest} tokens, --kv-tokens included, exceed the model's context of {limit}; lower them.")
     how = reading(out, tokenizer, config)
-    need = (max(s.batch * (s.seq_len + 1), 10 * Router.WINDOW), max(s.eval_len, Router.WINDOW))
-    domains = load_domains(s.data, need=need, least=2, **how)
-    retention = load_text(s.retention, need=(need[0], 0), **how) if s.retention else None
-    trainer = Trainer(load(s.model, pick_dtype(s.dtype, device), device), s, domains)
-    for split in (*domains.values(), *([retention] if retention else [])):
+    train = max(max(s.batch, s.retention_batch) * (s.seq_len + 1), 10 * Router.WINDOW)
+    need = (math.ceil(train / s.text), max(s.eval_len, Router.WINDOW))
+    domains = load_domains(s.data, s.domains, need=need, least=1 if s.domains else 2, **how)
+    splits = list(domains.values())
+    text = {name: split.train[: int(len(split.train) * s.text)] for name, split in domains.items()}
+    general = np.concatenate(list(text.values())) if s.retention == "domains" else None
+    if s.retention not in ("", "domains"):
+        splits.append(load_text(s.retention, need=(train, 0), **how))
+        general = splits[-1].train
+    dtype = pick_dtype(s.dtype, device)
+    trainer = Trainer(load(s.model, dtype, device), s, domains, answers and Answers(answers, s, dtype))
+    for split in splits:
         split.store()
-    return trainer, domains, retention
+    return trainer, text, general
 
 
-def train(s, out, fresh=False):
-    """Train, save and evaluate the run `s` in the folder `out`. Returns False if Ctrl-C stopped it."""
+def train(s, out, fresh=False, answers=None):
+    """Train, save and evaluate the run `s` in the folder `out`. Returns False if Ctrl-C stopped it.
+
+    `answers`: folder in which several runs keep the teacher's answers, or None.
+    """
     begun = time.time()
-    trainer, domains, retention = open_run(s, out)
-    checkpoint, device, start = out / "checkpoint.pt", trainer.penalty.device, 0
-    text = {name: split.train for name, split in domains.items()}
+    trainer, text, general = open_run(s, out, answers)
+    checkpoint, log, device, start = out / "checkpoint.pt", out / "log.jsonl", trainer.device, 0
     if fresh:  # nothing of an old run goes before the new one is known to work
-        for old in (checkpoint, out / "router.safetensors", out / "results.json", *out.glob("modules/*.safetensors")):
-            old.unlink(missing_ok=True)
+        old = (checkpoint, log, out / "router.safetensors", out / "results.json")
+        for path in (*old, *out.glob("modules/*.safetensors")):
+            path.unlink(missing_ok=True)
     with atomic(out / "settings.json") as partial:
         partial.write_text(json.dumps(asdict(s), indent=1) + "\n")
     if checkpoint.exists():
         state = torch.load(checkpoint, map_location="cpu", weights_only=True)
         trainer.restore(state)
         start, begun = state["step"], begun - state["seconds"]
+        lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+        with atomic(log) as partial:
+            partial.write_text("".join(line for line in lines if json.loads(line)["step"] < start))
         del state
         print(f"continuing {out} at step {start}")
     else:
@@ -274,16 +319,19 @@ def train(s, out, fresh=False):
             generator = torch.Generator(device).manual_seed(s.seed * 1_000_003 + index)
             tokens = batch(text[domain], turn, s.batch, s.seq_len, s.seed)
             loss = trainer.step(on_device(tokens, device), domain, index, generator)
-            if retention and (index + 1) % s.retention_every == 0:
-                general = batch(retention.train, index // s.retention_every, s.batch, s.seq_len, s.seed)
-                anyone = trainer.domains[np.random.default_rng([s.seed, index, 1]).integers(len(domains))]
-                trainer.step(on_device(general, device), anyone, index, generator, retention=True)
+            if general is not None and (index + 1) % s.retention_every == 0:
+                tokens = batch(general, index // s.retention_every, s.retention_batch or s.batch, s.seq_len, s.seed)
+                anyone = trainer.domains[np.random.default_rng([s.seed, index, 1]).integers(len(text))]
+                trainer.step(on_device(tokens, device), anyone, index, generator, retention=True)
             bar.update()
             if index % 10 == 0:
                 sparsities = (trainer.gates.sparsity(trainer.mask, count) for count in ("physical", "paper"))
-                shown = later(torch.stack([x.float() for x in (loss, *sparsities)]))
+                shown = later(torch.stack([x.float() for x in (loss, *sparsities, trainer.penalty.multipliers[0])]))
             if index % 10 == 9 and shown:
-                loss, physical, paper = shown()
+                loss, physical, paper, multiplier = shown()
+                line = dict(step=index - 9, loss=loss, physical=physical, paper=paper, **{"lambda": multiplier})
+                with open(log, "a") as file:
+                    file.write(json.dumps(line) + "\n")
                 rate = s.batch * s.seq_len * (bar.n - bar.initial) / bar.format_dict["elapsed"]
                 sparsity = f"sparsity {physical:.3f} physical, {paper:.3f} paper"
                 bar.set_postfix_str(f"loss {loss:.3f}, {sparsity}, {rate:,.0f} tokens/s", refresh=False)
@@ -318,11 +366,57 @@ def save(trainer, text, out):
     Router.fit(text).save(out / "router.safetensors")
 
 
+# One run or many -----------------------------------------------------------------------------------------------------
+
+
+def finished(s, out, fresh=False):
+    """Is the run `s` in `out` complete? BadInput if the folder holds something else."""
+    ours = out / "settings.json"
+    if out.exists() and not ours.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise BadInput(f"{out} holds something that is not a run; name another folder with --out.")
+    if fresh or not ours.exists():
+        return False
+    old = asdict(Settings.from_file(ours))
+    if changed := [name for name, value in asdict(s).items() if old[name] != value]:
+        flag = "--" + changed[0].replace("_", "-")
+        raise BadInput(f"{out} holds another run ({flag} differs); name another --out, or say --fresh.")
+    return (out / "results.json").exists()
+
+
+def sweep(name, given, out, fresh):
+    """Train every run of a sweep that is not finished, with its table in sweep.md and sweep.json after each.
+
+    They share data order, seeds and the teacher's answers. A run's own settings win over the command line, and that
+    over those of the sweep. Returns False if Ctrl-C stopped it.
+    """
+    import eval as evaluation  # it imports this file
+
+    common, rows, seeds = SWEEPS[name]
+    runs = {}
+    for label, own in rows.items():
+        for seed in range(seeds.get(label, 1)):
+            folder = out / re.sub(r"[^a-z0-9.]+", "-", label.lower()).strip("-") / f"seed{seed}"
+            runs.setdefault(label, {})[folder] = Settings(**{**common, **given, **own, "seed": seed})
+    for s, folder in ((s, folder) for members in runs.values() for folder, s in members.items()):
+        fitting(s)  # what cannot work shows before hours are spent
+        finished(s, folder, fresh)
+    for label, members in runs.items():
+        for folder, s in members.items():
+            if not finished(s, folder, fresh):
+                print(f"\n{label}, seed {s.seed}")
+                if not train(s, folder, fresh, out / "teacher"):
+                    return False
+        evaluation.save_sweep(out, name, {row: list(runs[row]) for row in list(runs)[: list(runs).index(label) + 1]})
+    print(f"\n{(out / 'sweep.md').read_text()}")
+    return True
+
+
 def parse(argv):
-    """Command line -> (settings, run folder, {"fresh", "dry_run"})."""
+    """Command line -> (settings, run folder, {"given", "sweep", "fresh", "dry_run"})."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="handbook", help="named settings; flags override them")
-    parser.add_argument("--out", type=Path, help="run folder [out/<preset>]")
+    parser.add_argument("--sweep", choices=SWEEPS, help="train a named set of runs instead of one, and compare them")
+    parser.add_argument("--out", type=Path, help="run folder [out/<preset or sweep>]")
     parser.add_argument("--fresh", action="store_true", help="start again, whatever the run folder holds")
     parser.add_argument("--dry-run", action="store_true", help="print sizes and memory, from config.json alone")
     for f in fields(Settings):
@@ -333,8 +427,9 @@ def parse(argv):
         flag, text = "--" + f.name.replace("_", "-"), f"{f.metadata['help']} [{shown}]"
         parser.add_argument(flag, default=argparse.SUPPRESS, help=text, **kind)
     given = vars(parser.parse_args(argv))
-    preset, out, do = given.pop("preset"), given.pop("out"), {name: given.pop(name) for name in ("fresh", "dry_run")}
-    return Settings(**{**PRESETS[preset], **given}), out or Path("out", preset), do
+    preset, out, do = given.pop("preset"), given.pop("out"), {n: given.pop(n) for n in ("sweep", "fresh", "dry_run")}
+    do["given"] = {**PRESETS[preset], **given}
+    return Settings(**do["given"]), out or Path("out", do["sweep"] or preset), do
 
 
 def run(argv):
@@ -344,17 +439,11 @@ def run(argv):
 
         return evaluation.dry_run(s)
     keep_pages()
-    ours = out / "settings.json"
-    if out.exists() and not ours.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise BadInput(f"{out} holds something that is not a run; name another folder with --out.")
-    if ours.exists() and not do["fresh"]:
-        old = asdict(Settings.from_file(ours))
-        if changed := [name for name, value in asdict(s).items() if old[name] != value]:
-            flag = "--" + changed[0].replace("_", "-")
-            raise BadInput(f"{out} holds another run ({flag} differs); name another --out, or say --fresh.")
-        if (out / "results.json").exists():
-            print(f"{(out / 'report.md').read_text()}\n{out} is finished; --fresh trains it again")
-            return 0
+    if do["sweep"]:
+        return 0 if sweep(do["sweep"], do["given"], out, do["fresh"]) else 130
+    if finished(s, out, do["fresh"]):
+        print(f"{(out / 'report.md').read_text()}\n{out} is finished; --fresh trains it again")
+        return 0
     return 0 if train(s, out, do["fresh"]) else 130
 
 

@@ -144,7 +144,8 @@ def save_gates(path, gates, mask):
         save_file(tensors | {f"mask.{n}": m.to(torch.uint8) for n, m in mask.items()}, partial)
 
 
-def load_mask(path):
-    """{name: bool [N, channels]}: the final mask."""
+def load_gates(path, gates):
+    """Fill `gates` with the saved log alpha; returns the final mask {name: bool [N, channels]}."""
     tensors, _ = read_tensors(path)
+    gates.load_state_dict({name: t for name, t in tensors.items() if name.startswith("log_alpha.")})
     return {n.removeprefix("mask."): t.bool() for n, t in tensors.items() if n.startswith("mask.")}

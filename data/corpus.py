@@ -106,8 +106,8 @@ def load_text(path, tokenizer, cache, heldout=0.05, separator=None, need=(0, 0))
     return split
 
 
-def find_domains(folder, least=1):
-    """{domain: path}, sorted by name. BadInput where there are fewer than `least` domains."""
+def find_domains(folder, only="", least=1):
+    """{domain: path}, sorted by name, or `only` those named there. BadInput where there are fewer than `least`."""
     folder, found = Path(folder), {}
     if not folder.is_dir():
         raise BadInput(f"{folder} is not a folder; give one with a <domain>.txt, .jsonl or sub-folder per domain.")
@@ -120,15 +120,19 @@ def find_domains(folder, least=1):
         if name in found:
             raise BadInput(f"{folder} has the domain {name} twice ({found[name].name}, {path.name}); keep one.")
         found[name] = path
+    wanted = only.split(",") if only else list(found)
+    if missing := set(wanted) - set(found):
+        raise BadInput(f"{folder} has no domain {min(missing)!r}; --domains can name {', '.join(found)}.")
+    found = {name: path for name, path in found.items() if name in wanted}
     if len(found) < least:
         has = f"only one domain, {next(iter(found))}" if found else "no domain"
         raise BadInput(f"{folder} holds {has}; put at least {least} there, each a <domain>.txt, .jsonl or sub-folder.")
     return found
 
 
-def load_domains(folder, tokenizer, cache, least=1, **how):
-    """{domain: Split}, sorted by name; `how` as for `load_text`."""
-    return {name: load_text(path, tokenizer, cache, **how) for name, path in find_domains(folder, least).items()}
+def load_domains(folder, only="", least=1, **how):
+    """{domain: Split}, sorted by name; `only` and `least` as for `find_domains`, `how` as for `load_text`."""
+    return {name: load_text(path, **how) for name, path in find_domains(folder, only, least).items()}
 
 
 def windows(ids, length, limit=None):

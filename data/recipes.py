@@ -1,11 +1,14 @@
-"""What a run can be told: every setting with its default, and the presets, which are named settings."""
+"""What a run can be told: every setting with its default; presets, which are named settings; sweeps, which are named
+sets of runs. To try something new, add a line to one of them."""
 
 import json
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from data import BadInput
+from koff import GATED
 
+CONSTRAINTS = ("progressive", "hinge", "lagrangian")
 HERE = Path(__file__).resolve().parent.parent
 
 
@@ -19,20 +22,29 @@ class Settings:
 
     model: str = option(str(HERE / "data/base"), "folder of the pretrained model (Hugging Face layout, safetensors)")
     data: str = option(str(HERE / "data/handbook"), "folder with one <domain>.txt, .jsonl or sub-folder per domain")
-    retention: str = option("", "general text for retention batches (Eq. 2); empty: none")
+    domains: str = option("", "some of the domains there, as in english,french; empty: all")
+    text: float = option(1.0, "share of the training text that is used", low=0.001, high=1)
+    retention: str = option("", "general text for retention batches (Eq. 2); domains: a mix of theirs; empty: none")
     retention_every: int = option(20, "steps between retention batches (paper)", low=1)
+    retention_batch: int = option(0, "sequences in one of them; 0: as --batch", low=0)
     blocks: int = option(4, "how many upper blocks carry gates and memories (paper: 18 of 28)", low=1)
+    memory_blocks: int = option(0, "how many carry memories, if it is another number; 0: as --blocks; -1: all", low=-1)
     sparsity: float = option(0.25, "share of all parameters to remove (paper: 0.12 of 3B)", low=0, high=0.99)
     count: str = option("physical", "what that share counts: parameters gone, or the paper's", "physical", "paper")
+    gated: str = option("k,v,mlp", "projections with gates: the paper's set, or one it compares", *GATED)
     granularity: str = option("neuron", "gate MLP neurons, or each projection (paper)", "neuron", "projection")
     budget: str = option("global", "all gates compete, or each projection meets the target (paper)", "global", "module")
     gate_init: str = option("fisher", "start of log alpha: by Fisher score, or all 3", "fisher", "constant")
     fisher_sequences: int = option(48, "sequences of the calibration pass for it (measured)", low=1)
     multiple: int = option(8, "a block keeps a multiple of this many neurons (granularity neuron)", low=1)
     beta: float = option(2 / 3, "temperature of the gates (Louizos; at the paper's 2 the cost misleads)", low=0.05)
+    beta_end: float = option(0.0, "temperature to which it falls while gates learn; 0: it does not", low=0)
     ramp: float = option(0.2, "share of the steps in which the target rises to --sparsity (measured)", low=0.01, high=1)
     fix_mask: float = option(0.75, "last share of the steps, under the final 0/1 mask (measured)", low=0, high=0.99)
-    penalty: float = option(60.0, "first lambda (paper); x 1.03 a step while behind, / 1.03 while not", low=1)
+    constraint: str = option("progressive", "hinge with a rising target, at once, or koff.Penalty", *CONSTRAINTS)
+    penalty: float = option(60.0, "first lambda (paper); lagrangian: rate of the multipliers", low=1)
+    scaled: bool = option(True, "lambda x 1.03 a step while behind, / 1.03 while not")
+    order: str = option("joint", "gates and memories together (paper), or memories after", "joint", "prune-first")
     memory: bool = option(True, "train memories; --no-memory prunes only")
     rank: int = option(64, "LoRA rank (paper: 256 for 3B); 0: no LoRA", low=0)
     alpha: float = option(64.0, "LoRA alpha; the update is scaled by alpha / rank (paper: 128 / 256)", low=0)
@@ -71,8 +83,16 @@ class Settings:
             raise BadInput("--rank 0 and --kv-tokens 0 contradict --memory: nothing is left of it; say --no-memory.")
         if self.ramp + self.fix_mask > 1:
             raise BadInput("--ramp and --fix-mask contradict each other: the mask would be fixed during the ramp.")
+        if not self.memory and self.order == "prune-first":
+            raise BadInput("--no-memory contradicts --order prune-first, which trains the memories afterwards.")
         if self.kv_tokens > self.seq_len:
             raise BadInput("--kv-tokens is larger than --seq-len; a memory longer than the text is no memory.")
+
+    def first(self, layers):
+        """(first gated block, first with a memory, the lower of the two: all below it is the teacher's)."""
+        gated = layers - self.blocks
+        memory = {0: gated, -1: 0}.get(self.memory_blocks, layers - self.memory_blocks)
+        return gated, memory, min(gated, memory) if self.memory else gated
 
     @classmethod
     def from_file(cls, path):
@@ -85,8 +105,92 @@ class Settings:
             raise BadInput(f"{path} is not the settings of this version ({error}); train the run again.") from None
 
 
+BEST = dict(blocks=18, sparsity=0.12, kv_tokens=64, steps=1350, focus=5, batch=2, lora_rate=2e-3, eval_len=512)
+PAPER = dict(  # 150M tokens; what it leaves open (start of log alpha, scaling of lambda, final mask) is as by default
+    blocks=16, sparsity=0.12, count="paper", granularity="projection", gate_init="constant", multiple=1, beta=2.0,
+    constraint="hinge", fix_mask=0.0, rank=256, alpha=128.0, kv_tokens=256, kv_init="normal", tail="renormalise",
+    steps=146_500, batch=2, seq_len=512, lora_rate=1e-5, gate_rate=1e-2, kv_rate=1e-2, decay=0.0, eval_len=512,
+)  # fmt: skip
 PRESETS = {
     "handbook": {},
     "quick": dict(steps=30, eval_windows=2, fisher_sequences=12),
-    "smollm2": dict(blocks=18, sparsity=0.12, kv_tokens=64, steps=1350, focus=5, batch=2, lora_rate=2e-3, eval_len=512),
+    "best": BEST,
+    "paper": PAPER,
+    "paper-matched": PAPER | dict(count="physical"),
+}
+
+# The paper's protocol on whatever model, text, steps and module size a sweep is given.
+MATCHED = {
+    k: v for k, v in PAPER.items() if k not in ("rank", "alpha", "kv_tokens", "steps", "batch", "seq_len", "eval_len")
+}
+MATCHED |= dict(count="physical", focus=0)
+PRUNED = dict(memory=False, fix_mask=0.0)  # gates that learn to the last step: the stronger baseline
+PARTS = {
+    "pruning only": PRUNED,
+    "pruning + LoRA": dict(kv_tokens=0),
+    "pruning + KV": dict(rank=0),
+    "both": {},
+    "prune first, recover afterwards": dict(order="prune-first"),
+}
+
+
+def one_by_one(name, *values, **more):
+    return {f"{name} {v}": {name.replace(" ", "_"): v, **more} for v in values}
+
+
+# sweep: (settings of all its runs, {row: its own settings}, {row: how many seeds, where not one})
+SWEEPS = {
+    "ablations": (  # the paper's table of ablations
+        dict(steps=200, eval_windows=6),
+        PARTS | {"memory in all layers": dict(memory_blocks=-1), "both, with retention": dict(retention="domains")},
+        dict.fromkeys(PARTS, 3),
+    ),
+    "paper": (  # against the paper's protocol, and sparsity against quality
+        dict(eval_windows=4),
+        PARTS
+        | {"paper-matched, pruning only": MATCHED | dict(memory=False), "paper-matched": MATCHED}
+        | one_by_one("sparsity", 0.05, 0.2, 0.3),
+        {},
+    ),
+    "sparsity": ({}, one_by_one("sparsity", 0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3), {}),
+    "choices": (
+        {},
+        {"both": {}, "no training, text KV attached": dict(steps=0)}
+        | one_by_one("objective", "next-token", "blend")
+        | one_by_one("constraint", "hinge", "lagrangian")
+        | one_by_one("gated", "k,v", "q,k,v", sparsity=0.02)
+        | one_by_one("gated", "k,v,mlp,o")
+        | {"beta 2": dict(beta=2.0), "beta 2 to 0.5": dict(beta=2.0, beta_end=0.5)}
+        | one_by_one("granularity", "projection")
+        | one_by_one("gate init", "constant")
+        | one_by_one("kv init", "normal")
+        | one_by_one("tail", "renormalise", "drop"),
+        {},
+    ),
+    "convergence": (  # how many steps a set of gates takes to its target under a constant lambda
+        dict(constraint="hinge", scaled=False, gate_init="constant", granularity="projection", fix_mask=0.0),
+        one_by_one("gated", "k,v", "q,k,v", "k,v,mlp", "k,v,mlp,o", sparsity=0.02),
+        {},
+    ),
+    "languages": (
+        {},
+        {
+            f"languages {n}": dict(
+                domains=",".join(("english", "french", "german", "italian", "portuguese", "spanish")[:n])
+            )
+            for n in range(1, 7)
+        },
+        {},
+    ),
+    "text": ({}, one_by_one("text", 0.1, 0.25, 0.5, 1.0), {}),
+    "retention": (
+        dict(retention="domains"),
+        {
+            f"every {every}, batch {size}": dict(retention_every=every, retention_batch=size)
+            for every in (20, 50, 100)
+            for size in (1, 2, 4)
+        },
+        {},
+    ),
+    "lambda": (dict(scaled=False, constraint="hinge"), one_by_one("penalty", 15.0, 40.0, 60.0, 80.0, 120.0), {}),
 }

@@ -62,7 +62,7 @@ def main(minutes, size=16, length=256, peak=3e-3):
     training_text = [split_text(*read_documents(path), 0.05, path)[0][0] for path in paths]
     train_tokenizer(training_text, base / "tokenizer.json")
     tokenizer = Tokenizer.from_folder(base)
-    domains = load_domains(corpus, tokenizer, "out/tokens")
+    domains = load_domains(corpus, tokenizer=tokenizer, cache="out/tokens")
     ids = np.concatenate([split.train for split in domains.values()])
     torch.manual_seed(0)
     model = Model(Config.from_dict(CONFIG))

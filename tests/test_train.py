@@ -62,8 +62,8 @@ def flags(world, **more):
 
 def trainer_of(world, **more):
     s, out, _ = train.parse(flags(world, **more))
-    trainer, domains, _ = train.open_run(s, out)
-    return trainer, {name: split.train for name, split in domains.items()}
+    trainer, text, _ = train.open_run(s, out)
+    return trainer, text
 
 
 def tensors(trainer):
@@ -108,7 +108,7 @@ def test_retention_moves_gates_only_and_the_fixed_mask_stops_them(world):
     before = tensors(trainer)
     trainer.step(tokens, "german", 0, retention=True)
     after = tensors(trainer)
-    assert trainer.penalty.item() == 60  # Omega and its lambda belong to the domains' steps
+    assert trainer.penalty.multipliers[0].item() == 60  # Omega and its lambda belong to the domains' steps
     moved = {n for n in before if not torch.equal(before[n], after[n])}
     assert moved and all(n.startswith("log_alpha") for n in moved)
     trainer.fix(7)
@@ -124,11 +124,11 @@ def test_lambda_grows_while_behind_and_shrinks_while_not(world):
     for a in trainer.gates.log_alpha.values():
         a.data.fill_(9.0)
     trainer.step(tokens, "german", 7)
-    assert trainer.penalty.item() == pytest.approx(60 * 1.03)
+    assert trainer.penalty.multipliers[0].item() == pytest.approx(60 * 1.03)
     for a in trainer.gates.log_alpha.values():
         a.data.fill_(-9.0)
     trainer.step(tokens, "german", 7)
-    assert trainer.penalty.item() == pytest.approx(60, rel=1e-5)
+    assert trainer.penalty.multipliers[0].item() == pytest.approx(60, rel=1e-5)
 
 
 # The whole line -----------------------------------------------------------------------------------------------------
@@ -486,10 +486,10 @@ def test_an_old_python_or_torch_is_named(monkeypatch):
 
 
 def test_settings_are_the_command_line(world):
-    s, out, do = train.parse(["--preset", "smollm2", "--rank", "8", "--no-memory", "--dry-run"])
-    assert (s.blocks, s.rank, s.memory, out) == (18, 8, False, Path("out/smollm2"))
-    assert do == {"fresh": False, "dry_run": True}
-    assert train.parse([])[0] == Settings() and replace(s, rank=64, memory=True) == Settings(**train.PRESETS["smollm2"])
+    s, out, do = train.parse(["--preset", "best", "--rank", "8", "--no-memory", "--dry-run"])
+    assert (s.blocks, s.rank, s.memory, out) == (18, 8, False, Path("out/best"))
+    assert (do["sweep"], do["fresh"], do["dry_run"]) == (None, False, True)
+    assert train.parse([])[0] == Settings() and replace(s, rank=64, memory=True) == Settings(**train.PRESETS["best"])
 
 
 class Operations(TorchDispatchMode):
@@ -537,8 +537,8 @@ def test_a_switch_for_the_machine_changes_no_number(world, more, monkeypatch):
     losses = []
     for switch in ([], more):
         s, out, _ = train.parse([*flags(world), *switch])
-        trainer, domains, _ = train.open_run(s, out)
-        trainer.initialise({name: split.train for name, split in domains.items()})
+        trainer, text, _ = train.open_run(s, out)
+        trainer.initialise(text)
         tokens = torch.arange(32).view(2, 16)
         for index, domain in enumerate(["german", "french", "german", "french"]):
             trainer.fix(2 * index)
@@ -551,7 +551,7 @@ def test_offloading_moves_one_memory_in_and_the_last_one_out(world, monkeypatch)
     trainer, _, _ = train.open_run(s, out)
     for domain in trainer.domains:  # both have AdamW state
         trainer.step(torch.arange(32).view(2, 16), domain, 0)
-    moved, where, to = [], trainer.penalty.device, torch.Tensor.to
+    moved, where, to = [], trainer.device, torch.Tensor.to
     state = {d: [x for p in trainer.memories[i].parameters() for x in (p, *trainer.optimizer.state[p].values())]
              for i, d in enumerate(trainer.domains)}  # fmt: skip
     spy = lambda x, target, *more, **kw: moved.append((x.data_ptr(), str(target))) or to(x, target, *more, **kw)  # noqa: E731
@@ -631,7 +631,7 @@ print(grown())
 @pytest.mark.skipif("KOFF_SMOLLM2" not in os.environ, reason="set KOFF_SMOLLM2 to the folder of SmolLM2-135M")
 @pytest.mark.parametrize("more", [[], ["--checkpointing"]])
 def test_a_dry_run_estimates_the_peak_that_is_then_measured(more, capsys):
-    flags = ["--preset", "smollm2", "--model", os.environ["KOFF_SMOLLM2"], "--seq-len", "512", *more]
+    flags = ["--preset", "best", "--model", os.environ["KOFF_SMOLLM2"], "--seq-len", "512", *more]
     assert train.main(["--dry-run", *flags]) == 0
     estimate = float(re.search(r"([\d.]+) GB  peak memory", capsys.readouterr().out)[1])
     command, env = [sys.executable, "-c", STEPS, *flags], os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000"}
