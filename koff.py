@@ -168,19 +168,20 @@ class Penalty:
 
     hinge: Omega is what is missing, 0 at the target and beyond. The paper's "auto-scaling" is not given; here lambda
     grows by 3% a step while more than 0.002 is missing and shrinks by as much while not.
-    lagrangian: lambda_1 gap + lambda_2 gap^2, whose multipliers climb their own gradient (Sheared LLaMA, arXiv
-    2310.06694, Eq. 3): `start` is their rate. It pulls back what went too far, so that it lands on the target.
+    lagrangian: lambda_1 gap + lambda_2 gap^2, whose multipliers climb their own gradients (Sheared LLaMA, arXiv
+    2310.06694). It pulls back what went too far, so that it lands on the target. lambda_2 begins at `start` and lambda_1
+    climbs slowly: with both from 0 the sparsity swings around the target for hundreds of steps.
     """
 
     def __init__(self, kind, start, scaled, device):
         self.kind, self.start, self.scaled = kind, start, scaled
-        self.multipliers = torch.tensor([0.0, 0.0] if kind == "lagrangian" else [start, 0.0], device=device)
+        self.multipliers = torch.tensor([0.0, start] if kind == "lagrangian" else [start, 0.0], device=device)
 
     def __call__(self, behind):
         gap, square = behind.mean(), behind.square().mean()
         if self.kind == "lagrangian":
             loss = self.multipliers[0] * gap + self.multipliers[1] * square
-            self.multipliers = self.multipliers + self.start * torch.stack([gap, square]).detach()
+            self.multipliers = self.multipliers + self.start * torch.stack([0.05 * gap, square]).detach()
             return loss
         omega = behind.clamp(min=0).mean()
         loss = self.multipliers[0] * omega

@@ -302,14 +302,14 @@ def train(s, out, fresh=False, answers=None):
         state = torch.load(checkpoint, map_location="cpu", weights_only=True)
         trainer.restore(state)
         start, begun = state["step"], begun - state["seconds"]
-        lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-        with atomic(log) as partial:
-            partial.write_text("".join(line for line in lines if json.loads(line)["step"] < start))
         del state
         print(f"continuing {out} at step {start}")
     else:
         trainer.initialise(text)
 
+    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+    with atomic(log) as partial:  # what was written after the checkpoint comes again
+        partial.write_text("".join(line for line in lines if json.loads(line)["step"] < start))
     stop, shown, bar = [], None, tqdm(total=s.steps, initial=start, desc=out.name, mininterval=1)
     before = signal.signal(signal.SIGINT, lambda *_: stop.append(True))  # never in the middle of an optimizer step
     try:

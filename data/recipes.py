@@ -42,7 +42,7 @@ class Settings:
     ramp: float = option(0.2, "share of the steps in which the target rises to --sparsity (measured)", low=0.01, high=1)
     fix_mask: float = option(0.75, "last share of the steps, under the final 0/1 mask (measured)", low=0, high=0.99)
     constraint: str = option("progressive", "hinge with a rising target, at once, or koff.Penalty", *CONSTRAINTS)
-    penalty: float = option(60.0, "first lambda (paper); lagrangian: rate of the multipliers", low=1)
+    penalty: float = option(60.0, "first lambda (paper); lagrangian: first lambda_2", low=1)
     scaled: bool = option(True, "lambda x 1.03 a step while behind, / 1.03 while not")
     order: str = option("joint", "gates and memories together (paper), or memories after", "joint", "prune-first")
     memory: bool = option(True, "train memories; --no-memory prunes only")

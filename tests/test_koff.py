@@ -19,6 +19,9 @@ KINDS = {
     "qwen3": dict(model_type="qwen3", tie_word_embeddings=False),
 }
 GRANULARITIES = ["projection", "neuron"]
+SETS = [(granularity, "k,v,mlp") for granularity in GRANULARITIES] + [
+    ("neuron", s) for s in koff.GATED if s != "k,v,mlp"
+]
 
 
 def random_mask(gates, share=0.4):
@@ -72,10 +75,10 @@ def test_hard_concrete_gradient_is_the_finite_difference_and_zero_where_clamped(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("granularity", GRANULARITIES)
-def test_cost_of_saturated_gates_is_what_compaction_removes(tiny, kind, granularity):
+@pytest.mark.parametrize("granularity,gated", SETS)
+def test_cost_of_saturated_gates_is_what_compaction_removes(tiny, kind, granularity, gated):
     model = tiny(**KINDS[kind])
-    gates = koff.Gates(model.config, 1, granularity)
+    gates = koff.Gates(model.config, 1, granularity, gated=gated)
     assert gates.total == sum(p.numel() for p in model.parameters())
     mask = random_mask(gates)
     small = koff.compact(model, koff.kept_channels(mask, model.config, 1, "cpu"))
@@ -159,6 +162,23 @@ def test_module_budget_asks_each_projection_for_the_share_that_meets_the_target(
     assert gates.behind(0.2, "physical", "module", share).mean().item() == pytest.approx(share, abs=1e-6)
 
 
+def test_a_lagrangian_lands_on_its_target_from_both_sides_and_a_hinge_waits_beyond_it():
+    def land(kind, start, steps=400):
+        penalty, a = koff.Penalty(kind, 60.0, False, "cpu"), torch.full((50,), start, requires_grad=True)
+        optimizer = torch.optim.Adam([a], lr=0.05)
+        for _ in range(steps):
+            closed = 1 - torch.sigmoid(a).mean()
+            (penalty((0.3 - closed).view(1)) + 0.2 * closed).backward()  # what is closed costs something
+            optimizer.step()
+            optimizer.zero_grad()
+        return closed.item()
+
+    assert land("lagrangian", 3.0) == pytest.approx(0.3, abs=0.01)
+    assert land("lagrangian", -3.0) == pytest.approx(0.3, abs=0.03)
+    assert land("hinge", 3.0) == pytest.approx(0.3, abs=0.02)
+    assert land("hinge", -3.0, steps=20) > 0.9
+
+
 def test_unreachable_target_is_refused(tiny):
     with pytest.raises(BadInput, match="cannot be reached"):
         koff.Gates(tiny().config, 2, "neuron").check_target(0.9, "physical")
@@ -208,10 +228,10 @@ def test_open_gates_and_an_empty_memory_are_the_teacher_bit_for_bit(tiny, dtype)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("granularity", GRANULARITIES)
-def test_compact_equals_masked(tiny, kind, granularity):
+@pytest.mark.parametrize("granularity,gated", SETS)
+def test_compact_equals_masked(tiny, kind, granularity, gated):
     model, tokens = tiny(**KINDS[kind]), torch.randint(0, 131, (2, 30))
-    gates = koff.Gates(model.config, 1, granularity)
+    gates = koff.Gates(model.config, 1, granularity, gated=gated)
     mask = random_mask(gates)
     z = gates.by_block({n: m.float() for n, m in mask.items()}, torch.float32)
     memory = random_memory(model, 1).by_block(torch.float32)
