@@ -175,8 +175,8 @@ def test_a_lagrangian_lands_on_its_target_from_both_sides_and_a_hinge_waits_beyo
 
     assert land("lagrangian", 3.0) == pytest.approx(0.3, abs=0.01)
     assert land("lagrangian", -3.0) == pytest.approx(0.3, abs=0.03)
-    assert land("hinge", 3.0) == pytest.approx(0.3, abs=0.02)
-    assert land("hinge", -3.0, steps=20) > 0.9
+    assert land("hinge", 3.0) > 0.29
+    assert land("hinge", -3.0, steps=20) > 0.85  # nothing but the small cost pulls it back
 
 
 def test_unreachable_target_is_refused(tiny):
