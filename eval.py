@@ -2,14 +2,18 @@
 
 python eval.py report out/handbook                                  the tables: screen, report.md, results.json
 python eval.py compare out/*                                        one table of several runs
+python eval.py bench out/smollm2-12 mmlu --rows DIR                 benchmarks: the unpruned model, backbone, modules
 python eval.py generate out/handbook "Der Kernel" --module german   one module by name; without --module: routed
 
 `python train.py --dry-run` prints what `dry_run` here finds out about a run before it begins.
 """
 
 import argparse
+import hashlib
 import json
 import math
+import re
+import subprocess
 import sys
 import time
 import weakref
@@ -22,15 +26,16 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+from tqdm import tqdm
 
 import koff
-from data import BadInput, atomic, run_script
-from data.checkpoint import load, load_gates, load_module
+from data import BadInput, atomic, benchmarks, run_script
+from data.checkpoint import load, load_gates, load_module, read_config
 from data.corpus import find_domains, load_domains, read_documents, windows
 from data.recipes import HERE, Settings
 from data.router import Router
 from data.tokenizer import Tokenizer
-from model import Cache, Model
+from model import BlockMemory, Cache, Model
 from train import Trainer, fitting, pick_device, pick_dtype, reading
 
 # Before a run: what it will need -------------------------------------------------------------------------------------
@@ -360,6 +365,206 @@ def save_sweep(out, name, runs):
             partial.write_text(content, encoding="utf-8")
 
 
+# Benchmarks ----------------------------------------------------------------------------------------------------------
+
+ROOM = 2048  # tokens in a batch, at most
+STOP = ("\nQ:", "\nQuestion:")  # a model that goes on with the next question has answered
+
+
+def remember(model, ids, memory=None):
+    """The memory {block: BlockMemory} with which text goes on after `ids`: one row, computed once, which a batch shares."""
+    if not ids:
+        return memory
+    cache, tokens, own = Cache(0), torch.tensor([ids], device=model.head.device), memory or {}
+    model.run(model.embed_tokens(tokens), 0, len(model.layers), memory=memory, cache=cache)
+    return {i: BlockMemory(own[i].lora if i in own else {}, k[0], v[0]) for i, (k, v) in cache.layers.items()}
+
+
+def after(model, rows, read, memory):
+    """rows: lists of ids -> one [read[r], V] each: log p of what may follow each of the last read[r] of them.
+
+    Padding on the right is harmless: nothing that is read can see it.
+    """
+    tokens = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
+    for row, ids in zip(tokens, rows, strict=True):
+        row[: len(ids)] = torch.tensor(ids)
+    x = model.run(model.embed_tokens(tokens.to(model.head.device)), 0, len(model.layers), memory=memory)
+    x = torch.cat([h[len(ids) - n : len(ids)] for h, ids, n in zip(x, rows, read, strict=True)])
+    return model.logits(x).log_softmax(-1).split(read)
+
+
+def batches(prompts, shared):
+    """Cut prompts, whose first `shared` ids are known, into batches by length. Those of several rows are one by one."""
+    out = []
+    for p in sorted(prompts, key=lambda p: len(p.ids)):
+        full = not out or (len(out[-1]) + 1) * (len(p.ids) - shared) > ROOM
+        if full or len(stems(p)) > 1 or (not p.options and len(p.ids) != len(out[-1][0].ids)):
+            out.append([])
+        out[-1].append(p)
+    return out
+
+
+def stems(p):
+    """The rows that options need, less the context: each option without its last token, often one for all of them."""
+    return list(dict.fromkeys(option[:-1] for option in p.options))
+
+
+def scores(model, part, shared, memory, _):
+    """[[log-likelihood of each option] of each prompt]; `memory` holds the first `shared` ids of all prompts."""
+    if len(stems(part[0])) > 1:  # the only one: its rows share all of the context but the last token
+        memory, shared = remember(model, part[0].ids[shared:-1], memory), len(part[0].ids) - 1
+    keys = [(p.item.id, stem) for p in part for stem in stems(p)]
+    rows = [p.ids[shared:] + list(stem) for p in part for stem in stems(p)]
+    log_p = dict(zip(keys, after(model, rows, [1 + len(stem) for _, stem in keys], memory), strict=True))
+
+    def score(p, option):
+        return log_p[p.item.id, option[:-1]][range(len(option)), option].double().sum().item()
+
+    return [[score(p, option) for option in p.options] for p in part]
+
+
+def texts(model, part, shared, memory, tokenizer):
+    """What the model writes greedily after each prompt, up to the next question; prompts of equal length."""
+    eos, ids, going = model.config.eos_token_ids, [[] for _ in part], set(range(len(part)))
+    tokens = torch.tensor([p.ids[shared:] for p in part], device=model.head.device)
+    for new in generate(model, tokens, part[0].item.steps, tokenizer.vocab_size, eos=eos, memory=memory):
+        for b, token in enumerate(new.tolist()):
+            if b in going:
+                ids[b] += [token] if token not in eos else []
+                going -= {b} if token in eos or any(s in tokenizer.decode(ids[b]) for s in STOP) else set()
+        if not going:
+            break
+    return [re.split("|".join(STOP), tokenizer.decode(row))[0].strip() for row in ids]
+
+
+@torch.inference_mode()
+def answers(model, tokenizer, prompts, memory=None, finished=()):
+    """Yield [(prompt, what its line of the sample file says)] batch by batch, less what is `finished`: {(subject, id)}.
+
+    What the ids of a subject's prompts begin with in common is computed once. Batches do not depend on what is finished,
+    so that the numbers are the same, bit for bit, whether or not a run was stopped between.
+    """
+    groups = {}
+    for p in prompts:
+        groups.setdefault((p.item.subject, p.shots, min(2, len(stems(p)))), []).append(p)
+    for group in groups.values():
+        columns = enumerate(zip(*(p.ids[:-1] for p in group), strict=False))
+        shared = next((t for t, column in columns if len(set(column)) > 1), min(len(p.ids) for p in group) - 1)
+        prefix = None
+        for part in batches(group, shared):
+            if all(p.key in finished for p in part):
+                continue
+            prefix = prefix or remember(model, group[0].ids[:shared], memory)
+            given = (scores if part[0].options else texts)(model, part, shared, prefix, tokenizer)
+            pairs = zip(part, given, strict=True)
+            yield [(p, p.item.judged(x)) for p, x in pairs if p.key not in finished]
+
+
+def finished_samples(path, header, fresh):
+    """{(subject, id): sample} of a file that a stopped run left, ready for more. BadInput if it is of other settings."""
+    header, old = json.loads(json.dumps(header)), None
+    if path.exists() and not fresh:
+        whole = path.read_bytes().rpartition(b"\n")[0]  # a crash may have cut the last line
+        try:
+            old, *lines = [json.loads(line) for line in whole.splitlines()]
+            lines = {(line["subject"], line["id"]): line for line in lines}
+        except (ValueError, LookupError, TypeError):
+            raise BadInput(f"{path} is damaged; say --fresh to begin it again.") from None
+        if changed := [name for name in header if not isinstance(old, dict) or old.get(name) != header[name]]:
+            raise BadInput(f"{path} holds samples of another {changed[0]}; say --fresh to begin it again.")
+    with atomic(path) as partial:
+        partial.write_bytes(whole + b"\n" if old else json.dumps(header).encode() + b"\n")
+    return lines if old else {}
+
+
+def mean(values):
+    """(mean, its standard error from the sample deviation, None for a single value)."""
+    n = len(values)
+    return float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(n)) if n > 1 else None
+
+
+def bench_results(task, lines, total, config):
+    """What lm-evaluation-harness would write, of samples `lines`; total {subject: questions there are}."""
+    groups, there, results = {task: lines}, {task: sum(total.values())}, {}
+    for subject in total if len(total) > 1 else ():
+        groups[f"{task}_{subject}"] = [line for line in lines if line["subject"] == subject]
+        there[f"{task}_{subject}"] = total[subject]
+    for name, part in groups.items():
+        results[name] = {"alias": name}
+        for metric, key in ("acc", "correct"), ("acc_norm", "correct_norm"):
+            if key in part[0]:
+                results[name][f"{metric},none"], results[name][f"{metric}_stderr,none"] = mean([x[key] for x in part])
+    if len(groups) > 1:
+        accuracies = [r["acc,none"] for name, r in results.items() if name != task]
+        results[task]["acc_subjects,none"] = float(np.mean(accuracies))
+    try:
+        git = subprocess.run(["git", "describe", "--always"], cwd=HERE, capture_output=True, text=True).stdout.strip()
+    except OSError:  # there is no git
+        git = ""
+    return {
+        "results": results, "n-shot": dict.fromkeys(groups, config["shots"]),
+        "n-samples": {name: {"original": there[name], "effective": len(part)} for name, part in groups.items()},
+        "config": config, "git_hash": git or None, "date": time.time(),
+    }  # fmt: skip
+
+
+def bench(args):
+    """Measure a run or a Hugging Face folder on a task: a table on the screen, results and samples in files."""
+    if (args.limit is not None and args.limit < 1) or (args.shots or 0) < 0:
+        raise BadInput("give a --limit of at least 1 and --shots of at least 0.")
+    folder, run = args.run, None
+    if (folder / "settings.json").exists() or not (folder / "config.json").exists():
+        run = Run(folder, args.device)
+    device, tokenizer = pick_device(args.device), run.tokenizer if run else Tokenizer.from_folder(folder)
+    dtype = run.dtype if run else pick_dtype("auto", device)
+    possible = ["unpruned"] + (["backbone"] if run else []) + (["routed", *run.names] if run and run.names else [])
+    if unknown := [name for name in args.on or () if name not in possible]:
+        raise BadInput(f"--on cannot be {unknown[0]!r}; {folder} has {', '.join(possible)}.")
+    items, total, kept = benchmarks.load_items(args.task, args.rows, args.subjects, args.shots), {}, []
+    for item in items:
+        total[item.subject] = total.get(item.subject, 0) + 1
+        kept += [item] if args.limit is None or total[item.subject] <= args.limit else []
+    taken = run.settings.kv_tokens if run and run.names else 0  # the same prompts for every variant
+    room = read_config(folder / "backbone" if run else folder).max_position_embeddings - taken
+    prompts = [benchmarks.encode(item, tokenizer, room) for item in kept]
+    asked = [(p.item.subject, p.item.id, p.ids, p.options, p.item.right) for p in prompts]
+    out = args.out or (folder / "bench" if run else Path("out/bench", folder.resolve().name))
+    rows = {}
+    for variant in args.on or possible[:3]:
+        model = load(run.settings.model if run else folder, dtype, device) if variant == "unpruned" else run.backbone
+        config = dict(
+            task=args.task, variant=variant, model=str(folder.resolve()), backbone=model.config.raw.get("koff_fingerprint"),
+            dtype=str(dtype).removeprefix("torch."), limit=args.limit, subjects=args.subjects, shots=len(items[0].shots),
+            questions=hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16],
+        )  # fmt: skip
+        path, by_module = out / f"{args.task}-{variant}.jsonl", {}
+        lines = finished_samples(path, config, args.fresh)
+        for p in prompts:
+            module = run.router.route(np.array([p.own]))[0] if variant == "routed" else variant
+            by_module.setdefault(module if run and module in run.names else None, []).append(p)
+        bar = tqdm(total=len(prompts), initial=len(lines), desc=f"{args.task}, {variant}", leave=False, disable=None)
+        with open(path, "a", encoding="utf-8") as file, bar:
+            for module, some in by_module.items():
+                for part in answers(model, tokenizer, some, run.modules[module] if module else None, lines):
+                    for p, found in part:
+                        about = dict(subject=p.item.subject, id=p.item.id, shots=p.shots, prompt_tokens=len(p.ids))
+                        lines[p.key] = about | dict(module=module) | found
+                        file.write(json.dumps(lines[p.key]) + "\n")
+                        file.flush()
+                        bar.update()
+        results = bench_results(args.task, [lines[p.key] for p in prompts], total, config)
+        with atomic(path.with_suffix(".json")) as partial:
+            partial.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        found, rows[variant] = results["results"][args.task], {}
+        for name in ("acc", "acc_norm", "acc_subjects"):
+            if (x := found.get(f"{name},none")) is not None:
+                error = found.get(f"{name}_stderr,none")
+                rows[variant][name] = f"{x:.4f}" + ("" if error is None else f" +/- {error:.4f}")
+    columns = [{"acc_subjects": "mean of the subjects' acc"}.get(name, name) for name in rows[variant]]
+    text = table("", columns, {name: list(row.values()) for name, row in rows.items()})
+    print(f"\n{args.task}, {len(prompts)} questions, {config['shots']} shots\n\n{text}\n\nsaved in {out}")
+
+
 # Generation ----------------------------------------------------------------------------------------------------------
 
 
@@ -423,6 +628,25 @@ def main(argv=None):
     again.add_argument("run", type=Path)
     many = commands.add_parser("compare", help="one table of several finished runs")
     many.add_argument("runs", type=Path, nargs="+")
+    test = commands.add_parser(
+        "bench", help="benchmarks", description="Measure a run, or a Hugging Face folder, on a benchmark. Every answer is "
+        "kept in RUN/bench/TASK-VARIANT.jsonl as soon as it is there, and the same command continues after a stop; "
+        "TASK-VARIANT.json beside it are the results, in the shape of lm-evaluation-harness.",
+    )  # fmt: skip
+    test.add_argument("run", type=Path, help="folder of a run that train.py has finished, or of a pretrained model")
+    test.add_argument("task", choices=benchmarks.TASKS)
+    test.add_argument(
+        "--rows", required=True, help="file or folder of rows in the Hub's columns, or hub to download them"
+    )
+    test.add_argument(
+        "--on", nargs="+", metavar="VARIANT", help="unpruned, backbone, routed, modules [the first three]"
+    )
+    test.add_argument("--limit", type=int, help="questions of each subject [all]")
+    test.add_argument("--subjects", nargs="+", default=[], metavar="NAME", help="MMLU subjects, BBH or BBL tasks [all]")
+    usual = ", ".join(f"{shots} for {task}" for task, (shots, *_) in benchmarks.TASKS.items())
+    test.add_argument("--shots", type=int, help=f"examples before a question [{usual}]")
+    test.add_argument("--fresh", action="store_true", help="begin again, whatever the sample files hold")
+    test.add_argument("--out", type=Path, help="folder of the results [RUN/bench; out/bench/NAME for a model]")
     text = commands.add_parser("generate", help="continue a prompt")
     text.add_argument("run", type=Path)
     text.add_argument("prompt")
@@ -431,15 +655,17 @@ def main(argv=None):
     text.add_argument("--temperature", type=float, default=0.0, help="0 is greedy [0]")
     text.add_argument("--top-p", type=float, default=1.0, help="nucleus [1]")
     text.add_argument("--seed", type=int, default=0)
-    for command in (again, text):
+    for command in (again, test, text):
         command.add_argument("--device", default="auto", help="cpu or cuda; auto: cuda where there is one [auto]")
     args = parser.parse_args(argv)
     work = {
         "report": lambda: evaluate(args.run, device=args.device),
         "compare": lambda: compare(args.runs),
+        "bench": lambda: bench(args),
         "generate": lambda: continue_text(args),
     }
-    return run_script("eval.py", work[args.command], "nothing was written") or 0
+    stopped = "the same command continues" if args.command == "bench" else "nothing was written"
+    return run_script("eval.py", work[args.command], stopped) or 0
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
     python tests/bench.py --model DIR step            a training step, ours and the peer's
     python tests/bench.py --model DIR inference       prefill and decoding: transformers, dense, compact, with a module
     python tests/bench.py --model DIR growth          our step against length, KV tokens, rank, domains, vocabulary
+    python tests/bench.py --model DIR benchmarks --rows DIR    MMLU, BBH and ARC questions: the same choices, how fast
 
 Every subject of `step` runs in processes of its own, in turns with the others, those of `inference` in turns in one;
 the fastest round counts, so that all figures of a table are of one time. Memory is the peak of the resident set above
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,15 +32,17 @@ sys.path.insert(0, str(ROOT))
 
 import koff
 from data import BadInput
+from data.benchmarks import encode, load_items
 from data.checkpoint import load, load_module, read_config, save_module
 from data.tokenizer import Tokenizer
-from eval import table
+from eval import answers, table
 from model import Cache, Model
 from train import Settings, Trainer, pick_dtype
 
 STEP = dict(blocks=18, sparsity=0.12, batch=2, seq_len=512)
 SIZES = {64: dict(rank=64, alpha=64.0, kv_tokens=64), 256: dict(rank=256, alpha=128.0, kv_tokens=256)}
 DTYPE = pick_dtype("auto", torch.device("cpu"))
+SHORT = ["disambiguation_qa", "hyperbaton", "movie_recommendation", "ruin_names", "snarks"]  # BBH prompts that are so
 KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}  # what `train.keep_pages` asks for
 
 
@@ -281,13 +285,61 @@ def growth(model, rounds):
         print(table(axis, ["s a step", "MB of the step", "MB of the modules and AdamW"], rows))
 
 
+def chosen(task, rows, tokenizer, each, subjects=()):
+    """The first `each` multiple-choice questions of every subject, as prompts."""
+    seen, prompts = Counter(), []
+    for item in load_items(task, rows, subjects):
+        seen[item.subject] += bool(item.options)
+        if item.options and seen[item.subject] <= each:
+            prompts.append(encode(item, tokenizer, 2048))
+    return prompts
+
+
+def benchmarks(model, rows):
+    """The same ids through ours and through transformers as one writes it, float32: no shared prefix, one at a time."""
+    from transformers import AutoModelForCausalLM
+
+    tokenizer, ours = Tokenizer.from_folder(model), load(model)
+    peer, lines = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), {}
+
+    def theirs(p):
+        if max(map(len, p.options)) == 1:
+            log_p = peer(torch.tensor([p.ids]), logits_to_keep=1).logits[0, -1].log_softmax(-1)
+            return [log_p[option[0]].item() for option in p.options]
+        found = []
+        for option in p.options:
+            logits = peer(torch.tensor([p.ids + list(option)]), logits_to_keep=len(option) + 1).logits[0, :-1]
+            found.append(logits.log_softmax(-1)[range(len(option)), option].sum().item())
+        return found
+
+    for task, each, subjects in ("mmlu", 50, ()), ("arc", 100, ()), ("bbh", 20, SHORT):
+        prompts = chosen(task, rows, tokenizer, each, subjects)
+        begun, mine = time.perf_counter(), {}
+        for part in answers(ours, tokenizer, prompts):
+            mine |= {p.key: line["loglikelihoods"] for p, line in part}
+        middle = time.perf_counter()
+        with torch.inference_mode():
+            peers = {p.key: theirs(p) for p in tqdm(prompts, task, leave=False, disable=None)}
+        seconds = middle - begun, time.perf_counter() - middle
+        same = {key: np.argmax(x) == np.argmax(mine[key]) for key, x in peers.items()}
+        apart = [key for key, x in peers.items() if np.subtract(*sorted(x)[:-3:-1]) > 1e-3]
+        furthest = max(np.abs(np.subtract(x, mine[key])).max() for key, x in peers.items())
+        lines[task] = [f"{sum(same.values())} of {len(same)}", f"{sum(same[key] for key in apart)} of {len(apart)}"]
+        lines[task] += [f"{furthest:.0e}", *(f"{x:.0f}" for x in seconds), f"{seconds[1] / seconds[0]:.1f} x"]
+    columns = ["same choice", "where the best two are 1e-3 nats apart", "largest difference in nats"]
+    print("\n**Benchmarks, float32, the same prompts**\n")
+    print(table("", [*columns, "s, ours", "s, transformers", "transformers / ours"], lines))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sections = {"step": step, "inference": inference, "growth": growth}
-    parser.add_argument("sections", nargs="*", metavar="section", help=f"of {', '.join(sections)} [all]")
+    parser.add_argument("sections", nargs="*", metavar="section", help=f"of {', '.join(sections)}, benchmarks [all]")
     parser.add_argument("--model", required=True, help="folder of the model")
     parser.add_argument("--rounds", type=int, default=2, help="processes for each subject [2]")
+    parser.add_argument("--rows", help="folder of the rows that `benchmarks` asks; without it, the others are all")
     args = parser.parse_args()
+    sections |= {"benchmarks": lambda model, _: benchmarks(model, args.rows)} if args.rows else {}
     if unknown := set(args.sections) - set(sections):
         parser.error(f"there is no section {', '.join(unknown)}; give {', '.join(sections)}")
     try:
