@@ -197,25 +197,3 @@ def load_items(task, rows, subjects=(), shots=None):
     if not items:
         raise BadInput(f"{rows} has no question of {task} besides {shots} examples; add rows or lower --shots.")
     return items
-
-
-LITE = (
-    "bbq_lite_json",
-    "code_line_description",
-    "conceptual_combinations",
-    "emoji_movie",
-    "formal_fallacies_syllogisms_negation",
-    "hindu_knowledge",
-    "known_unknowns",
-    "language_identification",
-    "logic_grid_puzzle",
-    "logical_deduction",
-    "misconceptions_russian",
-    "novel_concepts",
-    "play_dialog_same_or_different",
-    "strange_stories",
-    "strategyqa",
-    "symbol_interpretation",
-    "vitaminc_fact_verification",
-    "winowhy",
-)

@@ -134,63 +134,46 @@ PARTS = {
 }
 
 
-def one_by_one(name, *values, **more):
-    return {f"{name} {v}": {name.replace(" ", "_"): v, **more} for v in values}
+def each(setting, *values, **more):
+    """{row: settings}, one row for each value of a setting."""
+    return {f"{setting.replace('_', ' ')} {value}": {setting: value, **more} for value in values}
 
 
+SIX = ("english", "french", "german", "italian", "portuguese", "spanish")
+SETS = ("k,v", "q,k,v", "k,v,mlp", "k,v,mlp,o")
 # sweep: (settings of all its runs, {row: its own settings}, {row: how many seeds, where not one})
 SWEEPS = {
-    "ablations": (  # the paper's table of ablations
+    "ablations": (  # the paper's table
         dict(steps=200, eval_windows=6),
         PARTS | {"memory in all layers": dict(memory_blocks=-1), "both, with retention": dict(retention="domains")},
         dict.fromkeys(PARTS, 3),
     ),
-    "paper": (  # against the paper's protocol, and sparsity against quality
+    "paper": (  # the ablations that carry a claim, the paper's protocol, and sparsity against quality
         dict(eval_windows=4),
-        PARTS
-        | {"paper-matched, pruning only": MATCHED | dict(memory=False), "paper-matched": MATCHED}
-        | one_by_one("sparsity", 0.05, 0.2, 0.3),
+        PARTS | {"paper-matched, pruning only": MATCHED | dict(memory=False), "paper-matched": MATCHED}
+        | each("sparsity", 0.05, 0.2, 0.3),
         {},
     ),
-    "sparsity": ({}, one_by_one("sparsity", 0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3), {}),
+    "sparsity": ({}, each("sparsity", 0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3), {}),
     "choices": (
         {},
-        {"both": {}, "no training, text KV attached": dict(steps=0)}
-        | one_by_one("objective", "next-token", "blend")
-        | one_by_one("constraint", "hinge", "lagrangian")
-        | one_by_one("gated", "k,v", "q,k,v", sparsity=0.02)
-        | one_by_one("gated", "k,v,mlp,o")
-        | {"beta 2": dict(beta=2.0), "beta 2 to 0.5": dict(beta=2.0, beta_end=0.5)}
-        | one_by_one("granularity", "projection")
-        | one_by_one("gate init", "constant")
-        | one_by_one("kv init", "normal")
-        | one_by_one("tail", "renormalise", "drop"),
+        {"both": {}, "no training, text KV attached": dict(steps=0), "beta 2 to 0.5": dict(beta=2.0, beta_end=0.5)}
+        | each("beta", 2.0) | each("objective", "next-token", "blend") | each("constraint", "hinge", "lagrangian")
+        | each("gated", *SETS[:2], sparsity=0.02) | each("gated", SETS[3]) | each("granularity", "projection")
+        | each("gate_init", "constant") | each("kv_init", "normal") | each("tail", "renormalise", "drop"),
         {},
     ),
-    "convergence": (  # how many steps a set of gates takes to its target under a constant lambda
+    "convergence": (  # how many steps a set of gates takes to its target, under a constant lambda
         dict(constraint="hinge", scaled=False, gate_init="constant", granularity="projection", fix_mask=0.0),
-        one_by_one("gated", "k,v", "q,k,v", "k,v,mlp", "k,v,mlp,o", sparsity=0.02),
+        each("gated", *SETS, sparsity=0.02),
         {},
     ),
-    "languages": (
-        {},
-        {
-            f"languages {n}": dict(
-                domains=",".join(("english", "french", "german", "italian", "portuguese", "spanish")[:n])
-            )
-            for n in range(1, 7)
-        },
-        {},
-    ),
-    "text": ({}, one_by_one("text", 0.1, 0.25, 0.5, 1.0), {}),
+    "languages": ({}, {f"languages {n}": dict(domains=",".join(SIX[:n])) for n in range(1, 7)}, {}),
+    "text": ({}, each("text", 0.1, 0.25, 0.5, 1.0), {}),
     "retention": (
         dict(retention="domains"),
-        {
-            f"every {every}, batch {size}": dict(retention_every=every, retention_batch=size)
-            for every in (20, 50, 100)
-            for size in (1, 2, 4)
-        },
+        {f"every {n}, batch {b}": dict(retention_every=n, retention_batch=b) for n in (20, 50, 100) for b in (1, 2, 4)},
         {},
     ),
-    "lambda": (dict(scaled=False, constraint="hinge"), one_by_one("penalty", 15.0, 40.0, 60.0, 80.0, 120.0), {}),
-}
+    "lambda": (dict(scaled=False, constraint="hinge"), each("penalty", 15.0, 40.0, 60.0, 80.0, 120.0), {}),
+}  # fmt: skip

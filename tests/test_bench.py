@@ -29,29 +29,7 @@ CONFIG = dict(
     num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=2048, eos_token_id=0,
     tie_word_embeddings=True,
 )  # fmt: skip
-WORDS = [
-    "the",
-    "kernel",
-    "boots",
-    "a",
-    "shell",
-    "and",
-    "then",
-    "waits",
-    "for",
-    "what",
-    "people",
-    "may",
-    "type",
-    "into",
-    "it",
-    "while",
-    "disks",
-    "and",
-    "drivers",
-    "come",
-    "up",
-]
+WORDS = "the kernel boots a shell and then waits for what people may type into it while disks and drivers come up"
 
 
 def write(path, rows):
@@ -63,7 +41,7 @@ def write(path, rows):
 
 
 def sentence(rng, n):
-    return " ".join(rng.choice(WORDS, n))
+    return " ".join(rng.choice(WORDS.split(), n))
 
 
 def mmlu(rng, subject, n=6):
