@@ -21,7 +21,7 @@ from model import BlockMemory, Cache, Model
 
 GAMMA, ZETA = -0.1, 1.1  # the stretch of the concrete distribution; the paper gives none, these are Louizos'
 MLP = {"projection": ("gate", "up", "down"), "neuron": ("neuron", "down")}
-GATED = ("k,v", "q,k,v", "k,v,mlp", "k,v,mlp,o")  # the sets that the paper compares, its choice is the third
+GATED = ("kv", "qkv", "kv+mlp", "kv+mlp+o")  # the sets that the paper compares, its choice is the third
 
 
 def p_open(log_alpha, beta):
@@ -42,11 +42,11 @@ class Gates(nn.Module):
     silu(gate) * up: it frees a row of gate, a row of up and a column of down.
     """
 
-    def __init__(self, config, first, granularity="neuron", beta=2 / 3, gated="k,v,mlp", start=3.0):
+    def __init__(self, config, first, granularity="neuron", beta=2 / 3, gated="kv+mlp", start=3.0):
         super().__init__()
         self.config, self.first, self.beta = config, first, beta
         width = {name: rows for name, (rows, _) in config.shapes.items()} | {"neuron": config.intermediate_size}
-        parts = [name for part in gated.split(",") for name in (MLP[granularity] if part == "mlp" else (part,))]
+        parts = [name for part in gated.split("+") for name in (MLP[granularity] if part == "mlp" else part)]
         shape = {name: (config.num_hidden_layers - first, width[name]) for name in parts}
         self.log_alpha = nn.ParameterDict({name: torch.full(shape[name], start) for name in shape})
         with torch.device("meta"):

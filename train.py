@@ -1,7 +1,8 @@
 """Split a pretrained model into a sparse backbone and one memory module per domain.
 
     python train.py                                the embedded default: a tiny model, six languages, minutes on a laptop
-    python train.py --preset best --model DIR   a real model
+    python train.py --preset best --model DIR      a real model
+    python train.py --sweep ablations              a named set of runs and one table of them
     python train.py --help                         every setting, its default and where that comes from
 
 The run folder (out/<preset> unless --out names one) gets the backbone, the modules, the router and the report. Ctrl-C
@@ -392,21 +393,21 @@ def sweep(name, given, out, fresh):
     import eval as evaluation  # it imports this file
 
     common, rows, seeds = SWEEPS[name]
-    runs = {}
+    runs, done = {}, {}
     for label, own in rows.items():
         for seed in range(seeds.get(label, 1)):
             folder = out / re.sub(r"[^a-z0-9.]+", "-", label.lower()).strip("-") / f"seed{seed}"
-            runs.setdefault(label, {})[folder] = Settings(**{**common, **given, **own, "seed": seed})
-    for s, folder in ((s, folder) for members in runs.values() for folder, s in members.items()):
-        fitting(s)  # what cannot work shows before hours are spent
-        finished(s, folder, fresh)
+            s = runs.setdefault(label, {})[folder] = Settings(**{**common, **given, **own, "seed": seed})
+            fitting(s)  # what cannot work shows before hours are spent
+            finished(s, folder, fresh)
     for label, members in runs.items():
         for folder, s in members.items():
             if not finished(s, folder, fresh):
                 print(f"\n{label}, seed {s.seed}")
                 if not train(s, folder, fresh, out / "teacher"):
                     return False
-        evaluation.save_sweep(out, name, {row: list(runs[row]) for row in list(runs)[: list(runs).index(label) + 1]})
+        done[label] = list(members)
+        evaluation.save_sweep(out, name, done)
     print(f"\n{(out / 'sweep.md').read_text()}")
     return True
 

@@ -107,7 +107,7 @@ def load_text(path, tokenizer, cache, heldout=0.05, separator=None, need=(0, 0))
 
 
 def find_domains(folder, only="", least=1):
-    """{domain: path}, sorted by name, or `only` those named there. BadInput where there are fewer than `least`."""
+    """{domain: path}, sorted by name, or `only` those named there, or that many. BadInput where there are fewer than `least`."""
     folder, found = Path(folder), {}
     if not folder.is_dir():
         raise BadInput(f"{folder} is not a folder; give one with a <domain>.txt, .jsonl or sub-folder per domain.")
@@ -120,7 +120,9 @@ def find_domains(folder, only="", least=1):
         if name in found:
             raise BadInput(f"{folder} has the domain {name} twice ({found[name].name}, {path.name}); keep one.")
         found[name] = path
-    wanted = only.split(",") if only else list(found)
+    wanted = list(found)[: int(only)] if only.isdigit() else only.split(",") if only else list(found)
+    if only.isdigit() and len(wanted) < int(only):
+        raise BadInput(f"{folder} holds {len(found)} domains, not the {only} of --domains; add some or ask for fewer.")
     if missing := set(wanted) - set(found):
         raise BadInput(f"{folder} has no domain {min(missing)!r}; --domains can name {', '.join(found)}.")
     found = {name: path for name, path in found.items() if name in wanted}

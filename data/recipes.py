@@ -22,7 +22,7 @@ class Settings:
 
     model: str = option(str(HERE / "data/base"), "folder of the pretrained model (Hugging Face layout, safetensors)")
     data: str = option(str(HERE / "data/handbook"), "folder with one <domain>.txt, .jsonl or sub-folder per domain")
-    domains: str = option("", "some of the domains there, as in english,french; empty: all")
+    domains: str = option("", "some of the domains there: names with commas, or how many; empty: all")
     text: float = option(1.0, "share of the training text that is used", low=0.001, high=1)
     retention: str = option("", "general text for retention batches (Eq. 2); domains: a mix of theirs; empty: none")
     retention_every: int = option(20, "steps between retention batches (paper)", low=1)
@@ -31,7 +31,7 @@ class Settings:
     memory_blocks: int = option(0, "how many carry memories, if it is another number; 0: as --blocks; -1: all", low=-1)
     sparsity: float = option(0.25, "share of all parameters to remove (paper: 0.12 of 3B)", low=0, high=0.99)
     count: str = option("physical", "what that share counts: parameters gone, or the paper's", "physical", "paper")
-    gated: str = option("k,v,mlp", "projections with gates: the paper's set, or one it compares", *GATED)
+    gated: str = option("kv+mlp", "projections with gates: the paper's set, or one it compares", *GATED)
     granularity: str = option("neuron", "gate MLP neurons, or each projection (paper)", "neuron", "projection")
     budget: str = option("global", "all gates compete, or each projection meets the target (paper)", "global", "module")
     gate_init: str = option("fisher", "start of log alpha: by Fisher score, or all 3", "fisher", "constant")
@@ -139,8 +139,6 @@ def each(setting, *values, **more):
     return {f"{setting.replace('_', ' ')} {value}": {setting: value, **more} for value in values}
 
 
-SIX = ("english", "french", "german", "italian", "portuguese", "spanish")
-SETS = ("k,v", "q,k,v", "k,v,mlp", "k,v,mlp,o")
 # sweep: (settings of all its runs, {row: its own settings}, {row: how many seeds, where not one})
 SWEEPS = {
     "ablations": (  # the paper's table
@@ -159,16 +157,16 @@ SWEEPS = {
         {},
         {"both": {}, "no training, text KV attached": dict(steps=0), "beta 2 to 0.5": dict(beta=2.0, beta_end=0.5)}
         | each("beta", 2.0) | each("objective", "next-token", "blend") | each("constraint", "hinge", "lagrangian")
-        | each("gated", *SETS[:2], sparsity=0.02) | each("gated", SETS[3]) | each("granularity", "projection")
+        | each("gated", *GATED[:2], sparsity=0.02) | each("gated", GATED[3]) | each("granularity", "projection")
         | each("gate_init", "constant") | each("kv_init", "normal") | each("tail", "renormalise", "drop"),
         {},
     ),
     "convergence": (  # how many steps a set of gates takes to its target, under a constant lambda
         dict(constraint="hinge", scaled=False, gate_init="constant", granularity="projection", fix_mask=0.0),
-        each("gated", *SETS, sparsity=0.02),
+        each("gated", *GATED, sparsity=0.02),
         {},
     ),
-    "languages": ({}, {f"languages {n}": dict(domains=",".join(SIX[:n])) for n in range(1, 7)}, {}),
+    "domains": ({}, each("domains", "1", "2", "3", "4", "5", "6"), {}),
     "text": ({}, each("text", 0.1, 0.25, 0.5, 1.0), {}),
     "retention": (
         dict(retention="domains"),

@@ -19,9 +19,7 @@ KINDS = {
     "qwen3": dict(model_type="qwen3", tie_word_embeddings=False),
 }
 GRANULARITIES = ["projection", "neuron"]
-SETS = [(granularity, "k,v,mlp") for granularity in GRANULARITIES] + [
-    ("neuron", s) for s in koff.GATED if s != "k,v,mlp"
-]
+SETS = [(granularity, "kv+mlp") for granularity in GRANULARITIES] + [("neuron", s) for s in koff.GATED if s != "kv+mlp"]
 
 
 def random_mask(gates, share=0.4):

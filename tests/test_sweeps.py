@@ -85,6 +85,8 @@ def test_part_of_the_domains_and_of_their_text(world, capsys):  # noqa: F811
     assert train.main(flags(world, domains="german", out=world / "runs/german")) == 0
     assert train.main(flags(world, domains="klingon", out=world / "runs/klingon")) == 2
     assert "has no domain 'klingon'" in capsys.readouterr().err
+    assert train.main(flags(world, domains="3", out=world / "runs/three")) == 2
+    assert "holds 2 domains, not the 3" in capsys.readouterr().err
 
 
 def test_the_teachers_answers_are_computed_once_and_change_nothing(world):  # noqa: F811
