@@ -2,13 +2,17 @@
 
 python eval.py report out/handbook                                  the tables: screen, report.md, results.json
 python eval.py compare out/*                                        one table of several runs
+python eval.py lape out/handbook                                    are neurons of one language those that are closed?
+python eval.py probes out/handbook                                  how far the backbone's hidden states moved
 python eval.py bench out/smollm2-12 mmlu --rows DIR                 benchmarks: the unpruned model, backbone, modules
+python eval.py plot out/handbook                                    pictures of whatever the above have saved there
 python eval.py generate out/handbook "Der Kernel" --module german   one module by name; without --module: routed
 
 `python train.py --dry-run` prints what `dry_run` here finds out about a run before it begins.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import math
@@ -23,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -32,6 +37,7 @@ import koff
 from data import BadInput, atomic, benchmarks, run_script
 from data.checkpoint import load, load_gates, load_module, read_config
 from data.corpus import find_domains, load_domains, read_documents, windows
+from data.pictures import plot
 from data.recipes import HERE, Settings
 from data.router import Router
 from data.tokenizer import Tokenizer
@@ -144,6 +150,23 @@ class Run:
         """{domain: {block: BlockMemory}}, all of them."""
         return {name: self.module(name) for name in self.names}
 
+    def gates(self, base):
+        """The learnt gates, and the final mask {name: bool [N, channels]}."""
+        s = self.settings
+        gates = koff.Gates(base.config, s.first(len(base.layers))[0], s.granularity, s.beta_end or s.beta, s.gated)
+        return gates, load_gates(self.folder / "gates.safetensors", gates)
+
+
+def opened(folder, device="auto"):
+    """What an evaluation looks at: the run, its unpruned model, its text {domain: Split}."""
+    run = Run(folder, device)
+    s, base = run.settings, load(run.settings.model, run.dtype, run.device)
+    need = (0, max(s.eval_len, Router.WINDOW))
+    domains = load_domains(s.data, s.domains, need=need, **reading(run.folder, run.tokenizer, base.config))
+    if list(domains) != run.router.domains:
+        raise BadInput(f"{s.data} holds {', '.join(domains)}, not the domains that {folder} was trained on.")
+    return run, base, domains
+
 
 @torch.no_grad()
 def losses(variants, tokens, first, size=8):
@@ -206,9 +229,7 @@ def router_quality(run, domains):
 
 def sparsity(run, base):
     """Both counts, exact, and the one that training aimed at in expectation; the closed share per block and projection."""
-    s = run.settings
-    gates = koff.Gates(base.config, s.first(len(base.layers))[0], s.granularity, s.beta_end or s.beta, s.gated)
-    mask = load_gates(run.folder / "gates.safetensors", gates)
+    s, (gates, mask) = run.settings, run.gates(base)
     total = {count: gates.sparsity(mask, count).item() for count in ("physical", "paper")}
     total["expected"] = gates.sparsity(count=s.count).item()
     closed = {n: (1 - mask[n].double().mean(1)).tolist() for n in gates.log_alpha}
@@ -235,7 +256,7 @@ def ratios(results):
 def report(results):
     """results.json as text."""
     p, swap, label = results["perplexity"], results["swap"], {"backbone": "backbone alone"}
-    label |= {"koff": "KOFF, matching module", "routed": "KOFF, routed module"}
+    label |= {"koff": "KOFF, matching module", "routed": "KOFF, routed module", "pruned": "pruning only, its own run"}
     rows = {}
     for v, ratio in ratios(results).items():
         end = [f"{np.mean(ratio):.3f} x", f"{max(ratio):.3f} x"]
@@ -247,6 +268,13 @@ def report(results):
             best = min(row, key=row.get)
             rows[d] = [f"{x:.2f}{'*' if m == best else ' '}" for m, x in row.items()]
         text += ["## Swap matrix: text of the row, module of the column, * the best", table("", list(row), rows)]
+    if len(swap) > 1:
+        held = {"unpruned": p["unpruned"], "own module": p["koff"], "no module": p["backbone"]}
+        others = {d: [x for m, x in row.items() if m != d] for d, row in swap.items()}
+        held |= {f"others, {n}": {d: f(x) for d, x in others.items()} for n, f in (("mean", np.mean), ("worst", max))}
+        held |= {"pruning only": p["pruned"]} if "pruned" in p else {}
+        rows = {d: [f"{column[d]:.2f}" for column in held.values()] for d in swap}
+        text += ["## What a module holds: perplexity with it, with none, with another's", table("", list(held), rows)]
     r, led, s = results["router"], results["ledger"], results["sparsity"]
     if "wrong_route_cost" in r:
         text += [f"The wrong module costs a factor of {r['wrong_route_cost']:.3f} on average."]
@@ -268,6 +296,16 @@ def report(results):
     return "\n\n".join(text) + "\n"
 
 
+def save(folder, files, show=True):
+    """Write {name: text, or what becomes JSON} into the folder, and show the texts."""
+    for name, content in files.items():
+        text = content if isinstance(content, str) else json.dumps(content, indent=1) + "\n"
+        with atomic(Path(folder, name)) as partial:
+            partial.write_text(text, encoding="utf-8")
+        if show and text is content:
+            print("\n" + text)
+
+
 def saved_results(folder):
     """results.json of a finished run."""
     path = Path(folder, "results.json")
@@ -279,13 +317,8 @@ def saved_results(folder):
 
 def evaluate(folder, begun=None, device="auto"):
     """All tables of the run: on the screen, in report.md and results.json. `begun`: when it began; without: long ago."""
-    run = Run(folder, device)
-    s, seconds = run.settings, None if begun else saved_results(folder)["seconds"]
-    base = load(s.model, run.dtype, run.device)
-    need = (0, max(s.eval_len, Router.WINDOW))
-    domains = load_domains(s.data, s.domains, need=need, **reading(run.folder, run.tokenizer, base.config))
-    if list(domains) != run.router.domains:
-        raise BadInput(f"{s.data} holds {', '.join(domains)}, not the domains that {folder} was trained on.")
+    run, base, domains = opened(folder, device)
+    seconds = None if begun else saved_results(folder)["seconds"]
     perplexity, swap, unsure = perplexities(run, base, domains)
     total, layers, led = sparsity(run, base)
     size = base.head.element_size()
@@ -299,11 +332,17 @@ def evaluate(folder, begun=None, device="auto"):
         "layers": {str(i): row for i, row in layers.items()}, "settings": json.loads((run.folder / "settings.json").read_text()),
         "seconds": round(time.time() - begun, 1) if begun else seconds,
     }  # fmt: skip
-    text = report(results)
-    for name, content in ("report.md", text), ("results.json", json.dumps(results, indent=1) + "\n"):
-        with atomic(run.folder / name) as partial:
-            partial.write_text(content, encoding="utf-8")
-    print("\n" + text)
+    save(run.folder, {"report.md": report(results), "results.json": results})
+
+
+def beside(folder, pruned):
+    """The pruning-only run's perplexity joins the tables of a KOFF run. Both are read as saved, nothing is evaluated."""
+    results, other = saved_results(folder), saved_results(pruned)["perplexity"]
+    own, its = results["perplexity"]["unpruned"], other["unpruned"]
+    if other["koff"] or own.keys() != its.keys() or any(abs(its[d] / x - 1) > 1e-3 for d, x in own.items()):
+        raise BadInput(f"{pruned} is no pruning-only run on the model and text of {folder}; train one by --no-memory.")
+    results["perplexity"]["pruned"] = other["backbone"]
+    save(folder, {"report.md": report(results), "results.json": results})
 
 
 def summary(folder):
@@ -357,12 +396,77 @@ def save_sweep(out, name, runs):
         for label, every in rows.items()
     }
     text = f"## Sweep {name}\n\n{side_by_side(rows)}\n"
-    for file, content in (
-        ("sweep.md", text),
-        ("sweep.json", json.dumps({"sweep": name, "rows": columns}, indent=1) + "\n"),
-    ):
-        with atomic(out / file) as partial:
-            partial.write_text(content, encoding="utf-8")
+    save(out, {"sweep.md": text, "sweep.json": {"sweep": name, "rows": columns}}, show=False)
+
+
+# Analyses ------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def activations(model, tokens, name, size=8):
+    """tokens [n, T] -> int64 [N, F]: at how many of them silu(gate) > 0, which is gate > 0, in each block and neuron."""
+    counts = torch.zeros(len(model.layers), model.config.intermediate_size, dtype=torch.int64, device=tokens.device)
+    with contextlib.ExitStack() as hooks:
+        for row, block in zip(counts, model.layers, strict=True):
+
+            def count(module, inputs, gate, row=row):
+                row += (gate > 0).sum((0, 1))
+
+            hooks.enter_context(block.mlp.gate_proj.register_forward_hook(count))
+        for part in tqdm(tokens.split(size), desc=name):
+            model.run(model.embed_tokens(part), 0, len(model.layers))
+    return counts
+
+
+def lape(folder, tokens, device="auto"):
+    """Does the mask close the neurons that only some domains use? Counted on `tokens` of each domain's training text."""
+    run, base, domains = opened(folder, device)
+    length, (gates, mask) = run.settings.seq_len, run.gates(base)
+    if tokens < length or len(domains) < 2 or not {"neuron", "gate"} & set(mask):
+        raise BadInput(f"{folder}: lape needs gates on the MLP, two domains and --tokens of at least {length}.")
+    x = {d: windows(split.train, length, tokens // length) for d, split in domains.items()}
+    counts = torch.stack([activations(base, torch.from_numpy(w).to(run.device), d).cpu() for d, w in x.items()])
+    seen = torch.tensor([w.size for w in x.values()])
+    with atomic(run.folder / "lape.safetensors") as partial:
+        save_file({"counts": counts, "tokens": seen}, partial, {"domains": json.dumps(list(x))})
+    entropy, specific = koff.lape(counts, seen)
+    closed = koff.closed_by_entropy(entropy[gates.first :], mask)
+    own = {d: {"tokens": w.size, "specific": int(of.sum())} for (d, w), of in zip(x.items(), specific, strict=True)}
+    never, one = int((counts[:, gates.first :].sum(0) == 0).sum()), int(specific.any(0).sum())
+    rows = {d: [f"{n:,}" for n in row.values()] for d, row in own.items()} | {"neurons, each once": ["", f"{one:,}"]}
+    shares = {name: [f"{x:.1%}" for x in row.values()] for name, row in closed.items()}
+    groups = ["15% most specific", "15% most general", "all: local sparsity"]
+    text = ["## LAPE: language-specific neurons of the unpruned model", table("", ["tokens", "neurons"], rows)]
+    text += [f"## P(closed) in blocks {gates.first} to {len(base.layers) - 1}", table("", groups, shares)]
+    text += [f"{never:,} neurons there are never active, which counts as specific.\n"]
+    found = {"domains": own, "specific": one, "never_active": never, "closed": closed}
+    save(folder, {"lape.md": "\n\n".join(text), "lape.json": found})
+
+
+@torch.no_grad()
+def embeddings(model, ids, name, size=64):
+    """ids [n, T] -> float32 [n, D]: mean over a text's tokens of the hidden states after the last norm."""
+    states = (model.run(model.embed_tokens(part), 0, len(model.layers)) for part in tqdm(ids.split(size), desc=name))
+    return torch.cat([model.norm(x).float().mean(1) for x in states]).cpu()
+
+
+def probes(folder, texts, device="auto", k=10):
+    """Is the backbone without a module still the model that it was? At most `texts` held-out windows of each domain."""
+    run, base, domains = opened(folder, device)
+    x = {d: windows(split.heldout, Router.WINDOW, max(0, texts)) for d, split in domains.items()}
+    if len(x) < 2 or min(map(len, x.values())) <= k:
+        raise BadInput(f"{folder}: probes needs two domains and over {k} texts of each; raise --texts or add text.")
+    ids = torch.from_numpy(np.concatenate(list(x.values()))).to(run.device)
+    label = torch.arange(len(x)).repeat_interleave(torch.tensor([len(w) for w in x.values()]))
+    a, b = embeddings(base, ids, "unpruned"), embeddings(run.backbone, ids, "backbone")
+    cosine, found = koff.centroid_cosine(a, b, label).tolist(), {}
+    for i, (d, c) in enumerate(zip([*x, "all texts"], [*cosine, float(np.mean(cosine))], strict=True)):
+        u, v = (t[label == i] if d in x else t for t in (a, b))
+        found[d] = dict(texts=len(u), cka=koff.cka(u, v), knn=koff.knn_overlap(u, v, k), centroid=c)
+    rows = {d: [f"{n}", *(f"{x:.4f}" for x in row)] for d, (n, *row) in ((d, f.values()) for d, f in found.items())}
+    text = table("", ["texts", "linear CKA", f"{k}-NN overlap", "centroid cosine"], rows)
+    text = f"## The backbone without a module against the unpruned model\n\n{text}\n"
+    save(folder, {"probes.md": text, "probes.json": found})
 
 
 # Benchmarks ----------------------------------------------------------------------------------------------------------
@@ -553,8 +657,7 @@ def bench(args):
                         file.flush()
                         bar.update()
         results = bench_results(args.task, [lines[p.key] for p in prompts], total, config)
-        with atomic(path.with_suffix(".json")) as partial:
-            partial.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        save(out, {f"{path.stem}.json": results})
         found, rows[variant] = results["results"][args.task], {}
         for name in ("acc", "acc_norm", "acc_subjects"):
             if (x := found.get(f"{name},none")) is not None:
@@ -624,44 +727,50 @@ def continue_text(args):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    again = commands.add_parser("report", help="evaluate a finished run again")
-    again.add_argument("run", type=Path)
     many = commands.add_parser("compare", help="one table of several finished runs")
     many.add_argument("runs", type=Path, nargs="+")
-    test = commands.add_parser(
-        "bench", help="benchmarks", description="Measure a run, or a Hugging Face folder, on a benchmark. Every answer is "
-        "kept in RUN/bench/TASK-VARIANT.jsonl as soon as it is there, and the same command continues after a stop; "
-        "TASK-VARIANT.json beside it are the results, in the shape of lm-evaluation-harness.",
-    )  # fmt: skip
-    test.add_argument("run", type=Path, help="folder of a run that train.py has finished, or of a pretrained model")
+    helps = {
+        "report": "evaluate a finished run again",
+        "bench": "measure a run, or a pretrained model's folder, on a benchmark",
+        "lape": "which neurons the mask closed: those of few languages, or those of all?",
+        "probes": "hidden states of the backbone alone against those of the unpruned model",
+        "plot": "draw what a run or a sweep has saved in its folder (needs matplotlib)",
+        "generate": "continue a prompt",
+    }
+    on = {name: commands.add_parser(name, help=what, description=what) for name, what in helps.items()}
+    for name, command in on.items():
+        command.add_argument("run", type=Path)
+        if name != "plot":
+            command.add_argument("--device", default="auto", help="cpu or cuda; auto: cuda where there is one [auto]")
+    on["report"].add_argument("--beside", type=Path, help="only add this pruning-only run to the saved tables")
+    on["lape"].add_argument("--tokens", type=int, default=100_000, help="of each domain's training text [100000]")
+    on["probes"].add_argument("--texts", type=int, default=5000, help="held-out windows of 50 tokens a domain [5000]")
+    test, usual = on["bench"], ", ".join(f"{shots} for {task}" for task, (shots, *_) in benchmarks.TASKS.items())
     test.add_argument("task", choices=benchmarks.TASKS)
     test.add_argument(
-        "--rows", required=True, help="file or folder of rows in the Hub's columns, or hub to download them"
+        "--rows", required=True, help="file or folder of rows in the Hub's columns, or hub: download them"
     )
-    test.add_argument(
-        "--on", nargs="+", metavar="VARIANT", help="unpruned, backbone, routed, modules [the first three]"
-    )
+    test.add_argument("--on", nargs="+", metavar="WHAT", help="unpruned, backbone, routed, modules [the first three]")
     test.add_argument("--limit", type=int, help="questions of each subject [all]")
     test.add_argument("--subjects", nargs="+", default=[], metavar="NAME", help="MMLU subjects, BBH or BBL tasks [all]")
-    usual = ", ".join(f"{shots} for {task}" for task, (shots, *_) in benchmarks.TASKS.items())
     test.add_argument("--shots", type=int, help=f"examples before a question [{usual}]")
-    test.add_argument("--fresh", action="store_true", help="begin again, whatever the sample files hold")
+    test.add_argument("--fresh", action="store_true", help="begin again, whatever RUN/bench/*.jsonl holds")
     test.add_argument("--out", type=Path, help="folder of the results [RUN/bench; out/bench/NAME for a model]")
-    text = commands.add_parser("generate", help="continue a prompt")
-    text.add_argument("run", type=Path)
+    text = on["generate"]
     text.add_argument("prompt")
     text.add_argument("--module", help="domain whose module is attached; without it the router picks")
     text.add_argument("--tokens", type=int, default=64, help="how many to generate [64]")
     text.add_argument("--temperature", type=float, default=0.0, help="0 is greedy [0]")
     text.add_argument("--top-p", type=float, default=1.0, help="nucleus [1]")
     text.add_argument("--seed", type=int, default=0)
-    for command in (again, test, text):
-        command.add_argument("--device", default="auto", help="cpu or cuda; auto: cuda where there is one [auto]")
     args = parser.parse_args(argv)
     work = {
-        "report": lambda: evaluate(args.run, device=args.device),
+        "report": lambda: beside(args.run, args.beside) if args.beside else evaluate(args.run, device=args.device),
         "compare": lambda: compare(args.runs),
         "bench": lambda: bench(args),
+        "lape": lambda: lape(args.run, args.tokens, args.device),
+        "probes": lambda: probes(args.run, args.texts, args.device),
+        "plot": lambda: plot(args.run),
         "generate": lambda: continue_text(args),
     }
     stopped = "the same command continues" if args.command == "bench" else "nothing was written"
