@@ -724,7 +724,8 @@ def continue_text(args):
     print(pieces.decode("utf-8", errors="replace"))
 
 
-def main(argv=None):
+def parse(argv):
+    """Command line -> its arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     many = commands.add_parser("compare", help="one table of several finished runs")
@@ -763,7 +764,11 @@ def main(argv=None):
     text.add_argument("--temperature", type=float, default=0.0, help="0 is greedy [0]")
     text.add_argument("--top-p", type=float, default=1.0, help="nucleus [1]")
     text.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse(argv)
     work = {
         "report": lambda: beside(args.run, args.beside) if args.beside else evaluate(args.run, device=args.device),
         "compare": lambda: compare(args.runs),

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import eval as evaluation
 import train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,11 +22,18 @@ def test_every_pointer_into_the_code_meets_its_line():
 
 
 def test_every_training_command_parses():
-    commands = re.findall(r"python train\.py([^;#\n]*)", README)
+    commands = re.findall(r"python train\.py([^;#\n`|]*)", README)
     assert len(commands) >= 5
     for command in commands:
         if "--help" not in command:
-            train.parse(shlex.split(command.replace("$s", "0").rstrip("`")))
+            train.parse(shlex.split(command.replace("$s", "0")))
+
+
+def test_every_evaluation_command_parses():
+    commands = re.findall(r"python eval\.py([^;#\n`|]*)", README)
+    assert len(commands) >= 8
+    for command in commands:
+        assert evaluation.parse(shlex.split(command))
 
 
 def test_the_script_that_made_the_base_model_still_starts():
