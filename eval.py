@@ -96,8 +96,8 @@ def dry_run(s):
         step()  # the first one makes AdamW's state
         sampled, before = step(), size.now
         sizes = {name: round(x.shape[1] * (1 - share)) for name, x in opened.items()}
-        alive = round(config.intermediate_size * (1 - share) ** (1 if "neuron" in opened else 2))
-        sizes |= dict.fromkeys(("neuron", "gate", "up"), alive)
+        alive = (1 - share) ** sum(name in opened for name in ("neuron", "gate", "up"))
+        sizes |= dict.fromkeys(("neuron", "gate", "up"), round(config.intermediate_size * alive))
         sizes = {name: rows for name, (rows, _) in config.shapes.items()} | sizes
         one = {name: torch.zeros(n, dtype=torch.int64) for name, n in sizes.items()}
         trainer.mask, trainer.kept = {}, dict.fromkeys(range(trainer.first, config.num_hidden_layers), one)
