@@ -392,10 +392,12 @@ def sweep(name, given, out, fresh):
     """
     import eval as evaluation  # it imports this file
 
-    common, rows, seeds = SWEEPS[name]
+    if (out / "settings.json").exists():
+        raise BadInput(f"{out} is a run, not a sweep; name another folder with --out.")
+    (common, rows, seeds), first = SWEEPS[name], given.get("seed", 0)
     runs, done = {}, {}
     for label, own in rows.items():
-        for seed in range(seeds.get(label, 1)):
+        for seed in range(first, first + seeds.get(label, 1)):
             folder = out / re.sub(r"[^a-z0-9.]+", "-", label.lower()).strip("-") / f"seed{seed}"
             s = runs.setdefault(label, {})[folder] = Settings(**{**common, **given, **own, "seed": seed})
             fitting(s)  # what cannot work shows before hours are spent

@@ -133,6 +133,8 @@ def test_a_sweep_goes_on_where_it_was_interrupted(world, monkeypatch, capsys):  
     made = [p.stat().st_mtime_ns for p in sorted((world / "parts").rglob("results.json"))]
     assert train.main(again) == 0 and "+/-" in capsys.readouterr().out
     assert [p.stat().st_mtime_ns for p in sorted((world / "parts").rglob("results.json"))] == made
+    assert train.main([str(world / "whole/both/seed0") if x == str(world / "parts") else x for x in again]) == 2
+    assert "is a run, not a sweep" in capsys.readouterr().err
     assert train.main([*again, "--lora-rate", "1"]) == 2
     assert "--lora-rate differs" in capsys.readouterr().err
 
