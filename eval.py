@@ -367,15 +367,17 @@ def summary(folder):
 
 def side_by_side(rows):
     """{label: [summary of a run, ...]} as a table; several runs of a row (seeds) as mean +/- sample deviation."""
-    columns, lines = {name: None for runs in rows.values() for run in runs for name in run}, {}
-    for label, runs in rows.items():
-        every = [[run.get(name) for run in runs] for name in columns]
-        lines[label] = ["-" if None in x else f"{np.mean(x):.3f}" for x in every]
-        if len(runs) > 1:
-            lines[label] = [
-                t if t == "-" else f"{t} +/- {np.std(x, ddof=1):.3f}" for t, x in zip(lines[label], every, strict=True)
-            ]
-    return table("", list(columns), lines)
+    columns = list({name: None for runs in rows.values() for run in runs for name in run})
+
+    def cell(values):
+        if None in values:
+            return "-"
+        deviation = np.std(values, ddof=1) if len(values) > 1 else 0
+        return f"{np.mean(values):.3f}" + (f" +/- {deviation:.3f}" if deviation >= 0.0005 else "")
+
+    return table(
+        "", columns, {row: [cell([x.get(name) for x in runs]) for name in columns] for row, runs in rows.items()}
+    )
 
 
 def compare(folders):
