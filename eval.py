@@ -367,7 +367,7 @@ def summary(folder):
 
 def side_by_side(rows):
     """{label: [summary of a run, ...]} as a table; several runs of a row (seeds) as mean +/- sample deviation."""
-    columns = list({name: None for runs in rows.values() for run in runs for name in run})
+    columns = list({name: None for runs in rows.values() for run in runs for name in run if run[name] is not None})
 
     def cell(values):
         if None in values:

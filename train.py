@@ -294,9 +294,9 @@ def train(s, out, fresh=False, answers=None):
     trainer, text, general = open_run(s, out, answers)
     checkpoint, log, device, start = out / "checkpoint.pt", out / "log.jsonl", trainer.device, 0
     if fresh:  # nothing of an old run goes before the new one is known to work
-        old = (checkpoint, log, out / "router.safetensors", out / "results.json")
-        for path in (*old, *out.glob("modules/*.safetensors")):
-            path.unlink(missing_ok=True)
+        old = ("checkpoint.pt", "log.jsonl", "router.*", "results.json", "modules/*", "lape.*", "probes.*", "*.png")
+        for path in (path for pattern in old for path in out.glob(pattern)):
+            path.unlink()
     with atomic(out / "settings.json") as partial:
         partial.write_text(json.dumps(asdict(s), indent=1) + "\n")
     if checkpoint.exists():
