@@ -37,7 +37,7 @@ import koff
 from data import BadInput, atomic, benchmarks, run_script
 from data.checkpoint import load, load_gates, load_module, read_config
 from data.corpus import find_domains, load_domains, read_documents, windows
-from data.pictures import plot
+from data.pictures import plot, spread
 from data.recipes import HERE, Settings
 from data.router import Router
 from data.tokenizer import Tokenizer
@@ -372,8 +372,8 @@ def side_by_side(rows):
     def cell(values):
         if None in values:
             return "-"
-        deviation = np.std(values, ddof=1) if len(values) > 1 else 0
-        return f"{np.mean(values):.3f}" + (f" +/- {deviation:.3f}" if deviation >= 0.0005 else "")
+        mean, deviation = spread(values)
+        return f"{mean:.3f}" + (f" +/- {deviation:.3f}" if deviation >= 0.0005 else "")
 
     return table(
         "", columns, {row: [cell([x.get(name) for x in runs]) for name in columns] for row, runs in rows.items()}
@@ -583,12 +583,6 @@ def finished_samples(path, header, fresh):
     return lines if old else {}
 
 
-def mean(values):
-    """(mean, its standard error from the sample deviation, None for a single value)."""
-    n = len(values)
-    return float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(n)) if n > 1 else None
-
-
 def bench_results(task, lines, total, config):
     """What lm-evaluation-harness would write, of samples `lines`; total {subject: questions there are}."""
     groups, there, results = {task: lines}, {task: sum(total.values())}, {}
@@ -599,7 +593,9 @@ def bench_results(task, lines, total, config):
         results[name] = {"alias": name}
         for metric, key in ("acc", "correct"), ("acc_norm", "correct_norm"):
             if key in part[0]:
-                results[name][f"{metric},none"], results[name][f"{metric}_stderr,none"] = mean([x[key] for x in part])
+                mean, deviation = spread([x[key] for x in part])
+                error = deviation / math.sqrt(len(part)) if len(part) > 1 else None  # of one question: unknown
+                results[name] |= {f"{metric},none": mean, f"{metric}_stderr,none": error}
     if len(groups) > 1:
         accuracies = [r["acc,none"] for name, r in results.items() if name != task]
         results[task]["acc_subjects,none"] = float(np.mean(accuracies))
@@ -651,7 +647,7 @@ def bench(args):
         bar = tqdm(total=len(prompts), initial=len(lines), desc=f"{args.task}, {variant}", leave=False, disable=None)
         with open(path, "a", encoding="utf-8") as file, bar:
             for module, some in by_module.items():
-                for part in answers(model, tokenizer, some, run.modules[module] if module else None, lines):
+                for part in answers(model, tokenizer, some, run.module(module) if module else None, lines):
                     for p, found in part:
                         about = dict(subject=p.item.subject, id=p.item.id, shots=p.shots, prompt_tokens=len(p.ids))
                         lines[p.key] = about | dict(module=module) | found

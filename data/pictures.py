@@ -9,7 +9,7 @@ from data import BadInput, atomic
 
 
 def spread(x):
-    """(mean, sample deviation) over the seeds of a row; 0 for one seed."""
+    """(mean, sample deviation) of some values, such as the seeds of a row; 0 for a single one."""
     return float(np.mean(x)), float(np.std(x, ddof=1)) if len(x) > 1 else 0.0
 
 

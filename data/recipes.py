@@ -120,10 +120,8 @@ PRESETS = {
 }
 
 # The paper's protocol on whatever model, text, steps and module size a sweep is given.
-MATCHED = {
-    k: v for k, v in PAPER.items() if k not in ("rank", "alpha", "kv_tokens", "steps", "batch", "seq_len", "eval_len")
-}
-MATCHED |= dict(count="physical", focus=0)
+SIZES = ("rank", "alpha", "kv_tokens", "steps", "batch", "seq_len", "eval_len")
+MATCHED = {name: value for name, value in PRESETS["paper-matched"].items() if name not in SIZES} | dict(focus=0)
 PRUNED = dict(memory=False, fix_mask=0.0)  # gates that learn to the last step: the stronger baseline
 PARTS = {
     "pruning only": PRUNED,
