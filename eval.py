@@ -35,7 +35,8 @@ from tqdm import tqdm
 
 import koff
 from data import BadInput, atomic, benchmarks, run_script
-from data.checkpoint import load, load_gates, load_module, read_config
+from data.checkpoint import load, load_adapter, load_gates, load_module, read_config
+from data.checkpoint import save_backbone, save_cartridge, save_lora
 from data.corpus import find_domains, load_domains, read_documents, windows
 from data.pictures import plot, spread
 from data.recipes import HERE, Settings
@@ -127,13 +128,13 @@ def dry_run(s):
 class Run:
     """A saved run, as its folder has it: settings, compact backbone, modules, router. Needs no base checkpoint."""
 
-    def __init__(self, folder, device="auto"):
+    def __init__(self, folder, device="auto", dtype=None):
         self.folder = Path(folder)
         self.settings = Settings.from_file(self.folder / "settings.json")
         if not (self.folder / "router.safetensors").exists():  # the last part that train.py saves
             raise BadInput(f"{self.folder} is not finished; continue it with the train.py command that began it.")
         self.device = pick_device(device)
-        self.dtype = pick_dtype(self.settings.dtype, self.device)
+        self.dtype = dtype or pick_dtype(self.settings.dtype, self.device)
         self.backbone = load(self.folder / "backbone", self.dtype, self.device)
         self.tokenizer = Tokenizer.from_folder(self.folder / "backbone")
         self.router = Router.load(self.folder / "router.safetensors")
@@ -722,6 +723,58 @@ def continue_text(args):
     print(pieces.decode("utf-8", errors="replace"))
 
 
+# Export --------------------------------------------------------------------------------------------------------------
+
+
+def check(what, ours, theirs):
+    """Nothing that differs gets its name: BadInput unless float32 logits agree to 1e-4."""
+    worst, size = (ours - theirs).abs().max().item(), ours.abs().max().item()
+    if not worst <= 1e-4 * max(1.0, size):
+        raise BadInput(f"{what} differs from the run by {worst:.2g} in a logit of {size:.2g}; it was not kept.")
+
+
+@torch.inference_mode()
+def export(args):
+    """Write a run as other libraries read it, read it again, and compare it with the run before it gets its name."""
+    run = Run(args.run, "cpu", torch.float32)
+    small, s = run.backbone, run.settings
+    names = [args.module] if args.module else run.names
+    out = args.out or run.folder / "export" / "-".join([args.form, *names[: bool(args.module)]])
+    if out.exists():
+        raise BadInput(f"{out} is there already; remove it or name another --out.")
+    kept = koff.kept_channels(run.gates(small)[1], small.config, s.first(len(small.layers))[0], "cpu")
+    dense, modules = koff.expand(small, kept), {name: run.module(name) for name in names}
+    lora, kv = ({n: {i: part(m) for i, m in blocks.items()} for n, blocks in modules.items()} for part in (
+        lambda m: BlockMemory(m.lora), lambda m: BlockMemory({}, m.keys, m.values)))  # fmt: skip
+    tokens = torch.randint(run.tokenizer.vocab_size, (2, 64), generator=torch.Generator().manual_seed(0))
+    placed = f"{s.kv_tokens} keys and values in {len(next(iter(modules.values()), []))} of {len(small.layers)} blocks"
+    with atomic(out) as partial:
+        if args.form == "hf":
+            own = lora[args.module] if args.module else None
+            if own:
+                koff.merge(dense, koff.expand_memory(own, kept, small.config))
+            check("the dense model", small(tokens, memory=own), dense(tokens))
+            dense = dense.to(getattr(torch, small.config.raw["dtype"]))
+            save_backbone(partial, dense, run.folder / "backbone")
+            again = load(partial, dense.head.dtype).state_dict()
+            if any(not torch.equal(again[name], t) for name, t in dense.state_dict().items()):
+                raise BadInput(f"{out} was not written as it is; check the disk and try again.")
+            if own and s.kv_tokens:
+                print(f"{args.module}: a checkpoint has no place for its {placed}; the LoRA alone is merged.")
+        base = (run.folder / "export" / "hf").resolve()
+        for name in modules if args.form == "peft" else ():
+            forms = {name: (lora[name], save_lora)} if s.rank else {}
+            if s.kv_tokens and len(kv[name]) == len(small.layers):
+                forms[f"{name}-kv"] = kv[name], save_cartridge
+            elif s.kv_tokens:
+                print(f"{name}: peft attaches keys and values to all blocks or none; {placed} stay here.")
+            for folder, (blocks, write) in forms.items():
+                write(partial / folder, koff.expand_memory(blocks, kept, small.config), base)
+                again = load_adapter(partial / folder, blocks)
+                check(folder, small(tokens, memory=blocks), dense(tokens, memory=again))
+    print(f"{out}, compared with the run")
+
+
 def parse(argv):
     """Command line -> its arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -735,11 +788,12 @@ def parse(argv):
         "probes": "hidden states of the backbone alone against those of the unpruned model",
         "plot": "draw what a run or a sweep has saved in its folder (needs matplotlib)",
         "generate": "continue a prompt",
+        "export": "write the run as transformers and peft read it",
     }
     on = {name: commands.add_parser(name, help=what, description=what) for name, what in helps.items()}
     for name, command in on.items():
         command.add_argument("run", type=Path)
-        if name != "plot":
+        if name not in ("plot", "export"):
             command.add_argument("--device", default="auto", help="cpu or cuda; auto: cuda where there is one [auto]")
     on["report"].add_argument("--beside", type=Path, help="only add this pruning-only run to the saved tables")
     on["lape"].add_argument("--tokens", type=int, default=100_000, help="of each domain's training text [100000]")
@@ -762,6 +816,10 @@ def parse(argv):
     text.add_argument("--temperature", type=float, default=0.0, help="0 is greedy [0]")
     text.add_argument("--top-p", type=float, default=1.0, help="nucleus [1]")
     text.add_argument("--seed", type=int, default=0)
+    out = on["export"]
+    out.add_argument("form", choices=("hf", "peft"), help="one dense checkpoint, or one adapter for each module on it")
+    out.add_argument("--module", help="hf: merge its LoRA; peft: only this one")
+    out.add_argument("--out", type=Path, help="folder to make [RUN/export/hf, hf-MODULE or peft]")
     return parser.parse_args(argv)
 
 
@@ -775,6 +833,7 @@ def main(argv=None):
         "probes": lambda: probes(args.run, args.texts, args.device),
         "plot": lambda: plot(args.run),
         "generate": lambda: continue_text(args),
+        "export": lambda: export(args),
     }
     stopped = "the same command continues" if args.command == "bench" else "nothing was written"
     return run_script("eval.py", work[args.command], stopped) or 0

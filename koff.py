@@ -408,6 +408,53 @@ def compact_memory(blocks, kept):
     return out
 
 
+@torch.no_grad()
+def expand(small, kept):
+    """The inverse of `compact`: a model of the pretrained shapes with zeros for what is closed, as other libraries read it."""
+    c = small.config
+    raw = {name: value for name, value in c.raw.items() if not name.startswith("koff_")}
+    state = {name: t for name, t in small.state_dict().items() if not name.endswith("_kept")}
+    for i, index in kept.items():
+        for name, (rows, columns) in c.shapes.items():
+            matrix = f"layers.{i}.{'self_attn' if name in 'qkvo' else 'mlp'}.{name}_proj"
+            for own in (f"{matrix}.weight", f"{matrix}.bias"):
+                if own in state:
+                    state[own] = widened(state[own], 0, index[name], rows)
+        state[f"{matrix}.weight"] = widened(state[f"{matrix}.weight"], 1, index["neuron"], columns)  # down, the last
+    with torch.device("meta"):
+        model = Model(replace(c, kept=(), raw=raw))
+    model.load_state_dict(state, assign=True)
+    return model.requires_grad_(False)
+
+
+def expand_memory(blocks, kept, config):
+    """The inverse of `compact_memory`: {block: BlockMemory} for the model that `expand` makes."""
+    out = {}
+    for i, m in blocks.items():
+        lora = dict(m.lora)
+        for name, (a, b) in m.lora.items() if i in kept else ():
+            rows, columns = config.shapes[name]
+            a = widened(a, 1, kept[i]["neuron"], columns) if name == "down" else a
+            lora[name] = a, widened(b, 0, kept[i][name], rows)
+        out[i] = BlockMemory(lora, m.keys, m.values)
+    return out
+
+
+@torch.no_grad()
+def merge(model, blocks):
+    """Add the LoRA of {block: BlockMemory} to the weights of `model`, which it may share with another."""
+    for i, m in blocks.items():
+        for name, (a, b) in m.lora.items():
+            linear = getattr(model.layers[i].self_attn if name in "qkvo" else model.layers[i].mlp, f"{name}_proj")
+            linear.weight = nn.Parameter(linear.weight + b @ a, requires_grad=False)
+
+
+def widened(t, dim, index, size):
+    """`t` with its rows (or columns, `dim` 1) at the places `index` of `size`, zeros between."""
+    shape = [size if d == dim else n for d, n in enumerate(t.shape)]
+    return t.new_zeros(shape).index_copy(dim, index, t)
+
+
 def ledger(total, removed, modules):
     """What left the model against what the modules hold, in parameters; `modules` {domain: {block: BlockMemory}}."""
     sizes = {d: sum(t.numel() for t in tensors_of(m).values()) for d, m in modules.items()}

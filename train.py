@@ -32,6 +32,7 @@ import koff
 from data import BadInput, atomic, read_tensors, run_script
 from data.checkpoint import load, read_config, save_backbone, save_gates, save_module
 from data.corpus import batch, load_domains, load_text
+from data.download import located
 from data.recipes import HERE, PRESETS, SWEEPS, Settings
 from data.router import Router
 from data.tokenizer import Tokenizer
@@ -359,7 +360,7 @@ def save(trainer, text, out):
     """Close the gates, compact, and write backbone, modules, gates and router."""
     s = trainer.s
     trainer.fix(s.steps)
-    fingerprint = save_backbone(out / "backbone", trainer.student, Path(s.model, "tokenizer.json"))
+    fingerprint = save_backbone(out / "backbone", trainer.student, located(s.model))
     save_gates(out / "gates.safetensors", trainer.gates, trainer.mask)
     for domain in trainer.domains if s.memory else ():
         blocks = koff.compact_memory(trainer.memory(domain).by_block(trainer.model.head.dtype), trainer.kept)

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -28,17 +29,22 @@ class BadInput(Exception):
     """The user's input cannot be used. The message is one sentence: what, where, what to do. Scripts exit with 2."""
 
 
+def discard(path):
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def atomic(path):
-    """Yield a temporary path beside `path`; rename it to `path` on success, remove it on any failure."""
+    """Yield a temporary path beside `path`, of a file or a folder; rename it to `path` on success, else remove it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.part")
+    discard(partial)  # of a process that was killed
     try:
         yield partial
         os.replace(partial, path)
     finally:
-        partial.unlink(missing_ok=True)
+        discard(partial)
 
 
 def read_tensors(path, framework="pt", device="cpu"):

@@ -13,13 +13,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from data import BadInput, atomic, read_tensors
+from data.download import BESIDE, INDEX, SINGLE, checkpoint_names, located
 from model import BlockMemory, Config, Model
 
 # Pretrained models ---------------------------------------------------------------------------------------------------
 
 
 def read_config(folder):
-    path = Path(folder, "config.json")
+    path = located(folder, weights=False) / "config.json"
     try:
         return Config.from_dict(json.loads(path.read_text(encoding="utf-8")), path)
     except (FileNotFoundError, NotADirectoryError):
@@ -29,20 +30,13 @@ def read_config(folder):
 
 
 def checkpoint_files(folder):
-    """The files of a checkpoint, one or several shards. Their names in an index are untrusted."""
-    index, single = Path(folder, "model.safetensors.index.json"), Path(folder, "model.safetensors")
-    if not index.exists():
-        if not single.exists():
-            raise BadInput(f"{single} does not exist; only safetensors are read: download or convert the weights.")
-        return [single]
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        for name in names:
-            if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
-                raise BadInput(f"{index} names the file {name!r}, not a plain .safetensors name; do not trust it.")
-    except (ValueError, LookupError, TypeError, AttributeError):
-        raise BadInput(f"{index} has no valid weight_map; download it again.") from None
-    return [Path(folder, name) for name in names]
+    """The files of a checkpoint, one or several shards."""
+    index, single = Path(folder, INDEX), Path(folder, SINGLE)
+    if index.exists():
+        return [Path(folder, name) for name in checkpoint_names(index)]
+    if not single.exists():
+        raise BadInput(f"{single} does not exist; only safetensors are read: download or convert the weights.")
+    return [single]
 
 
 def checkpoint_name(own):
@@ -51,10 +45,11 @@ def checkpoint_name(own):
 
 
 def load(folder, dtype=torch.float32, device="cpu"):
-    """Read a Hugging Face folder (or a compact backbone) into a frozen `Model`.
+    """Read a Hugging Face folder, a model on the Hub or a compact backbone into a frozen `Model`.
 
     Every tensor name and shape has to be accounted for. Raises BadInput otherwise.
     """
+    folder = located(folder)
     config = read_config(folder)
     with torch.device("meta"):
         model = Model(config)
@@ -89,17 +84,20 @@ def load(folder, dtype=torch.float32, device="cpu"):
 # Saved runs ----------------------------------------------------------------------------------------------------------
 
 
-def save_backbone(folder, model, tokenizer_json):
-    """Write the compact backbone; returns its fingerprint, which every module trained with it carries."""
+def save_backbone(folder, model, pretrained):
+    """Write the compact backbone, with the tokenizer's files from the folder `pretrained`; returns its fingerprint,
+    which every module trained with it carries."""
     folder = Path(folder)
     state = {checkpoint_name(n): t.contiguous() for n, t in model.state_dict().items()}
     with atomic(folder / "model.safetensors") as partial:
         save_file(state, partial, metadata={"format": "pt"})
         fingerprint = hashlib.sha256(partial.read_bytes()).hexdigest()[:16]
-    with atomic(folder / "tokenizer.json") as partial:
-        partial.write_bytes(Path(tokenizer_json).read_bytes())
+    for file in (path for name in BESIDE if (path := Path(pretrained, name)).exists()):
+        with atomic(folder / file.name) as partial:
+            partial.write_bytes(file.read_bytes())
     with atomic(folder / "config.json") as partial:
-        partial.write_text(json.dumps({**model.config.raw, "koff_fingerprint": fingerprint}, indent=1))
+        own = {"dtype": str(model.head.dtype).removeprefix("torch."), "koff_fingerprint": fingerprint}
+        partial.write_text(json.dumps({**model.config.raw, **own}, indent=1))
     return fingerprint
 
 
@@ -149,3 +147,53 @@ def load_gates(path, gates):
     tensors, _ = read_tensors(path)
     gates.load_state_dict({name: t for name, t in tensors.items() if name.startswith("log_alpha.")})
     return {n.removeprefix("mask."): t.bool() for n, t in tensors.items() if n.startswith("mask.")}
+
+
+# For other libraries -------------------------------------------------------------------------------------------------
+
+
+def save_lora(folder, blocks, base):
+    """Write the LoRA of {block: BlockMemory} as an adapter that peft attaches to the dense model in the folder `base`."""
+    state, part = {}, {"k": "self_attn", "v": "self_attn", "gate": "mlp", "up": "mlp", "down": "mlp"}
+    for i, m in blocks.items():
+        for name, (a, b) in m.lora.items():
+            matrix = f"base_model.model.model.layers.{i}.{part[name]}.{name}_proj"
+            state |= {f"{matrix}.lora_A.weight": a.contiguous(), f"{matrix}.lora_B.weight": b.contiguous()}
+    rank = len(next(iter(state.values())))
+    save_adapter(folder, state, dict(
+        peft_type="LORA", base_model_name_or_path=str(base), r=rank, lora_alpha=rank,  # the scale is in B already
+        target_modules=[f"{name}_proj" for name in part], layers_to_transform=list(blocks), layers_pattern="layers",
+    ))  # fmt: skip
+
+
+def save_cartridge(folder, blocks, base):
+    """Write the KV memory of all blocks as peft's CARTRIDGE: [M, (block, keys or values, head, channel)]."""
+    pairs = [t for i in sorted(blocks) for t in (blocks[i].keys, blocks[i].values)]  # each [G, M, hd]
+    (G, M, hd), rows = pairs[0].shape, torch.stack(pairs).permute(2, 0, 1, 3)
+    save_adapter(folder, {"prompt_embeddings": rows.reshape(M, -1).contiguous()}, dict(
+        peft_type="CARTRIDGE", base_model_name_or_path=str(base), num_virtual_tokens=M, num_frozen_tokens=0,
+        num_layers=len(blocks), num_attention_heads=G, token_dim=G * hd,
+    ))  # fmt: skip
+
+
+def save_adapter(folder, state, config):
+    folder.mkdir(parents=True)
+    save_file(state, folder / "adapter_model.safetensors", {"format": "pt"})
+    config |= dict(task_type="CAUSAL_LM", inference_mode=True)
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+
+
+def load_adapter(folder, blocks):
+    """What `save_lora` or `save_cartridge` wrote, as {block: BlockMemory} with the shapes that `blocks` has."""
+    state, _ = read_tensors(folder / "adapter_model.safetensors")
+    if "prompt_embeddings" in state:
+        G, M, hd = blocks[0].keys.shape
+        pairs = state["prompt_embeddings"].view(M, len(blocks), 2, G, hd).permute(1, 2, 3, 0, 4)
+        return {i: BlockMemory({}, *pair) for i, pair in zip(sorted(blocks), pairs, strict=True)}
+    out = {i: BlockMemory({}) for i in blocks}
+    for name, a in state.items():
+        matrix, _, half = name.partition(".lora_")
+        _, _, _, _, i, _, projection = matrix.split(".")
+        if half == "A.weight":
+            out[int(i)].lora[projection.removesuffix("_proj")] = a, state[f"{matrix}.lora_B.weight"]
+    return out

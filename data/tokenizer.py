@@ -15,6 +15,7 @@ from pathlib import Path
 import tiktoken
 
 from data import BadInput
+from data.download import located
 
 # The pattern of a plain ByteLevel is GPT-2's. SmolLM2 isolates every digit before it; as one regex, that is DIGITS.
 GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -36,7 +37,7 @@ class Tokenizer:
     @classmethod
     def from_folder(cls, folder):
         """Read `<folder>/tokenizer.json`. BadInput if it is missing, damaged or needs what is not implemented."""
-        path = Path(folder) / "tokenizer.json"
+        path = located(folder) / "tokenizer.json"
         try:
             raw = path.read_bytes()
         except OSError as error:
