@@ -35,9 +35,17 @@ from tqdm import tqdm
 
 import koff
 from data import BadInput, atomic, benchmarks, run_script
-from data.checkpoint import load, load_adapter, load_gates, load_module, read_config
-from data.checkpoint import save_backbone, save_cartridge, save_lora
-from data.corpus import find_domains, load_domains, read_documents, windows
+from data.checkpoint import (
+    load,
+    load_adapter,
+    load_gates,
+    load_module,
+    read_config,
+    save_backbone,
+    save_cartridge,
+    save_lora,
+)
+from data.corpus import domain_name, find_domains, load_text, read_documents, windows
 from data.pictures import plot, spread
 from data.recipes import HERE, Settings
 from data.router import Router
@@ -162,11 +170,16 @@ def opened(folder, device="auto"):
     """What an evaluation looks at: the run, its unpruned model, its text {domain: Split}."""
     run = Run(folder, device)
     s, base = run.settings, load(run.settings.model, run.dtype, run.device)
-    need = (0, max(s.eval_len, Router.WINDOW))
-    domains = load_domains(s.data, s.domains, need=need, **reading(run.folder, run.tokenizer, base.config))
-    if list(domains) != run.router.domains:
-        raise BadInput(f"{s.data} holds {', '.join(domains)}, not the domains that {folder} was trained on.")
-    return run, base, domains
+    how = reading(run.folder, run.tokenizer, base.config) | dict(need=(0, max(s.eval_len, Router.WINDOW)))
+    return run, base, {name: load_text(path, **how) for name, path in texts_of(run).items()}
+
+
+def texts_of(run):
+    """{domain: path of its text}: in the folder that the run was trained on, or where a later domain was found."""
+    there = find_domains(run.settings.data, run.settings.domains) | run.router.paths
+    if missing := [name for name in run.router.domains if name not in there]:
+        raise BadInput(f"{run.settings.data} has no {missing[0]}, on which {run.folder} was trained.")
+    return {name: Path(there[name]) for name in run.router.domains}
 
 
 @torch.no_grad()
@@ -723,6 +736,42 @@ def continue_text(args):
     print(pieces.decode("utf-8", errors="replace"))
 
 
+# The modules of a run ------------------------------------------------------------------------------------------------
+
+
+def change_modules(args):
+    """List the modules of a run; remove one, or give it another name."""
+    run = Run(args.run, "cpu")
+    if args.command != "modules":
+        old, path = args.module, lambda name: run.folder / "modules" / f"{name}.safetensors"
+        run.module(old)
+        if args.command == "rename":
+            if domain_name(path(args.name)) != args.name or args.name in run.router.domains:
+                raise BadInput(f"{run.folder} cannot have another module {args.name!r}; give a new name.")
+            at, text = run.router.domains.index(old), texts_of(run)[old]
+            path(old).rename(path(args.name))
+            run.router.paths.pop(old, None)
+            run.router.paths[args.name], run.router.domains[at] = str(text.resolve()), args.name
+        else:
+            path(old).unlink()
+            run.router.remove(old)
+        run.router.save(run.folder / "router.safetensors")
+        print(f"{run.folder} has its modules changed; eval.py report {run.folder} makes its tables again.")
+        run = Run(args.run, "cpu")
+    rows = {}
+    for name, blocks in run.modules.items():
+        one, size = next(iter(blocks.values())), koff.ledger(0, 0, {name: blocks})["one_module"]
+        rank = len(next(iter(one.lora.values()))[0]) if one.lora else 0
+        rows[name] = [
+            str(rank),
+            str(one.length),
+            f"{min(blocks)} to {max(blocks)}",
+            f"{size:,}",
+            str(texts_of(run)[name]),
+        ]
+    print(table("", ["LoRA rank", "KV tokens", "blocks", "parameters", "text"], rows))
+
+
 # Export --------------------------------------------------------------------------------------------------------------
 
 
@@ -789,11 +838,14 @@ def parse(argv):
         "plot": "draw what a run or a sweep has saved in its folder (needs matplotlib)",
         "generate": "continue a prompt",
         "export": "write the run as transformers and peft read it",
+        "modules": "list the modules of a run",
+        "rename": "give a module another name",
+        "remove": "delete a module",
     }
     on = {name: commands.add_parser(name, help=what, description=what) for name, what in helps.items()}
     for name, command in on.items():
         command.add_argument("run", type=Path)
-        if name not in ("plot", "export"):
+        if name not in ("plot", "export", "modules", "rename", "remove"):
             command.add_argument("--device", default="auto", help="cpu or cuda; auto: cuda where there is one [auto]")
     on["report"].add_argument("--beside", type=Path, help="only add this pruning-only run to the saved tables")
     on["lape"].add_argument("--tokens", type=int, default=100_000, help="of each domain's training text [100000]")
@@ -816,6 +868,9 @@ def parse(argv):
     text.add_argument("--temperature", type=float, default=0.0, help="0 is greedy [0]")
     text.add_argument("--top-p", type=float, default=1.0, help="nucleus [1]")
     text.add_argument("--seed", type=int, default=0)
+    for name in ("rename", "remove"):
+        on[name].add_argument("module")
+    on["rename"].add_argument("name", help="its new name")
     out = on["export"]
     out.add_argument("form", choices=("hf", "peft"), help="one dense checkpoint, or one adapter for each module on it")
     out.add_argument("--module", help="hf: merge its LoRA; peft: only this one")
@@ -834,6 +889,7 @@ def main(argv=None):
         "plot": lambda: plot(args.run),
         "generate": lambda: continue_text(args),
         "export": lambda: export(args),
+        **dict.fromkeys(("modules", "rename", "remove"), lambda: change_modules(args)),
     }
     stopped = "the same command continues" if args.command == "bench" else "nothing was written"
     return run_script("eval.py", work[args.command], stopped) or 0

@@ -415,12 +415,13 @@ def expand(small, kept):
     raw = {name: value for name, value in c.raw.items() if not name.startswith("koff_")}
     state = {name: t for name, t in small.state_dict().items() if not name.endswith("_kept")}
     for i, index in kept.items():
-        for name, (rows, columns) in c.shapes.items():
+        for name, (rows, _) in c.shapes.items():
             matrix = f"layers.{i}.{'self_attn' if name in 'qkvo' else 'mlp'}.{name}_proj"
             for own in (f"{matrix}.weight", f"{matrix}.bias"):
                 if own in state:
                     state[own] = widened(state[own], 0, index[name], rows)
-        state[f"{matrix}.weight"] = widened(state[f"{matrix}.weight"], 1, index["neuron"], columns)  # down, the last
+        down = f"layers.{i}.mlp.down_proj.weight"
+        state[down] = widened(state[down], 1, index["neuron"], c.intermediate_size)
     with torch.device("meta"):
         model = Model(replace(c, kept=(), raw=raw))
     model.load_state_dict(state, assign=True)

@@ -16,10 +16,11 @@ import hashlib
 import json
 import math
 import re
+import shutil
 import signal
 import sys
 import time
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,7 @@ from tqdm import tqdm
 import koff
 from data import BadInput, atomic, read_tensors, run_script
 from data.checkpoint import load, read_config, save_backbone, save_gates, save_module
-from data.corpus import batch, load_domains, load_text
+from data.corpus import batch, domain_name, find_domains, load_text
 from data.download import located
 from data.recipes import HERE, PRESETS, SWEEPS, Settings
 from data.router import Router
@@ -260,8 +261,11 @@ def fitting(s):
     return config, gates
 
 
-def open_run(s, out, answers=None):
-    """Check everything that a run needs, before anything is written. Returns (trainer, {domain: ids}, general ids)."""
+def open_run(s, out, answers=None, paths=None):
+    """Check everything that a run needs, before anything is written. Returns (trainer, {domain: ids}, general ids).
+
+    `paths` {domain: its text}: where it is not that of `s.data`.
+    """
     (config, _), device = fitting(s), pick_device(s.device)
     tokenizer = Tokenizer.from_folder(s.model)
     if max(tokenizer.vocab_size - 1, *config.eos_token_ids, 0) >= config.vocab_size:
@@ -272,7 +276,8 @@ def open_run(s, out, answers=None):
     how = reading(out, tokenizer, config)
     train = max(max(s.batch, s.retention_batch) * (s.seq_len + 1), 10 * Router.WINDOW)
     need = (math.ceil(train / s.text), max(s.eval_len, Router.WINDOW))
-    domains = load_domains(s.data, s.domains, need=need, least=1 if s.domains else 2, **how)
+    paths = paths or find_domains(s.data, s.domains, least=1 if s.domains else 2)
+    domains = {name: load_text(path, need=need, **how) for name, path in paths.items()}
     splits = list(domains.values())
     text = {name: split.train[: int(len(split.train) * s.text)] for name, split in domains.items()}
     general = np.concatenate(list(text.values())) if s.retention == "domains" else None
@@ -293,11 +298,26 @@ def train(s, out, fresh=False, answers=None):
     """
     begun = time.time()
     trainer, text, general = open_run(s, out, answers)
-    checkpoint, log, device, start = out / "checkpoint.pt", out / "log.jsonl", trainer.device, 0
     if fresh:  # nothing of an old run goes before the new one is known to work
         old = ("checkpoint.pt", "log.jsonl", "router.*", "results.json", "modules/*", "lape.*", "probes.*", "*.png")
         for path in (path for pattern in old for path in out.glob(pattern)):
             path.unlink()
+    if (begun := loop(trainer, text, general, out, begun)) is None:
+        return False
+    save(trainer, text, out)
+    del trainer  # what follows needs the memory
+    import eval as evaluation  # eval.py reads what `save` wrote, as it would for any finished run
+
+    evaluation.evaluate(out, begun)
+    (out / "checkpoint.pt").unlink(missing_ok=True)  # with its optimizer state it is larger than all that is left
+    return True
+
+
+def loop(trainer, text, general, out, begun):
+    """Begin, or continue the checkpoint in `out`, and train to the last step. Returns when the run began, with all
+    pauses taken out; None if Ctrl-C stopped it."""
+    s, device, start = trainer.s, trainer.device, 0
+    checkpoint, log = out / "checkpoint.pt", out / "log.jsonl"
     with atomic(out / "settings.json") as partial:
         partial.write_text(json.dumps(asdict(s), indent=1) + "\n")
     if checkpoint.exists():
@@ -342,17 +362,11 @@ def train(s, out, fresh=False, answers=None):
                     torch.save(trainer.state() | {"step": index + 1, "seconds": time.time() - begun}, partial)
             if stop:
                 print(f"\nstopped after step {index + 1}; the same command continues", file=sys.stderr)
-                return False
+                return None
     finally:
         signal.signal(signal.SIGINT, before)
         bar.close()
-    save(trainer, text, out)
-    del trainer  # what follows needs the memory
-    import eval as evaluation  # eval.py reads what `save` wrote, as it would for any finished run
-
-    evaluation.evaluate(out, begun)
-    checkpoint.unlink(missing_ok=True)  # six modules with their optimizer state are larger than all that is left
-    return True
+    return begun
 
 
 @torch.no_grad()
@@ -362,10 +376,69 @@ def save(trainer, text, out):
     trainer.fix(s.steps)
     fingerprint = save_backbone(out / "backbone", trainer.student, located(s.model))
     save_gates(out / "gates.safetensors", trainer.gates, trainer.mask)
-    for domain in trainer.domains if s.memory else ():
+    save_modules(trainer, out, fingerprint)
+    Router.fit(text).save(out / "router.safetensors")
+
+
+@torch.no_grad()
+def save_modules(trainer, out, fingerprint):
+    for domain in trainer.domains if trainer.s.memory else ():
         blocks = koff.compact_memory(trainer.memory(domain).by_block(trainer.model.head.dtype), trainer.kept)
         save_module(out / "modules" / f"{domain}.safetensors", blocks, fingerprint)
-    Router.fit(text).save(out / "router.safetensors")
+
+
+# A domain later -----------------------------------------------------------------------------------------------------
+
+LATER = (
+    "steps",
+    "batch",
+    "seq_len",
+    "text",
+    "lora_rate",
+    "kv_rate",
+    "decay",
+    "seed",
+    "device",
+    "checkpointing",
+    "compile",
+)
+
+
+def add(path, out, given):
+    """Train one more module, for the text at `path`, on the finished run in `out`, whose files stay as they are but for
+    the router and the report. `given`: settings that may differ from the run's, `LATER`. False if Ctrl-C stopped it."""
+    import eval as evaluation  # it imports this file
+
+    run, name = evaluation.Run(out, given.get("device", "auto")), domain_name(path)
+    if wrong := [flag for flag in given if flag not in LATER]:
+        raise BadInput(
+            f"--{wrong[0].replace('_', '-')} cannot differ from that of {out}; --add takes {', '.join(LATER)}."
+        )
+    if not run.names:
+        raise BadInput(f"{out} has no modules to which one could be added; train a run with memories.")
+    if name in run.router.domains:
+        raise BadInput(f"{out} has a domain {name} already; remove it first, or rename the text.")
+    steps = 2 * -(-run.settings.steps // len(run.names))  # twice what each of the first got
+    s = replace(run.settings, **{"steps": steps, **given}, gate_init="constant", focus=0, order="joint", retention="")
+    work = out / "later" / name
+    if (work / "settings.json").exists() and Settings.from_file(work / "settings.json") != s:
+        raise BadInput(f"{work} holds a stopped training with other settings; give the same or delete that folder.")
+    trainer, text, _ = open_run(s, out, paths={name: path})
+    trainer.close(run.gates(trainer.model)[1])
+    cut, about = trainer.student.state_dict(), run.backbone.config.raw
+    saved_as = getattr(torch, about["dtype"])
+    if any(not torch.equal(t, cut[n].to(saved_as).to(t.dtype)) for n, t in run.backbone.state_dict().items()):
+        raise BadInput(f"{out}/backbone was not cut from {s.model}; give the model that it was trained with.")
+    if loop(trainer, text, None, work, time.time()) is None:
+        return False
+    save_modules(trainer, out, about["koff_fingerprint"])
+    run.router.add(name, text[name])
+    run.router.paths[name] = str(path.resolve())
+    run.router.save(out / "router.safetensors")
+    del trainer
+    shutil.rmtree(work)
+    evaluation.evaluate(out)
+    return True
 
 
 # One run or many -----------------------------------------------------------------------------------------------------
@@ -416,10 +489,11 @@ def sweep(name, given, out, fresh):
 
 
 def parse(argv):
-    """Command line -> (settings, run folder, {"given", "sweep", "fresh", "dry_run"})."""
+    """Command line -> (settings, run folder, {"given", "flags", "sweep", "add", "fresh", "dry_run"})."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="handbook", help="named settings; flags override them")
     parser.add_argument("--sweep", choices=SWEEPS, help="train a named set of runs instead of one, and compare them")
+    parser.add_argument("--add", type=Path, metavar="TEXT", help="train one more module on the finished run in --out")
     parser.add_argument("--out", type=Path, help="run folder [out/<preset or sweep>]")
     parser.add_argument("--fresh", action="store_true", help="start again, whatever the run folder holds")
     parser.add_argument("--dry-run", action="store_true", help="print sizes and memory, from config.json alone")
@@ -431,8 +505,12 @@ def parse(argv):
         flag, text = "--" + f.name.replace("_", "-"), f"{f.metadata['help']} [{shown}]"
         parser.add_argument(flag, default=argparse.SUPPRESS, help=text, **kind)
     given = vars(parser.parse_args(argv))
-    preset, out, do = given.pop("preset"), given.pop("out"), {n: given.pop(n) for n in ("sweep", "fresh", "dry_run")}
-    do["given"] = {**PRESETS[preset], **given}
+    preset, out, do = (
+        given.pop("preset"),
+        given.pop("out"),
+        {n: given.pop(n) for n in ("sweep", "add", "fresh", "dry_run")},
+    )
+    do |= {"flags": given, "given": {**PRESETS[preset], **given}}
     return Settings(**do["given"]), out or Path("out", do["sweep"] or preset), do
 
 
@@ -443,6 +521,8 @@ def run(argv):
 
         return evaluation.dry_run(s)
     keep_pages()
+    if do["add"]:
+        return 0 if add(do["add"], out, do["flags"]) else 130
     if do["sweep"]:
         return 0 if sweep(do["sweep"], do["given"], out, do["fresh"]) else 130
     if finished(s, out, do["fresh"]):

@@ -106,6 +106,13 @@ def load_text(path, tokenizer, cache, heldout=0.05, separator=None, need=(0, 0))
     return split
 
 
+def domain_name(path):
+    name = path.name if path.is_dir() else path.stem
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
+        raise BadInput(f"{path}: a domain's name becomes a file name; use letters, digits, '.', '_' and '-'.")
+    return name
+
+
 def find_domains(folder, only="", least=1):
     """{domain: path}, sorted by name, or `only` those named there, or that many. BadInput where there are fewer than `least`."""
     folder, found = Path(folder), {}
@@ -114,10 +121,7 @@ def find_domains(folder, only="", least=1):
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or not (path.is_dir() or path.suffix in (".txt", ".jsonl")):
             continue
-        name = path.name if path.is_dir() else path.stem
-        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
-            raise BadInput(f"{path}: a domain's name becomes a file name; use letters, digits, '.', '_' and '-'.")
-        if name in found:
+        if (name := domain_name(path)) in found:
             raise BadInput(f"{folder} has the domain {name} twice ({found[name].name}, {path.name}); keep one.")
         found[name] = path
     wanted = list(found)[: int(only)] if only.isdigit() else only.split(",") if only else list(found)
@@ -130,11 +134,6 @@ def find_domains(folder, only="", least=1):
         has = f"only one domain, {next(iter(found))}" if found else "no domain"
         raise BadInput(f"{folder} holds {has}; put at least {least} there, each a <domain>.txt, .jsonl or sub-folder.")
     return found
-
-
-def load_domains(folder, only="", least=1, **how):
-    """{domain: Split}, sorted by name; `only` and `least` as for `find_domains`, `how` as for `load_text`."""
-    return {name: load_text(path, **how) for name, path in find_domains(folder, only, least).items()}
 
 
 def windows(ids, length, limit=None):

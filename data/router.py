@@ -18,8 +18,10 @@ class Router:
 
     BUCKETS, WINDOW = 2**16, 50
 
-    def __init__(self, domains, weight, threshold):
-        self.domains, self.weight, self.threshold = list(domains), weight, threshold
+    def __init__(self, domains=(), weight=None, threshold=(), paths=None):
+        """`paths` {domain: its text}: of domains that came later, or under another name than their text has."""
+        self.domains, self.threshold, self.paths = list(domains), np.asarray(threshold, np.float64), dict(paths or {})
+        self.weight = np.zeros((0, self.BUCKETS), np.float32) if weight is None else weight
 
     @classmethod
     def buckets(cls, ids):
@@ -29,21 +31,38 @@ class Router:
         return np.concatenate([ids * 2_654_435_761 % 2**32 % (cls.BUCKETS // 2), pair], axis=1)
 
     @classmethod
-    def fit(cls, train, keep=0.98):
-        """train {domain: ids}. Counts come from the first 90%; thresholds keep the share `keep` of windows of the rest."""
-        cut = {name: len(ids) * 9 // 10 for name, ids in train.items()}
-        bags = [cls.buckets(ids[None, : cut[name]])[0] for name, ids in train.items()]
-        counts = np.stack([np.bincount(bag, minlength=cls.BUCKETS) for bag in bags]) + 0.1  # smoothed
-        weight = np.log(counts / counts.sum(axis=1, keepdims=True)).astype(np.float32)
-        router = cls(train, weight, np.zeros(len(train)))
-        for d, (name, ids) in enumerate(train.items()):
-            tail = windows(ids[cut[name] :], cls.WINDOW)
-            router.threshold[d] = np.quantile(router.scores(tail)[:, d], 1 - keep)
+    def fit(cls, train):
+        """The router of {domain: ids}."""
+        router = cls()
+        for name, ids in train.items():
+            router.add(name, ids)
         return router
+
+    def add(self, name, ids, keep=0.98):
+        """One more domain; the others stay as they are. Counts come from the first 90% of its `ids`, and the threshold
+        keeps the share `keep` of windows of the rest."""
+        cut = len(ids) * 9 // 10
+        counts = np.bincount(self.buckets(ids[None, :cut])[0], minlength=self.BUCKETS) + 0.1  # smoothed
+        self.domains.append(name)
+        self.weight = np.concatenate([self.weight, np.log(counts / counts.sum())[None].astype(np.float32)])
+        own = self.scores(windows(ids[cut:], self.WINDOW))[:, -1]
+        self.threshold = np.append(self.threshold, np.quantile(own, 1 - keep))
+
+    def remove(self, name):
+        at = self.domains.index(name)
+        self.domains.remove(name)
+        self.paths.pop(name, None)
+        self.weight, self.threshold = np.delete(self.weight, at, axis=0), np.delete(self.threshold, at)
 
     def scores(self, ids):
         """ids [n, T] -> [n, domains]."""
         return self.weight[:, self.buckets(ids)].mean(axis=2).T
+
+    def confidence(self, ids):
+        """ids [T] -> {domain: posterior probability}, the most probable first. That of Naive Bayes: too sure of itself."""
+        total = self.scores(np.asarray(ids)[None])[0] * self.buckets(np.asarray(ids)[None]).shape[1]
+        p = np.exp(total - total.max())
+        return dict(sorted(zip(self.domains, (p / p.sum()).tolist(), strict=True), key=lambda item: -item[1]))
 
     def route(self, ids):
         """ids [n, T] -> list of n domain names, None where unsure. Shorter than WINDOW, texts are unsure more often."""
@@ -54,7 +73,7 @@ class Router:
 
     def save(self, path):
         with atomic(path) as partial:
-            metadata = {"domains": json.dumps(self.domains)}
+            metadata = {"domains": json.dumps({name: self.paths.get(name) for name in self.domains})}
             save_file({"weight": self.weight, "threshold": self.threshold}, partial, metadata)
 
     @classmethod
@@ -62,4 +81,6 @@ class Router:
         tensors, metadata = read_tensors(path, "np")
         if "domains" not in metadata:
             raise BadInput(f"{path} is not a router; name a run that train.py has finished.")
-        return cls(json.loads(metadata["domains"]), tensors["weight"], tensors["threshold"])
+        paths = json.loads(metadata["domains"])
+        there = {name: path for name, path in paths.items() if path}
+        return cls(paths, tensors["weight"], tensors["threshold"], there)

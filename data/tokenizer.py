@@ -10,7 +10,6 @@ import json
 import re
 import unicodedata
 from functools import cache, cached_property
-from pathlib import Path
 
 import tiktoken
 

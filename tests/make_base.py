@@ -22,7 +22,7 @@ HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
 from data import BadInput, atomic
 from data.checkpoint import checkpoint_name
-from data.corpus import batch, load_domains, read_documents, split_text, windows
+from data.corpus import batch, find_domains, load_text, read_documents, split_text, windows
 from data.tokenizer import Tokenizer
 from model import Config, Model
 
@@ -62,7 +62,8 @@ def main(minutes, size=16, length=256, peak=3e-3):
     training_text = [split_text(*read_documents(path), 0.05, path)[0][0] for path in paths]
     train_tokenizer(training_text, base / "tokenizer.json")
     tokenizer = Tokenizer.from_folder(base)
-    domains = load_domains(corpus, tokenizer=tokenizer, cache="out/tokens")
+    paths = find_domains(corpus)
+    domains = {name: load_text(path, tokenizer=tokenizer, cache="out/tokens") for name, path in paths.items()}
     ids = np.concatenate([split.train for split in domains.values()])
     torch.manual_seed(0)
     model = Model(Config.from_dict(CONFIG))

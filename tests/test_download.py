@@ -72,12 +72,16 @@ class Handler(BaseHTTPRequestHandler):
         large, about = file.endswith(".safetensors"), {"X-Repo-Commit": COMMIT}
         if self.name == "hub" and large:
             about |= {"X-Linked-Etag": f'"{hashlib.sha256(body).hexdigest()}"', "X-Linked-Size": str(len(body))}
-            return self.answer(302, about | {"Location": f"{hub.url['cdn']}/signed/{file}", "ETag": '"of the redirect"'})
+            return self.answer(
+                302, about | {"Location": f"{hub.url['cdn']}/signed/{file}", "ETag": '"of the redirect"'}
+            )
         about["ETag"] = f'"{hashlib.sha1(b"blob %d" % len(body) + bytes(1) + body).hexdigest()}"'
         if file in hub.wrong:
             body = bytes(len(body))
         start = int(self.headers.get("Range", "bytes=0-")[6:-1]) if hub.ranges and self.command == "GET" else 0
-        self.answer(206 if start else 200, about, body[start:], hub.cut.pop(file, None) if self.command == "GET" else None)
+        self.answer(
+            206 if start else 200, about, body[start:], hub.cut.pop(file, None) if self.command == "GET" else None
+        )
 
     def answer(self, status, headers, body=b"", cut=None):
         self.send_response(status)
@@ -101,7 +105,10 @@ def hub(tmp_path, monkeypatch):
         files[file] = (tmp_path / file).read_bytes()
     index = {"weight_map": {n: file for file, some in parts.items() for n in some}}
     files |= {"config.json": json.dumps(CONFIG).encode(), download.INDEX: json.dumps(index).encode()}
-    files |= {"tokenizer.json": (ROOT / "data/base/tokenizer.json").read_bytes(), "original.safetensors": b"not asked for"}
+    files |= {
+        "tokenizer.json": (ROOT / "data/base/tokenizer.json").read_bytes(),
+        "original.safetensors": b"not asked for",
+    }
     server = Hub(files)
     for name, value in {"HF_ENDPOINT": server.url["hub"], "HF_HOME": tmp_path / "hf", "HF_TOKEN": "secret"}.items():
         monkeypatch.setenv(name, str(value))
@@ -203,9 +210,11 @@ def test_a_connection_that_gives_nothing_ends_in_a_sentence_and_keeps_what_is_th
         real(self, status, headers, body, 0 if dead else cut)
 
     monkeypatch.setattr(Handler, "answer", stalled)
-    with pytest.raises(BadInput, match="broke off .* goes on from there"):
+    with pytest.raises(BadInput, match=r"broke off .* goes on from there"):
         download.located("some/model")
-    assert len([1 for n, h in hub.asked_for("GET", file) if n == "cdn" and h["Range"] == "bytes=1000-"]) == download.TRIES
+    assert (
+        len([1 for n, h in hub.asked_for("GET", file) if n == "cdn" and h["Range"] == "bytes=1000-"]) == download.TRIES
+    )
     assert [path.stat().st_size for path in store(tmp_path).rglob("*.incomplete")] == [1000]
     assert not (store(tmp_path) / "snapshots" / COMMIT / file).exists()
     monkeypatch.undo()
@@ -253,6 +262,6 @@ def test_a_folder_of_that_name_comes_first_and_a_path_is_no_id(hub, tmp_path, mo
     shutil.copytree(download.located("some/model"), tmp_path / "my/model")
     hub.asked.clear()
     assert download.located("my/model") == Path("my/model")
-    with pytest.raises(BadInput, match="config.json does not exist"):
+    with pytest.raises(BadInput, match=r"config\.json does not exist"):
         load("/nowhere/at/all")
     assert hub.asked == []

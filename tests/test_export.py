@@ -24,22 +24,22 @@ KINDS = {
 
 
 @torch.enable_grad()
-def finished(world, kind="llama", **more):
+def finished(where, kind="llama", **more):
     """A finished run on another random base model whose LoRA has been moved away from zero by a high rate."""
     torch.manual_seed(2)
     config = CONFIG | KINDS[kind]
     model = Model(Config.from_dict(config))
     names = {n: n if n.startswith("lm_head") else f"model.{n}" for n, _ in model.named_parameters()}
     state = {names[n]: torch.randn_like(p) * 0.2 + (p.ndim == 1) for n, p in model.named_parameters()}
-    save_file(state, world / "base/model.safetensors")
-    (world / "base/config.json").write_text(json.dumps(config))
-    assert train.main(flags(world, lora_rate=0.05, **more)) == 0
-    return world / "runs/one"
+    save_file(state, where / "base/model.safetensors")
+    (where / "base/config.json").write_text(json.dumps(config))
+    assert train.main(flags(where, lora_rate=0.05, **more)) == 0
+    return where / "runs/one"
 
 
-def masked(world, out):
+def masked(where, out):
     """tokens -> logits of the pretrained model under the run's final mask, and with a memory: the reference."""
-    base, run = load(world / "base"), evaluation.Run(out, "cpu", torch.float32)
+    base, run = load(where / "base"), evaluation.Run(out, "cpu", torch.float32)
     gates, mask = run.gates(base)
     z = gates.by_block({name: m.float() for name, m in mask.items()}, torch.float32)
     return run, lambda tokens, memory=None: base(tokens, gates=z, memory=memory)
@@ -63,9 +63,13 @@ def test_transformers_and_peft_give_the_logits_of_the_run(world, kind, shape, ca
     assert evaluation.main(["export", str(out), "hf"]) == 0 and evaluation.main(["export", str(out), "peft"]) == 0
     assert "peft attaches keys and values to all blocks or none; 3 keys and values in 2 of 3" in capsys.readouterr().out
     theirs = AutoModelForCausalLM.from_pretrained(out / "export/hf", dtype=torch.float32)
-    assert close(theirs(TOKENS).logits, reference(TOKENS)) and not close(theirs(TOKENS).logits, load(world / "base")(TOKENS))
+    assert close(theirs(TOKENS).logits, reference(TOKENS)) and not close(
+        theirs(TOKENS).logits, load(world / "base")(TOKENS)
+    )
     state = load_file(out / "export/hf/model.safetensors")
-    assert {n: t.shape for n, t in state.items()} == {n: t.shape for n, t in load_file(world / "base/model.safetensors").items()}
+    assert {n: t.shape for n, t in state.items()} == {
+        n: t.shape for n, t in load_file(world / "base/model.safetensors").items()
+    }
     assert AutoTokenizer.from_pretrained(out / "export/hf").encode("Der Kernel") == run.tokenizer.encode("Der Kernel")
     mask = {n[5:]: m.bool() for n, m in load_file(out / "gates.safetensors").items() if n.startswith("mask.")}
     assert (state["model.layers.1.self_attn.k_proj.weight"].abs().sum(1) > 0).tolist() == mask["k"][0].tolist()
@@ -78,8 +82,8 @@ def test_transformers_and_peft_give_the_logits_of_the_run(world, kind, shape, ca
         theirs = adapted.unload()
 
 
-def theirs_config(world):
-    return load(world / "base").config
+def theirs_config(where):
+    return load(where / "base").config
 
 
 @torch.no_grad()

@@ -156,10 +156,13 @@ def test_without_memory_and_without_training(world, capsys):
     assert results["swap"] == {} and results["perplexity"]["koff"] == {}
     assert evaluation.main(["generate", str(world / "runs/one"), "Der Kernel", "--tokens", "3"]) == 0
     assert "none in this run" in capsys.readouterr().err
-    shutil.copy(world / "data/german.txt", world / "data/dutch.txt")
-    assert evaluation.main(["report", str(world / "runs/one")]) == 2
-    assert "not the domains that" in capsys.readouterr().err
+    shutil.copy(world / "data/german.txt", world / "data/dutch.txt")  # of no concern
+    assert evaluation.main(["report", str(world / "runs/one")]) == 0
     (world / "data/dutch.txt").unlink()
+    (world / "data/french.txt").rename(world / "french.txt")
+    assert evaluation.main(["report", str(world / "runs/one")]) == 2
+    assert "has no french, on which" in capsys.readouterr().err
+    (world / "french.txt").rename(world / "data/french.txt")
     assert train.main(flags(world, steps=0, out=world / "runs/control")) == 0
     module = load_file(world / "runs/control/modules/german.safetensors")
     assert all((t == 0).all() for n, t in module.items() if n.endswith("lora_B"))

@@ -1,0 +1,133 @@
+"""The modules of a finished run: one more on the frozen backbone, another name, none."""
+
+import json
+import signal
+
+import numpy as np
+import pytest
+import torch
+
+import eval as evaluation
+import train
+from data.router import Router
+from test_train import ROOT, flags, world  # noqa: F401 (a fixture)
+from train import Trainer
+
+
+@pytest.fixture
+def run(world):  # noqa: F811
+    """A finished run of two domains, and the text of a third, which it was not trained on."""
+    assert train.main(flags(world)) == 0
+    lines = (ROOT / "data/handbook/italian.txt").read_text(encoding="utf-8").splitlines()
+    (world / "italian.txt").write_text("\n".join(lines[:120]) + "\n", encoding="utf-8")
+    return world / "runs/one"
+
+
+def files(out):
+    return {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*") if p.is_file()}
+
+
+def add(run, *more):
+    return train.main(["--add", str(run.parent.parent / "italian.txt"), "--out", str(run), *more])
+
+
+def test_a_later_module_leaves_all_others_and_the_backbone_as_they_are(run):
+    before, router = files(run), Router.load(run / "router.safetensors")
+    assert add(run) == 0
+    after = files(run)
+    changed = {name for name in after if after[name] != before.get(name)}
+    assert changed == {"modules/italian.safetensors", "router.safetensors", "results.json", "report.md"}
+    assert before.keys() == after.keys() - {"modules/italian.safetensors"}
+    results = json.loads((run / "results.json").read_text())
+    assert list(results["swap"]) == ["french", "german", "italian"] == list(results["swap"]["italian"])
+    later = Router.load(run / "router.safetensors")
+    assert np.array_equal(later.weight[:2], router.weight) and np.array_equal(later.threshold[:2], router.threshold)
+    assert later.route(np.array([evaluation.Run(run).tokenizer.encode("Il nucleo della distribuzione è stato")])) != [
+        "german"
+    ]
+
+
+def test_a_later_module_comes_as_near_to_the_unpruned_model_as_the_first(tmp_path):
+    out, german = tmp_path / "run", ROOT / "data/handbook/german.txt"
+    short = ["--steps", "60", "--fisher-sequences", "12", "--eval-windows", "2", "--domains", "english,french"]
+    assert train.main([*short, "--out", str(out)]) == 0 and train.main(["--add", str(german), "--out", str(out)]) == 0
+    ratio = {v: dict(zip(("english", "french", "german"), x, strict=True)) for v, x in ratios(out).items()}
+    first = np.mean([ratio["koff"][name] for name in ("english", "french")])
+    assert ratio["koff"]["german"] <= first + 0.01 < ratio["backbone"]["german"]
+
+
+def ratios(out):
+    return evaluation.ratios(json.loads((out / "results.json").read_text()))
+
+
+def test_a_later_module_that_was_stopped_goes_on_and_is_the_same(run, monkeypatch, capsys):
+    assert add(run) == 0
+    whole = files(run)
+    assert evaluation.main(["remove", str(run), "italian"]) == 0
+    step = Trainer.step
+
+    def pressed(self, tokens, domain, index, *rest, **kwargs):
+        if index == 4:
+            signal.raise_signal(signal.SIGINT)
+        return step(self, tokens, domain, index, *rest, **kwargs)
+
+    monkeypatch.setattr(Trainer, "step", pressed)
+    assert add(run) == 130 and not (run / "modules/italian.safetensors").exists()
+    monkeypatch.setattr(Trainer, "step", step)
+    capsys.readouterr()
+    assert add(run, "--steps", "9") == 2 and "with other settings" in capsys.readouterr().err
+    assert add(run) == 0
+    after = files(run)
+    assert {name for name in whole if whole[name] != after[name]} <= {"results.json"}  # it says the seconds
+
+
+def test_rename_remove_and_list(run, capsys):
+    assert add(run) == 0
+    module = (run / "modules/italian.safetensors").read_bytes()
+    capsys.readouterr()
+    assert evaluation.main(["rename", str(run), "italian", "toscano"]) == 0
+    assert evaluation.main(["rename", str(run), "french", "gallic"]) == 0
+    out = capsys.readouterr().out
+    assert "toscano" in out and "italian.txt" in out and "french.txt" in out and "eval.py report" in out
+    assert (run / "modules/toscano.safetensors").read_bytes() == module
+    assert evaluation.main(["report", str(run)]) == 0  # under the new names, with the texts of the old
+    results = json.loads((run / "results.json").read_text())
+    assert list(results["swap"]) == ["gallic", "german", "toscano"]
+    assert evaluation.main(["remove", str(run), "gallic"]) == 0
+    assert evaluation.main(["report", str(run)]) == 0
+    assert list(json.loads((run / "results.json").read_text())["swap"]) == ["german", "toscano"]
+    capsys.readouterr()
+    assert evaluation.main(["modules", str(run)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines[2:]] == ["german", "toscano"]
+
+
+def test_what_cannot_be_is_one_sentence(run, capsys):
+    before = files(run)
+    for work, words in (
+        (lambda: add(run, "--sparsity", "0.2"), "--sparsity cannot differ"),
+        (
+            lambda: train.main(["--add", str(run.parent.parent / "data/german.txt"), "--out", str(run)]),
+            "domain german already",
+        ),
+        (lambda: train.main(["--add", "nowhere.txt", "--out", str(run)]), "nowhere.txt does not exist"),
+        (lambda: train.main(["--add", "a b.txt", "--out", str(run)]), "a domain's name becomes a file name"),
+        (lambda: evaluation.main(["remove", str(run), "dutch"]), "has no module 'dutch'"),
+        (lambda: evaluation.main(["rename", str(run), "german", "french"]), "give a new name"),
+        (lambda: evaluation.main(["rename", str(run), "german", "../x"]), "give a new name"),
+    ):
+        capsys.readouterr()
+        assert work() == 2
+        err = capsys.readouterr().err
+        assert words in err and err.count("\n") == 1
+        assert files(run) == before
+
+
+def test_another_base_model_is_refused(run, capsys):
+    from safetensors.torch import load_file, save_file
+
+    path = run.parent.parent / "base/model.safetensors"
+    state = load_file(path)
+    save_file({n: t + 1 if n == "model.norm.weight" else t for n, t in state.items()}, path)
+    assert add(run) == 2 and "was not cut from" in capsys.readouterr().err
+    assert torch.isfinite(state["model.norm.weight"]).all()
