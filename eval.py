@@ -7,6 +7,9 @@ python eval.py probes out/handbook                                  how far the 
 python eval.py bench out/smollm2-12 mmlu --rows DIR                 benchmarks: the unpruned model, backbone, modules
 python eval.py plot out/handbook                                    pictures of whatever the above have saved there
 python eval.py generate out/handbook "Der Kernel" --module german   one module by name; without --module: routed
+python eval.py chat out/handbook                                    a conversation; /domain changes the module
+python eval.py export out/handbook hf                               for transformers; peft: one adapter for each module
+python eval.py modules out/handbook                                 what it holds; rename and remove change it
 
 `python train.py --dry-run` prints what `dry_run` here finds out about a run before it begins.
 """
@@ -21,6 +24,7 @@ import subprocess
 import sys
 import time
 import weakref
+from codecs import getincrementaldecoder
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -35,6 +39,7 @@ from tqdm import tqdm
 
 import koff
 from data import BadInput, atomic, benchmarks, run_script
+from data.chat import ChatTemplate
 from data.checkpoint import (
     load,
     load_adapter,
@@ -45,7 +50,7 @@ from data.checkpoint import (
     save_cartridge,
     save_lora,
 )
-from data.corpus import domain_name, find_domains, load_text, read_documents, windows
+from data.corpus import domain_name, find_domains, load_text, read_documents, read_text, windows
 from data.pictures import plot, spread
 from data.recipes import HERE, Settings
 from data.router import Router
@@ -170,7 +175,9 @@ def opened(folder, device="auto"):
     """What an evaluation looks at: the run, its unpruned model, its text {domain: Split}."""
     run = Run(folder, device)
     s, base = run.settings, load(run.settings.model, run.dtype, run.device)
-    how = reading(run.folder, run.tokenizer, base.config) | dict(need=(0, max(s.eval_len, Router.WINDOW)))
+    how = reading(run.folder, run.tokenizer, base.config, run.folder / "backbone") | dict(
+        need=(0, max(s.eval_len, Router.WINDOW))
+    )
     return run, base, {name: load_text(path, **how) for name, path in texts_of(run).items()}
 
 
@@ -715,25 +722,103 @@ def generate(model, tokens, steps, vocab_size, eos=(), temperature=0.0, top_p=1.
         x = last[:, None]
 
 
-def continue_text(args):
-    """Generate with a named or routed module."""
+def picked(run, text, name=None):
+    """(module, its name and why): the one of that name, or the router's choice for the text; None where it is unsure."""
+    if not run.names:
+        return None, "none in this run"
+    if name:
+        return run.module(name), name
+    ids = run.tokenizer.encode(text)
+    sure, (best, p) = run.router.route(np.array([ids]))[0], next(iter(run.router.confidence(ids).items()))
+    if sure not in run.names:
+        return None, f"none, the router is unsure ({best} would be the first choice)"
+    return run.module(sure), f"{sure}, the router's choice ({p:.1%})"
+
+
+def stream(run, text, memory, args):
+    """Yield what the model writes after `text`, whole characters as they come."""
     if args.temperature < 0 or not 0 < args.top_p <= 1 or args.tokens < 1:
         raise BadInput("give a --temperature of at least 0, a --top-p above 0 and up to 1, and --tokens of at least 1.")
-    run = Run(args.run, args.device)
-    ids = run.tokenizer.encode(args.prompt, bos=True)
+    ids, eos = run.tokenizer.encode(text, bos=True), run.backbone.config.eos_token_ids
     if not ids:
         raise BadInput("the prompt is empty; give some text.")
-    name = args.module or (run.router.route(np.array([ids]))[0] if run.names else None)
-    print(f"[module: {name or 'none, the router is unsure' if run.names else 'none in this run'}]", file=sys.stderr)
-    memory = run.module(name) if name else None
-    generator = torch.Generator(run.device).manual_seed(args.seed)
-    eos, pieces = run.backbone.config.eos_token_ids, bytearray(args.prompt.encode())
-    prompt, rows = torch.tensor([ids], device=run.device), run.tokenizer.vocab_size
+    generator, decode = (
+        torch.Generator(run.device).manual_seed(args.seed),
+        getincrementaldecoder("utf-8")("replace").decode,
+    )
     how = dict(eos=eos, temperature=args.temperature, top_p=args.top_p, memory=memory, generator=generator)
-    for token in generate(run.backbone, prompt, args.tokens, rows, **how):
+    for token in generate(
+        run.backbone, torch.tensor([ids], device=run.device), args.tokens, run.tokenizer.vocab_size, **how
+    ):
         if token.item() not in eos:
-            pieces += run.tokenizer.decode_bytes([token.item()])
-    print(pieces.decode("utf-8", errors="replace"))
+            yield decode(run.tokenizer.decode_bytes([token.item()]))
+    yield decode(b"", final=True)
+
+
+def continue_text(args):
+    """Continue a prompt on the screen, or every prompt of a file as a line of JSON."""
+    run, file = Run(args.run, args.device), args.prompt.startswith("@")
+    for prompt in read_prompts(Path(args.prompt[1:])) if file else [args.prompt]:
+        memory, why = picked(run, prompt, args.module)
+        pieces = stream(run, prompt, memory, args)
+        if file:
+            line = dict(prompt=prompt, module=why, text="".join(pieces))
+            print(json.dumps(line, ensure_ascii=False), flush=True)
+            continue
+        print(f"[module: {why}]", file=sys.stderr)
+        print(prompt, end="")
+        for piece in pieces:
+            print(piece, end="", flush=True)
+        print()
+
+
+def read_prompts(path):
+    """The prompts of a file: its lines, or the "prompt" of each line of a .jsonl."""
+    prompts = []
+    for n, line in enumerate(read_text(path).splitlines(), 1):
+        try:
+            prompts += [json.loads(line)["prompt"] if path.suffix == ".jsonl" else line] if line.strip() else []
+        except (ValueError, LookupError, TypeError):
+            raise BadInput(f'{path}:{n} is not a JSON object with a "prompt"; mend or remove the line.') from None
+    return prompts
+
+
+def chat(args):
+    """A conversation. Each answer is made of all that was said, so that the module can change at any time."""
+    run = Run(args.run, args.device)
+    template, messages, name = ChatTemplate.from_folder(run.folder / "backbone"), [], args.module
+    picked(run, "", name) if name else None
+    print(f"/domain {'|'.join([*run.names, 'auto'])}, /reset, /quit", file=sys.stderr)
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            return
+        command, *rest = line.split() or [""]
+        if command == "/quit":
+            return
+        if command == "/reset":
+            messages = []
+        elif command == "/domain" and rest in [["auto"], *([other] for other in run.names)]:
+            name = None if rest == ["auto"] else rest[0]
+            print(f"[{rest[0]}: the {len(messages)} messages so far will be encoded again under it]", file=sys.stderr)
+        elif command.startswith("/"):
+            print(f"[{line} is no command, or {run.folder} has no such module]", file=sys.stderr)
+        elif line:
+            messages.append({"role": "user", "content": line})
+            memory, why = picked(run, "\n".join(m["content"] for m in messages if m["role"] == "user"), name)
+            print(f"[module: {why}]", file=sys.stderr)
+            answer = ""
+            for piece in stream(run, conversation(messages, template), memory, args):
+                print(piece, end="", flush=True)
+                answer += piece
+            print()
+            messages.append({"role": "assistant", "content": answer})
+
+
+def conversation(messages, template):
+    """What the model continues: the conversation in its template; a base model, which has none, gets lines of text."""
+    return template(messages, answer=True) if template else "".join(m["content"] + "\n" for m in messages)
 
 
 # The modules of a run ------------------------------------------------------------------------------------------------
@@ -836,7 +921,8 @@ def parse(argv):
         "lape": "which neurons the mask closed: those of few languages, or those of all?",
         "probes": "hidden states of the backbone alone against those of the unpruned model",
         "plot": "draw what a run or a sweep has saved in its folder (needs matplotlib)",
-        "generate": "continue a prompt",
+        "generate": "continue a prompt, or those of a file",
+        "chat": "a conversation, whose module can change in the middle",
         "export": "write the run as transformers and peft read it",
         "modules": "list the modules of a run",
         "rename": "give a module another name",
@@ -861,13 +947,13 @@ def parse(argv):
     test.add_argument("--shots", type=int, help=f"examples before a question [{usual}]")
     test.add_argument("--fresh", action="store_true", help="begin again, whatever RUN/bench/*.jsonl holds")
     test.add_argument("--out", type=Path, help="folder of the results [RUN/bench; out/bench/NAME for a model]")
-    text = on["generate"]
-    text.add_argument("prompt")
-    text.add_argument("--module", help="domain whose module is attached; without it the router picks")
-    text.add_argument("--tokens", type=int, default=64, help="how many to generate [64]")
-    text.add_argument("--temperature", type=float, default=0.0, help="0 is greedy [0]")
-    text.add_argument("--top-p", type=float, default=1.0, help="nucleus [1]")
-    text.add_argument("--seed", type=int, default=0)
+    on["generate"].add_argument("prompt", help="text, or @FILE: each of its lines, or of a .jsonl each prompt, as JSON")
+    for name, tokens in ("generate", 64), ("chat", 256):
+        on[name].add_argument("--module", help="domain whose module is attached; without it the router picks")
+        on[name].add_argument("--tokens", type=int, default=tokens, help=f"how many to generate [{tokens}]")
+        on[name].add_argument("--temperature", type=float, default=0.0, help="0 is greedy [0]")
+        on[name].add_argument("--top-p", type=float, default=1.0, help="nucleus [1]")
+        on[name].add_argument("--seed", type=int, default=0)
     for name in ("rename", "remove"):
         on[name].add_argument("module")
     on["rename"].add_argument("name", help="its new name")
@@ -888,6 +974,7 @@ def main(argv=None):
         "probes": lambda: probes(args.run, args.texts, args.device),
         "plot": lambda: plot(args.run),
         "generate": lambda: continue_text(args),
+        "chat": lambda: chat(args),
         "export": lambda: export(args),
         **dict.fromkeys(("modules", "rename", "remove"), lambda: change_modules(args)),
     }

@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 import koff
 from data import BadInput, atomic, read_tensors, run_script
+from data.chat import ChatTemplate
 from data.checkpoint import load, read_config, save_backbone, save_gates, save_module
 from data.corpus import batch, domain_name, find_domains, load_text
 from data.download import located
@@ -245,9 +246,11 @@ class Trainer:
 # The loop ------------------------------------------------------------------------------------------------------------
 
 
-def reading(out, tokenizer, config):
-    """How a run reads text: one token cache beside the run folders; an eos id ends each document."""
-    return dict(tokenizer=tokenizer, cache=out.parent / "tokens", separator=(*config.eos_token_ids, None)[0])
+def reading(out, tokenizer, config, folder):
+    """How a run reads text: one token cache beside the run folders; an eos id ends each document; conversations become
+    text as the model in `folder` has it."""
+    template, ends = ChatTemplate.from_folder(folder), (*config.eos_token_ids, None)
+    return dict(tokenizer=tokenizer, cache=out.parent / "tokens", separator=ends[0], template=template)
 
 
 def fitting(s):
@@ -273,7 +276,7 @@ def open_run(s, out, answers=None, paths=None):
     if (longest := max(s.seq_len, s.eval_len) + s.kv_tokens) > config.max_position_embeddings:
         limit = config.max_position_embeddings
         raise BadInput(f"{longest} tokens, --kv-tokens included, exceed the model's context of {limit}; lower them.")
-    how = reading(out, tokenizer, config)
+    how = reading(out, tokenizer, config, located(s.model))
     train = max(max(s.batch, s.retention_batch) * (s.seq_len + 1), 10 * Router.WINDOW)
     need = (math.ceil(train / s.text), max(s.eval_len, Router.WINDOW))
     paths = paths or find_domains(s.data, s.domains, least=1 if s.domains else 2)

@@ -1,7 +1,7 @@
 """Domain text on disk to token ids: a folder with one file or sub-folder per domain, its last 5% held out.
 
 `<domain>.txt` is one stream, whose tail is held out: translations of one book then hold out the same chapters.
-`<domain>.jsonl` (one {"text": ...} a line) and the files of a sub-folder `<domain>/` are documents; whole documents are held out.
+`<domain>.jsonl` (one {"text": ...} a line, or {"messages": [...]}, a conversation) and the files of a sub-folder `<domain>/` are documents; whole documents are held out.
 """
 
 import hashlib
@@ -38,22 +38,35 @@ def read_text(path):
         raise BadInput(f"{path} is not UTF-8 at byte {error.start}; convert it, for example with iconv.") from None
 
 
-def read_documents(path):
-    """(documents, stream): the texts of a file or folder, and whether they are one stream (a single .txt)."""
+def read_documents(path, template=None):
+    """(documents, stream): the texts of a file or folder, and whether they are one stream (a single .txt).
+
+    `template`: the model's `ChatTemplate`, which makes a text of a conversation.
+    """
     if path.is_dir():
         files = sorted(p for p in path.iterdir() if p.suffix in (".txt", ".jsonl") and not p.name.startswith("."))
-        return [text for file in files for text in read_documents(file)[0]], False
+        return [text for file in files for text in read_documents(file, template)[0]], False
     if path.suffix == ".txt":
         return [read_text(path)], True
     documents = []
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if line.strip():
+            where = f"{path}:{number}"
             try:
-                text = json.loads(line)["text"]
-            except (ValueError, KeyError, TypeError):
+                row = json.loads(line)
+                text, messages = row.get("text"), row.get("messages")
+                if text is None and all(isinstance(m["role"] + m["content"], str) for m in messages):
+                    if template is None:
+                        raise BadInput(
+                            f"{where} is a conversation, but the model has no chat template; give plain text."
+                        )
+                    text = template(messages)
+            except (ValueError, LookupError, TypeError, AttributeError):
                 text = None
-            if not isinstance(text, str):
-                raise BadInput(f'{path}:{number} is not a JSON object with a string "text"; mend or remove the line.')
+            if not isinstance(text, str) or row.get("messages") == []:
+                raise BadInput(
+                    f'{where} is not a JSON object with a "text" or with "messages"; mend or remove the line.'
+                )
             documents.append(text)
     return documents, False
 
@@ -70,7 +83,7 @@ def split_text(documents, stream, heldout, path):
     return documents[:cut], documents[cut:]
 
 
-def load_text(path, tokenizer, cache, heldout=0.05, separator=None, need=(0, 0)):
+def load_text(path, tokenizer, cache, heldout=0.05, separator=None, template=None, need=(0, 0)):
     """Tokens of one file or folder as a `Split`, from `cache` if the same text was tokenised before.
 
     With documents, `separator` (an id) ends each. Raises BadInput for text that is missing, empty or unreadable, or has
@@ -79,7 +92,7 @@ def load_text(path, tokenizer, cache, heldout=0.05, separator=None, need=(0, 0))
     path = Path(path)
     if not path.exists():
         raise BadInput(f"{path} does not exist; give a .txt, a .jsonl or a folder of them.")
-    documents, stream = read_documents(path)
+    documents, stream = read_documents(path, template)
     if not any(text.strip() for text in documents):
         raise BadInput(f"{path} is empty; put text into it or remove it.")
     # Keyed by the text itself: reading it is quick beside tokenising, and time stamps lie after a checkout.

@@ -49,7 +49,8 @@ def test_a_later_module_leaves_all_others_and_the_backbone_as_they_are(run):
 
 def test_a_later_module_comes_as_near_to_the_unpruned_model_as_the_first(tmp_path):
     out, german = tmp_path / "run", ROOT / "data/handbook/german.txt"
-    short = ["--steps", "60", "--fisher-sequences", "12", "--eval-windows", "2", "--domains", "english,french"]
+    short = ["--steps", "60", "--batch", "2", "--seq-len", "64", "--fisher-sequences", "8", "--eval-len", "64"]
+    short += ["--domains", "english,french"]
     assert train.main([*short, "--out", str(out)]) == 0 and train.main(["--add", str(german), "--out", str(out)]) == 0
     ratio = {v: dict(zip(("english", "french", "german"), x, strict=True)) for v, x in ratios(out).items()}
     first = np.mean([ratio["koff"][name] for name in ("english", "french")])

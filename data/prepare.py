@@ -1,0 +1,161 @@
+"""The paper's text and evaluation sets, from the Hub into the files that train.py and eval.py read.
+
+    python data/prepare.py topics --out text/topics            Wikipedia-Topics: six topics, 30,000 articles each
+    python data/prepare.py languages --out text/languages      Wikisource: six languages, 20,000 pages each
+    python data/prepare.py retention --out text                C4, GSM8K and ARC-Challenge: general text for --retention
+    python data/prepare.py benchmarks --out rows               MMLU, ARC-Challenge and GSM8K for `eval.py bench --rows`
+
+Rows are streamed in an order that --seed decides and written as they come; a second call goes on where the first one was
+stopped. What is held out are the last 5% of each file, as in training (data/corpus.py). Needs: pip install datasets.
+"""
+
+import argparse
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from data import BadInput, atomic, run_script
+
+TOPICS = ("Mathematics", "Science", "Technology", "History", "Culture", "Geography")
+LANGUAGES = dict(english="en", spanish="es", french="fr", german="de", italian="it", portuguese="pt")
+SHUFFLED = 10_000  # rows that are mixed at a time
+
+
+def topic(row):
+    """(name, text) of an article; one of several topics goes to one of them, by a number made of its text."""
+    found = [name for name in TOPICS if name in row["categories"]]
+    return (found[int(digest(row["text"]), 16) % len(found)].lower(), row["text"]) if found else None
+
+
+def answered(name):
+    def text(row):
+        options = row.get("choices")
+        answer = options["text"][options["label"].index(row["answerKey"])] if options else row["answer"]
+        return name, f"Question: {row['question']}\nAnswer: {answer}"
+
+    return text
+
+
+def plain(name):
+    return lambda row: (name, row["text"])
+
+
+# recipe: [(data set, files, rows of each output, row -> (output, text) or None, the outputs)]
+TEXT = {
+    "topics": [("tarekziade/wikipedia-topics", "data/train-*.parquet", 30_000, topic, [t.lower() for t in TOPICS])],
+    "languages": [
+        ("wikimedia/wikisource", f"20231201.{code}/train-*.parquet", 20_000, plain(name), [name])
+        for name, code in LANGUAGES.items()
+    ],
+    "retention": [
+        ("allenai/c4", "en/c4-train.00000-of-01024.json.gz", 16_000, plain("c4"), ["c4"]),
+        ("openai/gsm8k", "main/train-*.parquet", 7_473, answered("gsm8k"), ["gsm8k"]),
+        ("allenai/ai2_arc", "ARC-Challenge/train-*.parquet", 1_119, answered("arc"), ["arc"]),
+    ],
+}
+ROWS = {  # file: (data set, files), all of their columns
+    "mmlu_test": ("cais/mmlu", "all/test-*.parquet"), "mmlu_dev": ("cais/mmlu", "all/dev-*.parquet"),
+    "arc_challenge_test": ("allenai/ai2_arc", "ARC-Challenge/test-*.parquet"),
+    "gsm8k_test": ("openai/gsm8k", "main/test-*.parquet"), "gsm8k_train": ("openai/gsm8k", "main/train-*.parquet"),
+}  # fmt: skip
+
+
+def digest(text):
+    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16]
+
+
+def stream(source, files, hub, seed=None):
+    """The rows of some files of a data set on the Hub, or of one with the same layout under the folder `hub`."""
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise BadInput("data/prepare.py needs a package: pip install datasets.") from None
+    name = str(Path(hub, source)) if hub else source
+    try:
+        rows = load_dataset(name, data_files={"train": files}, split="train", streaming=True)
+    except (OSError, ValueError) as error:  # what `datasets` raises for a name or a file that is not there
+        raise BadInput(f"{name} cannot be read: {str(error).splitlines()[0]}") from None
+    return rows if seed is None else rows.shuffle(seed=seed, buffer_size=SHUFFLED)
+
+
+def collect(rows, sort, wanted, out, names, about):
+    """Write `wanted` different texts for each name into out/<name>.jsonl, as the stream `rows` brings them.
+
+    Every thousand rows, what is there is noted in a file beside; the next call goes on from the note.
+    """
+    note, part = out / f".{names[0]}.note", {name: out / f".{name}.jsonl.part" for name in names}
+    if all((out / f"{name}.jsonl").exists() for name in names):
+        return
+    state = (
+        json.loads(note.read_text()) if note.exists() else {"about": about, "rows": 0, "bytes": dict.fromkeys(names, 0)}
+    )
+    if state["about"] != about:
+        raise BadInput(f"{out} holds the beginning of other text ({state['about']}); give another --out.")
+    out.mkdir(parents=True, exist_ok=True)
+    seen, have = set(), {}
+    for name, path in part.items():
+        path.touch()
+        with open(path, "r+b") as file:
+            file.truncate(state["bytes"][name])
+            lines = [json.loads(line)["text"] for line in file]
+        seen, have[name] = seen | {digest(text) for text in lines}, len(lines)
+    files = {name: open(path, "ab") for name, path in part.items()}  # noqa: SIM115, closed below
+    bar = tqdm(total=wanted * len(names), initial=sum(have.values()), desc=", ".join(names), disable=None)
+    try:
+        for n, row in enumerate(rows.skip(state["rows"]), state["rows"] + 1):
+            name, text = sort(row) or (None, None)
+            if name and have[name] < wanted and text.strip() and (key := digest(text)) not in seen:
+                seen.add(key)
+                have[name] += 1
+                files[name].write(json.dumps({"text": text}).encode() + b"\n")
+                bar.update()
+            if n % 1000 == 0 or min(have.values()) == wanted:
+                [file.flush() for file in files.values()]
+                sizes = {name: file.tell() for name, file in files.items()}
+                with atomic(note) as partial:
+                    partial.write_text(json.dumps({"about": about, "rows": n, "bytes": sizes}))
+            if min(have.values()) == wanted:
+                break
+    finally:
+        bar.close()
+        [file.close() for file in files.values()]
+    for name, path in part.items():
+        print(f"{out / name}.jsonl: {have[name]:,} texts" + ("" if have[name] == wanted else ", all that there are"))
+        path.rename(out / f"{name}.jsonl")
+    note.unlink(missing_ok=True)
+
+
+def prepare(args):
+    if args.limit is not None and args.limit < 1:
+        raise BadInput(f"--limit is {args.limit}; give at least 1.")
+    out = args.out / "retention" if args.recipe == "retention" else args.out
+    for source, files, usual, sort, names in TEXT.get(args.recipe, ()):
+        wanted = min(usual, args.limit or usual)
+        about = f"{source} {files}, {wanted} rows, seed {args.seed}"
+        collect(stream(source, files, args.hub, args.seed), sort, wanted, out, names, about)
+    for name, (source, files) in ROWS.items() if args.recipe == "benchmarks" else ():
+        if not (path := out / f"{name}.jsonl").exists():
+            rows = stream(source, files, args.hub)
+            with atomic(path) as partial, open(partial, "w", encoding="utf-8") as file:
+                for row in tqdm(rows.take(args.limit) if args.limit else rows, desc=name, disable=None):
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            print(path)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", choices=(*TEXT, "benchmarks"))
+    parser.add_argument("--out", type=Path, required=True, help="folder for the files")
+    parser.add_argument("--limit", type=int, help="rows of each file, where fewer than usual are enough")
+    parser.add_argument("--seed", type=int, default=0, help="of the order of the rows [0]")
+    parser.add_argument("--hub", type=Path, help="folder that holds the data sets, instead of the Hub")
+    args = parser.parse_args(argv)
+    return run_script("data/prepare.py", lambda: prepare(args), "the same command continues") or 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
