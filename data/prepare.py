@@ -22,7 +22,7 @@ from data import BadInput, atomic, run_script
 
 TOPICS = ("Mathematics", "Science", "Technology", "History", "Culture", "Geography")
 LANGUAGES = dict(english="en", spanish="es", french="fr", german="de", italian="it", portuguese="pt")
-SHUFFLED = 10_000  # rows that are mixed at a time
+SHUFFLED, NOTED = 10_000, 1000  # rows that are mixed at a time; rows after which is noted how far it is
 
 
 def topic(row):
@@ -85,7 +85,7 @@ def stream(source, files, hub, seed=None):
 def collect(rows, sort, wanted, out, names, about):
     """Write `wanted` different texts for each name into out/<name>.jsonl, as the stream `rows` brings them.
 
-    Every thousand rows, what is there is noted in a file beside; the next call goes on from the note.
+    How far it is stands in a file beside, now and then; the next call goes on from there.
     """
     note, part = out / f".{names[0]}.note", {name: out / f".{name}.jsonl.part" for name in names}
     if all((out / f"{name}.jsonl").exists() for name in names):
@@ -113,7 +113,7 @@ def collect(rows, sort, wanted, out, names, about):
                 have[name] += 1
                 files[name].write(json.dumps({"text": text}).encode() + b"\n")
                 bar.update()
-            if n % 1000 == 0 or min(have.values()) == wanted:
+            if n % NOTED == 0 or min(have.values()) == wanted:
                 [file.flush() for file in files.values()]
                 sizes = {name: file.tell() for name, file in files.items()}
                 with atomic(note) as partial:

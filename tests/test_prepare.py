@@ -1,0 +1,146 @@
+"""The recipes against small files in the Hub's own layout, columns and formats: parquet, and C4's gzipped lines."""
+
+import gzip
+import json
+import random
+import sys
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from data import benchmarks, prepare
+from data.corpus import load_text
+from data.tokenizer import Tokenizer
+from test_train import ROOT
+
+
+def parquet(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """The six data sets, some rows of each."""
+    hub, draw = tmp_path_factory.mktemp("hub"), random.Random(0)
+    names = [*prepare.TOPICS, "Sports", "Philosophy"]
+    for split, n in ("train", 400), ("test", 40):
+        rows = [
+            dict(id=i, title=f"{split} {i}", summary="", text=f"{split} article {i}. " + "word " * draw.randint(5, 30),
+                 categories=draw.sample(names, draw.randint(1, 3)))
+            for i in range(n)
+        ]  # fmt: skip
+        rows += [dict(rows[5], id=1000, title="the same text again")]
+        parquet(hub / f"tarekziade/wikipedia-topics/data/{split}-00000-of-00001.parquet", rows)
+    for code in prepare.LANGUAGES.values():
+        rows = [dict(id=str(i), url="", title="", text=f"{code} page {i} " * 9) for i in range(60)]
+        for part in range(2):
+            parquet(hub / f"wikimedia/wikisource/20231201.{code}/train-0000{part}-of-00002.parquet", rows[part::2])
+    lines = [json.dumps(dict(text=f"general text {i}", timestamp="", url="")) for i in range(50)]
+    (path := hub / "allenai/c4/en/c4-train.00000-of-01024.json.gz").parent.mkdir(parents=True)
+    path.write_bytes(gzip.compress("\n".join(lines).encode()))
+    for split in "train", "test":
+        rows = [dict(question=f"{split} {i}?", answer=f"so\n#### {i}") for i in range(30)]
+        parquet(hub / f"openai/gsm8k/main/{split}-00000-of-00001.parquet", rows)
+        rows = [
+            dict(
+                id=str(i),
+                question=f"which {split} {i}",
+                answerKey="2",
+                choices=dict(text=["a", f"b{i}"], label=["1", "2"]),
+            )
+            for i in range(20)
+        ]
+        parquet(hub / f"allenai/ai2_arc/ARC-Challenge/{split}-00000-of-00001.parquet", rows)
+    for split, n in ("test", 12), ("dev", 5):
+        rows = [dict(question=f"{split} {i}", subject="anatomy", choices=list("abcd"), answer=i % 4) for i in range(n)]
+        parquet(hub / f"cais/mmlu/all/{split}-00000-of-00001.parquet", rows)
+    return hub
+
+
+def run(recipe, hub, out, *more):
+    return prepare.main([recipe, "--hub", str(hub), "--out", str(out), *more])
+
+
+def texts(path):
+    return [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_topics_right_ones_right_split_and_no_article_twice(hub, tmp_path, capsys):
+    assert run("topics", hub, tmp_path) == 0
+    assert "all that there are" in capsys.readouterr().out
+    rows = pyarrow.parquet.read_table(hub / "tarekziade/wikipedia-topics/data/train-00000-of-00001.parquet").to_pylist()
+    topics = {row["text"]: {name.lower() for name in row["categories"]} for row in rows}
+    found = {path.stem: texts(path) for path in tmp_path.glob("*.jsonl")}
+    assert sorted(found) == sorted(name.lower() for name in prepare.TOPICS)
+    every = [text for some in found.values() for text in some]
+    assert len(every) == len(set(every)) and all(text.startswith("train article") for text in every)
+    assert all(name in topics[text] for name, some in found.items() for text in some)
+    assert set(every) == {text for text, names in topics.items() if names & set(found)}  # all that have a topic of ours
+    several = [text for text in every if len(topics[text] & set(found)) > 1]
+    first = [text for text in several if text in found[min(topics[text] & set(found))]]
+    assert 0.2 < len(first) / len(several) < 0.8  # not always the same of its topics
+    how = dict(tokenizer=Tokenizer.from_folder(ROOT / "data/base"), cache=tmp_path / "cache")
+    split = load_text(tmp_path / "history.jsonl", **how)
+    assert 0.01 < len(split.heldout) / (len(split.train) + len(split.heldout)) < 0.12
+
+
+def test_languages_limit_and_seed(hub, tmp_path):
+    for out, more in ("a", ["--limit", "20"]), ("b", ["--limit", "20"]), ("c", ["--limit", "20", "--seed", "1"]):
+        assert run("languages", hub, tmp_path / out, *more) == 0
+    a, b, c = ({p.name: texts(p) for p in (tmp_path / out).glob("*.jsonl")} for out in "abc")
+    assert sorted(a) == sorted(f"{name}.jsonl" for name in prepare.LANGUAGES)
+    assert all(len(x) == 20 and x[0].startswith(prepare.LANGUAGES[name[:-6]] + " page") for name, x in a.items())
+    assert a == b != c
+
+
+def test_retention_and_evaluation_sets(hub, tmp_path):
+    assert run("retention", hub, tmp_path) == 0
+    found = {path.stem: texts(path) for path in (tmp_path / "retention").glob("*.jsonl")}
+    assert {name: len(some) for name, some in found.items()} == {"c4": 50, "gsm8k": 30, "arc": 20}
+    assert (
+        "Question: train 3?\nAnswer: so\n#### 3" in found["gsm8k"]
+        and "Question: which train 4\nAnswer: b4" in found["arc"]
+    )
+    assert run("benchmarks", hub, tmp_path / "rows") == 0
+    for task, n in ("mmlu", 12), ("arc", 20), ("gsm8k", 30):
+        items = benchmarks.load_items(task, tmp_path / "rows")
+        assert len(items) == n and all("train" not in item.question for item in items)
+
+
+@pytest.mark.parametrize("recipe", ["topics", "languages"])
+def test_what_was_stopped_goes_on_and_is_the_same(recipe, hub, tmp_path, monkeypatch, capsys):
+    assert run(recipe, hub, tmp_path / "whole", "--limit", "25") == 0
+    monkeypatch.setattr(prepare, "NOTED", 7)
+    written, real = [], prepare.digest
+
+    def stopped(text):
+        written.append(text)
+        if len(written) == 60:
+            raise KeyboardInterrupt
+        return real(text)
+
+    monkeypatch.setattr(prepare, "digest", stopped)
+    assert run(recipe, hub, tmp_path / "two", "--limit", "25") == 130
+    assert "the same command continues" in capsys.readouterr().err
+    monkeypatch.setattr(prepare, "digest", real)
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "two").glob("*.jsonl")}
+    assert recipe == "topics" or before
+    assert (
+        run(recipe, hub, tmp_path / "two", "--limit", "24") == 2
+        and "beginning of other text" in capsys.readouterr().err
+    )
+    assert run(recipe, hub, tmp_path / "two", "--limit", "25") == 0
+    assert all(p.stat().st_mtime_ns == at for p, at in before.items())  # what was finished is not made again
+    whole, two = ({p.name: p.read_bytes() for p in (tmp_path / out).iterdir()} for out in ("whole", "two"))
+    assert whole == two
+
+
+def test_what_cannot_be_is_one_sentence(hub, tmp_path, monkeypatch, capsys):
+    assert run("topics", tmp_path / "nothing", tmp_path / "a") == 2
+    assert run("topics", hub, tmp_path / "a", "--limit", "0") == 2
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert run("topics", hub, tmp_path / "a") == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3 and "cannot be read" in lines[0] and "pip install datasets" in lines[2]
