@@ -35,6 +35,7 @@ from safetensors.torch import save_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
 
 import koff
@@ -62,14 +63,17 @@ from train import Trainer, fitting, pick_device, pick_dtype, reading
 
 
 class Peak(TorchDispatchMode):
-    """Counts the bytes of all tensors that are made under it: those alive `now`, and the most that ever were."""
+    """Counts the bytes of all tensors that are made under it, those alive `now` and the most that ever were, and the
+    floating-point operations, two for each multiply-add of a matrix product."""
 
     def __init__(self):
         super().__init__()
-        self.now, self.peak, self.alive = 0, 0, set()
+        self.now, self.peak, self.alive, self.operations = 0, 0, set(), 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
+        if formula := flop_registry.get(function._overloadpacket):
+            self.operations += formula(*args, **(kwargs or {}), out_val=out)
         for storage in (x.untyped_storage() for x in tree_iter(out) if isinstance(x, torch.Tensor)):
             if (key := storage._cdata) not in self.alive:  # neither a view nor written in place
                 self.alive.add(key)
@@ -103,12 +107,12 @@ def dry_run(s):
         tokens = torch.zeros(s.batch, s.seq_len, dtype=torch.int64)
 
         def step():
-            size.peak, before = size.now, size.now
+            size.peak, size.operations, before = size.now, 0, size.now
             trainer.step(tokens, "one", 0)
-            return size.peak - before
+            return size.peak - before, size.operations
 
         step()  # the first one makes AdamW's state
-        sampled, before = step(), size.now
+        (sampled, operations), before = step(), size.now
         sizes = {name: round(x.shape[1] * (1 - share)) for name, x in opened.items()}
         alive = (1 - share) ** sum(name in opened for name in ("neuron", "gate", "up"))
         sizes |= dict.fromkeys(("neuron", "gate", "up"), round(config.intermediate_size * alive))
@@ -117,7 +121,8 @@ def dry_run(s):
         trainer.mask, trainer.kept = {}, dict.fromkeys(range(trainer.first, config.num_hidden_layers), one)
         trainer.student = koff.compact(model, trainer.kept)
         small = size.now - before
-        fixed = small + step()
+        fixed, fewer = step()
+        fixed += small
     gate, module = (sum(p.numel() for p in part.parameters()) for part in (trainer.gates, trainer.memories))
     gated = gates.removed({name: 0 * p for name, p in opened.items()}, "physical")
     trained = gate + domains * module
@@ -126,6 +131,9 @@ def dry_run(s):
     print(f"{gates.total:,} parameters, {int(gated):,} of them gated, {where}")
     print(f"{module:,} parameters a module, {domains} modules and {gate:,} gates: {trained:,} to train")
     print(f"at the target (closed evenly): sparsity {physical:.4f} physical, {paper:.4f} by the paper's count")
+    every = s.steps * ((1 - s.fix_mask) * operations + s.fix_mask * (fewer if s.memory else 0))
+    what = f"{s.steps:,} steps of {operations / 1e12:.3g} and, once the mask is fixed, {fewer / 1e12:.3g} TFLOP"
+    print(f"{every / 1e15:,.3g} PFLOP to train: {s.steps * s.batch * s.seq_len:,} tokens in {what}")
     parts = {f"weights, {model.head.dtype}": weights, "memories and gates, float32": 4 * there}
     parts |= {"their AdamW state": 8 * there, f"one step of {s.batch} x {s.seq_len} tokens, gates sampled": sampled}
     parts["or, once the mask is fixed, the compact student and its step"] = fixed

@@ -85,6 +85,14 @@ def on_device(ids, device):
     return tokens.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tokens.to(device)
 
 
+def board_in(folder, start):
+    """A TensorBoard of the run's curves from step `start` on, where tensorboard is installed; else None."""
+    with contextlib.suppress(ImportError):
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(folder, purge_step=start)
+
+
 class Answers:
     """The teacher's answers on disk, each computed once for all runs of a sweep that meet the same tokens."""
 
@@ -335,6 +343,7 @@ def loop(trainer, text, general, out, begun):
     lines = log.read_text().splitlines(keepends=True) if log.exists() else []
     with atomic(log) as partial:  # what was written after the checkpoint comes again
         partial.write_text("".join(line for line in lines if json.loads(line)["step"] < start))
+    board = board_in(out / "tensorboard", start)
     stop, shown, bar = [], None, tqdm(total=s.steps, initial=start, desc=out.name, mininterval=1)
     before = signal.signal(signal.SIGINT, lambda *_: stop.append(True))  # never in the middle of an optimizer step
     try:
@@ -357,6 +366,8 @@ def loop(trainer, text, general, out, begun):
                 line = dict(step=index - 9, loss=loss, physical=physical, paper=paper, **{"lambda": multiplier})
                 with open(log, "a") as file:
                     file.write(json.dumps(line) + "\n")
+                for name in list(line)[1:] if board else ():
+                    board.add_scalar(name, line[name], line["step"])
                 rate = s.batch * s.seq_len * (bar.n - bar.initial) / bar.format_dict["elapsed"]
                 sparsity = f"sparsity {physical:.3f} physical, {paper:.3f} paper"
                 bar.set_postfix_str(f"loss {loss:.3f}, {sparsity}, {rate:,.0f} tokens/s", refresh=False)
@@ -369,6 +380,7 @@ def loop(trainer, text, general, out, begun):
     finally:
         signal.signal(signal.SIGINT, before)
         bar.close()
+        board and board.close()
     return begun
 
 

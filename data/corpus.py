@@ -17,17 +17,26 @@ from data import BadInput, atomic
 
 @dataclass(frozen=True)
 class Split:
-    """Token ids of one domain, 1-D."""
+    """Token ids of one domain, 1-D; read from the cache, they stay on the disk until they are used."""
 
     train: np.ndarray
     heldout: np.ndarray
-    cached: Path
+    cached: Path  # without what the two files of the cache end in
 
     def store(self):
         """Write the cache, so that the next run need not tokenise. (Not done on reading: first comes every check.)"""
-        if not self.cached.exists():
-            with atomic(self.cached) as partial, open(partial, "wb") as out:
-                np.savez(out, train=self.train, heldout=self.heldout)
+        for name, ids in ("train", self.train), ("heldout", self.heldout):
+            if not (file := self.cached.with_name(f"{self.cached.name}.{name}.npy")).exists():
+                with atomic(file) as partial, open(partial, "wb") as out:
+                    np.save(out, ids)
+
+    @classmethod
+    def read(cls, cached):
+        """The split that was stored there, or None."""
+        files = [cached.with_name(f"{cached.name}.{name}.npy") for name in ("train", "heldout")]
+        return (
+            cls(*(np.load(file, mmap_mode="r") for file in files), cached) if all(f.exists() for f in files) else None
+        )
 
 
 def read_text(path):
@@ -96,20 +105,13 @@ def load_text(path, tokenizer, cache, heldout=0.05, separator=None, template=Non
     if not any(text.strip() for text in documents):
         raise BadInput(f"{path} is empty; put text into it or remove it.")
     # Keyed by the text itself: reading it is quick beside tokenising, and time stamps lie after a checkout.
-    key = json.dumps([documents, stream, heldout, separator, tokenizer.fingerprint]).encode()
-    file = Path(cache, f"{path.stem}-{hashlib.sha256(key).hexdigest()[:16]}.npz")
-    if file.exists():
-        with np.load(file, allow_pickle=False) as saved:
-            split = Split(saved["train"], saved["heldout"], file)
-    else:
-        parts = []
+    key = hashlib.sha256(json.dumps([documents, stream, heldout, separator]).encode()).hexdigest()[:16]
+    file = Path(cache, f"{path.stem}-{key}-{tokenizer.fingerprint}")
+    if (split := Split.read(file)) is None:
+        parts, end = [], [] if separator is None or stream else [separator]
         for texts in split_text(documents, stream, heldout, path):
-            ids = []
-            for text in texts:
-                ids += tokenizer.encode(text, bos=bool(tokenizer.bos))
-                if separator is not None and not stream:
-                    ids.append(separator)
-            parts.append(np.array(ids, dtype=np.int32))
+            ids = [np.array(tokenizer.encode(text, bos=bool(tokenizer.bos)) + end, np.int32) for text in texts]
+            parts.append(np.concatenate(ids))
         split = Split(*parts, file)
     for part, ids, least in ("training", split.train, need[0]), ("held-out", split.heldout, need[1]):
         if len(ids) < least:

@@ -20,7 +20,10 @@ def option(default, text, *choices, low=None, high=None):
 class Settings:
     """Every choice of a run; the command line is made of it. "paper" marks the paper's values, "measured" our own."""
 
-    model: str = option(str(HERE / "data/base"), "folder of the pretrained model (Hugging Face layout, safetensors)")
+    model: str = option(
+        str(HERE / "data/base"),
+        "pretrained model: a folder (Hugging Face layout, safetensors) or owner/name on the Hub",
+    )
     data: str = option(str(HERE / "data/handbook"), "folder with one <domain>.txt, .jsonl or sub-folder per domain")
     domains: str = option("", "some of the domains there: names with commas, or how many; empty: all")
     text: float = option(1.0, "share of the training text that is used", low=0.001, high=1)
@@ -111,12 +114,22 @@ PAPER = dict(  # 150M tokens; what it leaves open (start of log alpha, scaling o
     constraint="hinge", fix_mask=0.0, rank=256, alpha=128.0, kv_tokens=256, kv_init="normal", tail="renormalise",
     steps=146_500, batch=2, seq_len=512, lora_rate=1e-5, gate_rate=1e-2, kv_rate=1e-2, decay=0.0, eval_len=512,
 )  # fmt: skip
+LARGE = BEST | dict(  # the paper's module and batch; steps and LoRA's rate are a guess: none of these was run here
+    blocks=16, rank=256, alpha=128.0, kv_tokens=256, seq_len=512, steps=20_000, lora_rate=2e-4
+)  # fmt: skip
 PRESETS = {
     "handbook": {},
     "quick": dict(steps=30, eval_windows=2, fisher_sequences=12),
     "best": BEST,
     "paper": PAPER,
     "paper-matched": PAPER | dict(count="physical"),
+    "smollm2-135m": BEST | dict(model="HuggingFaceTB/SmolLM2-135M"),
+    "smollm2-360m": BEST | dict(model="HuggingFaceTB/SmolLM2-360M", blocks=20, rank=96, alpha=96.0),
+    "qwen2.5-0.5b": BEST | dict(model="Qwen/Qwen2.5-0.5B", blocks=16, rank=96, alpha=96.0),
+    "qwen3-0.6b": BEST | dict(model="Qwen/Qwen3-0.6B", blocks=18, rank=96, alpha=96.0),
+    "qwen2.5-3b": LARGE | dict(model="Qwen/Qwen2.5-3B", blocks=20),
+    "llama-3.2-3b": LARGE | dict(model="meta-llama/Llama-3.2-3B"),
+    "llama-3.1-8b": LARGE | dict(model="meta-llama/Llama-3.1-8B", batch=1, checkpointing=True),
 }
 
 # The paper's protocol on whatever model, text, steps and module size a sweep is given.

@@ -23,6 +23,7 @@ import eval as evaluation
 import koff
 import model as decoder
 import train
+from data.recipes import PRESETS
 from model import Cache, Config, Model
 from train import Settings, Trainer
 
@@ -590,26 +591,54 @@ def test_batches_cover_an_epoch_once_and_follow_from_their_number():
 
 # Sizes before a run -------------------------------------------------------------------------------------------------
 
-LLAMAS = {  # shapes from the models' config.json; parameters per module from the paper, section 3
-    "Llama-3.1-8B": (277e6, dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-                                 num_key_value_heads=8, head_dim=128, tie_word_embeddings=False)),
-    "Llama-3.2-3B": (180e6, dict(hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24,
-                                 num_key_value_heads=8, head_dim=128, tie_word_embeddings=True)),
-}  # fmt: skip
+
+def shape(hidden, intermediate, layers, heads, groups, vocabulary, kind="qwen2", head_dim=None, tied=True):
+    return dict(
+        model_type=kind, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=groups, head_dim=head_dim or hidden // heads,
+        vocab_size=vocabulary, tie_word_embeddings=tied, max_position_embeddings=8192, eos_token_id=0,
+    )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", LLAMAS)
-def test_a_dry_run_knows_the_papers_models_from_their_config(name, tmp_path, capsys):
-    module, shape = LLAMAS[name]
-    more = dict(model_type="llama", vocab_size=128256, max_position_embeddings=131072, eos_token_id=128001)
-    (tmp_path / "config.json").write_text(json.dumps({**more, **shape}))
-    flags = "--blocks 16 --sparsity 0.12 --rank 256 --alpha 128 --kv-tokens 256 --batch 2 --seq-len 512 --checkpointing"
-    assert train.main(["--dry-run", "--model", str(tmp_path), *flags.split()]) == 0
+SHAPES = {  # preset: the shape in the model's config.json, and how many parameters its name or its card gives it
+    "smollm2-135m": (shape(576, 1536, 30, 9, 3, 49152, "llama"), 134.5e6),
+    "smollm2-360m": (shape(960, 2560, 32, 15, 5, 49152, "llama"), 361.8e6),
+    "qwen2.5-0.5b": (shape(896, 4864, 24, 14, 2, 151936), 0.49e9),
+    "qwen3-0.6b": (shape(1024, 3072, 28, 16, 8, 151936, "qwen3", head_dim=128), 0.6e9),
+    "qwen2.5-3b": (shape(2048, 11008, 36, 16, 2, 151936), 3.09e9),
+    "llama-3.2-3b": (shape(3072, 8192, 28, 24, 8, 128256, "llama"), 3.21e9),
+    "llama-3.1-8b": (shape(4096, 14336, 32, 32, 8, 128256, "llama", tied=False), 8.03e9),
+}
+PAPERS = {"llama-3.1-8b": 277e6, "llama-3.2-3b": 180e6}  # parameters of a module, section 3
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_preset_fits_its_model_and_a_gpu_from_its_config_alone(name, tmp_path, monkeypatch, capsys):
+    config, parameters = SHAPES[name]
+    folder = tmp_path / PRESETS[name]["model"]  # a folder of that name comes before the Hub
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    monkeypatch.chdir(tmp_path)
+    assert train.main(["--dry-run", "--preset", name]) == 0
     printed = capsys.readouterr().out
-    found = int(re.search(r"([\d,]+) parameters a module", printed)[1].replace(",", ""))
-    assert abs(found - module) < 0.5e6
-    assert float(re.search(r"([\d.]+) GB  peak memory", printed)[1]) < 80
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json"]
+
+    def number(pattern):
+        return float(re.search(pattern, printed)[1].replace(",", ""))
+
+    total, module = number(r"^([\d,]+) parameters"), number(r"([\d,]+) parameters a module")
+    assert total == pytest.approx(parameters, rel=0.02) and module < 0.8 * 0.12 * total
+    assert name not in PAPERS or abs(module - PAPERS[name]) < 0.5e6
+    assert number(r"([\d.]+) GB  peak memory") < 80
+    s, steps = (
+        Settings(**PRESETS[name]),
+        re.search(r"steps of ([\d.]+) and, once the mask is fixed, ([\d.]+) TFLOP", printed),
+    )
+    by_formula = sum(bench.operations(Config.from_dict(config), s)) / 1e12
+    assert float(steps[1]) == pytest.approx(by_formula, rel=0.6 if s.checkpointing else 0.05)
+    assert 0.5 * float(steps[1]) < float(steps[2]) < float(steps[1])
+    every = s.steps * ((1 - s.fix_mask) * float(steps[1]) + s.fix_mask * float(steps[2])) / 1e3
+    assert number(r"([\d.,e+]+) PFLOP to train") == pytest.approx(every, rel=0.02)
+    assert sorted(p.name for p in folder.iterdir()) == ["config.json"]
 
 
 STEPS = """
@@ -643,3 +672,25 @@ def test_a_dry_run_estimates_the_peak_that_is_then_measured(more, capsys):
     command, env = [sys.executable, "-c", STEPS, *flags], os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000"}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
     assert int(done.stdout) / 1e9 == pytest.approx(estimate, rel=0.15)
+
+
+def test_curves_go_to_tensorboard_where_it_is_installed(world, monkeypatch):
+    shown = []
+
+    class Writer:
+        def __init__(self, folder, purge_step):
+            assert folder == world / "runs/one/tensorboard" and purge_step == 0
+
+        def add_scalar(self, *line):
+            shown.append(line)
+
+        def close(self):
+            shown.append("closed")
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", type(sys)("tensorboard"))
+    monkeypatch.setattr(sys.modules["torch.utils.tensorboard"], "SummaryWriter", Writer, raising=False)
+    assert train.main(flags(world, steps=20)) == 0
+    log = [json.loads(line) for line in (world / "runs/one/log.jsonl").read_text().splitlines()]
+    assert shown == [(n, x, line["step"]) for line in log for n, x in line.items() if n != "step"] + ["closed"]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert train.main([*flags(world), "--fresh"]) == 0
