@@ -39,19 +39,11 @@ from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
 
 import koff
-from data import BadInput, atomic, benchmarks, run_script
+from data import BadInput, atomic, benchmarks, checkpoint, run_script
 from data.chat import ChatTemplate
-from data.checkpoint import (
-    load,
-    load_adapter,
-    load_gates,
-    load_module,
-    read_config,
-    save_backbone,
-    save_cartridge,
-    save_lora,
-)
+from data.checkpoint import load, load_gates, load_module, read_config
 from data.corpus import domain_name, find_domains, load_text, read_documents, read_text, windows
+from data.download import located
 from data.pictures import plot, spread
 from data.recipes import HERE, Settings
 from data.router import Router
@@ -156,16 +148,20 @@ class Run:
             raise BadInput(f"{self.folder} is not finished; continue it with the train.py command that began it.")
         self.device = pick_device(device)
         self.dtype = dtype or pick_dtype(self.settings.dtype, self.device)
-        self.backbone = load(self.folder / "backbone", self.dtype, self.device)
         self.tokenizer = Tokenizer.from_folder(self.folder / "backbone")
         self.router = Router.load(self.folder / "router.safetensors")
-        self.names = sorted(path.stem for path in self.folder.glob("modules/*.safetensors"))
+        there = {path.stem for path in self.folder.glob("modules/*.safetensors")}
+        self.names = sorted(there & set(self.router.domains))
+
+    @cached_property
+    def backbone(self):
+        return load(self.folder / "backbone", self.dtype, self.device)
 
     def module(self, name):
         if name not in self.names:
             raise BadInput(f"{self.folder} has no module {name!r}; it has {', '.join(self.names) or 'none'}.")
         path = self.folder / "modules" / f"{name}.safetensors"
-        return load_module(path, self.backbone.config, self.dtype, self.device)
+        return load_module(path, read_config(self.folder / "backbone"), self.dtype, self.device)
 
     @cached_property
     def modules(self):
@@ -347,8 +343,10 @@ def saved_results(folder):
 def evaluate(folder, begun=None, device="auto"):
     """All tables of the run: on the screen, in report.md and results.json. `begun`: when it began; without: long ago."""
     run, base, domains = opened(folder, device)
-    seconds = None if begun else saved_results(folder)["seconds"]
+    before = {} if begun else saved_results(folder)
     perplexity, swap, unsure = perplexities(run, base, domains)
+    if (beside := before.get("perplexity", {}).get("pruned", {})).keys() == domains.keys():
+        perplexity["pruned"] = beside
     total, layers, led = sparsity(run, base)
     size = base.head.element_size()
     led |= {f"{name}_bytes": led[name] * size for name in ("removed", "one_module", "all_modules")}
@@ -359,7 +357,7 @@ def evaluate(folder, begun=None, device="auto"):
     results = {
         "perplexity": perplexity, "swap": swap, "sparsity": total, "router": router, "ledger": led,
         "layers": {str(i): row for i, row in layers.items()}, "settings": json.loads((run.folder / "settings.json").read_text()),
-        "seconds": round(time.time() - begun, 1) if begun else seconds,
+        "seconds": round(time.time() - begun, 1) if begun else before["seconds"],
     }  # fmt: skip
     save(run.folder, {"report.md": report(results), "results.json": results})
 
@@ -643,7 +641,7 @@ def bench(args):
     """Measure a run or a Hugging Face folder on a task: a table on the screen, results and samples in files."""
     if (args.limit is not None and args.limit < 1) or (args.shots or 0) < 0:
         raise BadInput("give a --limit of at least 1 and --shots of at least 0.")
-    folder, run = args.run, None
+    folder, run = located(args.run), None
     if (folder / "settings.json").exists() or not (folder / "config.json").exists():
         run = Run(folder, args.device)
     device, tokenizer = pick_device(args.device), run.tokenizer if run else Tokenizer.from_folder(folder)
@@ -659,7 +657,7 @@ def bench(args):
     room = read_config(folder / "backbone" if run else folder).max_position_embeddings - taken
     prompts = [benchmarks.encode(item, tokenizer, room) for item in kept]
     asked = [(p.item.subject, p.item.id, p.ids, p.options, p.item.right) for p in prompts]
-    out = args.out or (folder / "bench" if run else Path("out/bench", folder.resolve().name))
+    out = args.out or (folder / "bench" if run else Path("out/bench", args.run.resolve().name))
     rows = {}
     for variant in args.on or possible[:3]:
         model = load(run.settings.model if run else folder, dtype, device) if variant == "unpruned" else run.backbone
@@ -732,10 +730,10 @@ def generate(model, tokens, steps, vocab_size, eos=(), temperature=0.0, top_p=1.
 
 def picked(run, text, name=None):
     """(module, its name and why): the one of that name, or the router's choice for the text; None where it is unsure."""
-    if not run.names:
-        return None, "none in this run"
     if name:
         return run.module(name), name
+    if not run.names:
+        return None, "none in this run"
     ids = run.tokenizer.encode(text)
     sure, (best, p) = run.router.route(np.array([ids]))[0], next(iter(run.router.confidence(ids).items()))
     if sure not in run.names:
@@ -750,17 +748,13 @@ def stream(run, text, memory, args):
     ids, eos = run.tokenizer.encode(text, bos=True), run.backbone.config.eos_token_ids
     if not ids:
         raise BadInput("the prompt is empty; give some text.")
-    generator, decode = (
-        torch.Generator(run.device).manual_seed(args.seed),
-        getincrementaldecoder("utf-8")("replace").decode,
-    )
+    generator, tokens = torch.Generator(run.device).manual_seed(args.seed), torch.tensor([ids], device=run.device)
     how = dict(eos=eos, temperature=args.temperature, top_p=args.top_p, memory=memory, generator=generator)
-    for token in generate(
-        run.backbone, torch.tensor([ids], device=run.device), args.tokens, run.tokenizer.vocab_size, **how
-    ):
+    decoder = getincrementaldecoder("utf-8")("replace")
+    for token in generate(run.backbone, tokens, args.tokens, run.tokenizer.vocab_size, **how):
         if token.item() not in eos:
-            yield decode(run.tokenizer.decode_bytes([token.item()]))
-    yield decode(b"", final=True)
+            yield decoder.decode(run.tokenizer.decode_bytes([token.item()]))
+    yield decoder.decode(b"", final=True)
 
 
 def continue_text(args):
@@ -782,13 +776,9 @@ def continue_text(args):
 
 def read_prompts(path):
     """The prompts of a file: its lines, or the "prompt" of each line of a .jsonl."""
-    prompts = []
-    for n, line in enumerate(read_text(path).splitlines(), 1):
-        try:
-            prompts += [json.loads(line)["prompt"] if path.suffix == ".jsonl" else line] if line.strip() else []
-        except (ValueError, LookupError, TypeError):
-            raise BadInput(f'{path}:{n} is not a JSON object with a "prompt"; mend or remove the line.') from None
-    return prompts
+    if path.suffix != ".jsonl":
+        return [line for line in read_text(path).split("\n") if line.strip()]
+    return [benchmarks.columns(row, where, prompt=str)[0] for where, row in benchmarks.rows_of(path)]
 
 
 def chat(args):
@@ -817,9 +807,14 @@ def chat(args):
             memory, why = picked(run, "\n".join(m["content"] for m in messages if m["role"] == "user"), name)
             print(f"[module: {why}]", file=sys.stderr)
             answer = ""
-            for piece in stream(run, conversation(messages, template), memory, args):
-                print(piece, end="", flush=True)
-                answer += piece
+            try:
+                for piece in stream(run, conversation(messages, template), memory, args):
+                    print(piece, end="", flush=True)
+                    answer += piece
+            except BadInput as error:  # longer than the context
+                print(f"[{error} /reset begins again.]", file=sys.stderr)
+                messages.pop()
+                continue
             print()
             messages.append({"role": "assistant", "content": answer})
 
@@ -832,37 +827,37 @@ def conversation(messages, template):
 # The modules of a run ------------------------------------------------------------------------------------------------
 
 
-def change_modules(args):
-    """List the modules of a run; remove one, or give it another name."""
-    run = Run(args.run, "cpu")
-    if args.command != "modules":
-        old, path = args.module, lambda name: run.folder / "modules" / f"{name}.safetensors"
-        run.module(old)
-        if args.command == "rename":
-            if domain_name(path(args.name)) != args.name or args.name in run.router.domains:
-                raise BadInput(f"{run.folder} cannot have another module {args.name!r}; give a new name.")
-            at, text = run.router.domains.index(old), texts_of(run)[old]
-            path(old).rename(path(args.name))
-            run.router.paths.pop(old, None)
-            run.router.paths[args.name], run.router.domains[at] = str(text.resolve()), args.name
-        else:
-            path(old).unlink()
-            run.router.remove(old)
-        run.router.save(run.folder / "router.safetensors")
-        print(f"{run.folder} has its modules changed; eval.py report {run.folder} makes its tables again.")
-        run = Run(args.run, "cpu")
-    rows = {}
+def list_modules(args):
+    run, rows = Run(args.run, "cpu"), {}
     for name, blocks in run.modules.items():
         one, size = next(iter(blocks.values())), koff.ledger(0, 0, {name: blocks})["one_module"]
         rank = len(next(iter(one.lora.values()))[0]) if one.lora else 0
-        rows[name] = [
-            str(rank),
-            str(one.length),
-            f"{min(blocks)} to {max(blocks)}",
-            f"{size:,}",
-            str(texts_of(run)[name]),
-        ]
+        shape = [str(rank), str(one.length), f"{min(blocks)} to {max(blocks)}", f"{size:,}"]
+        rows[name] = [*shape, str(run.router.paths.get(name, run.settings.data))]
     print(table("", ["LoRA rank", "KV tokens", "blocks", "parameters", "text"], rows))
+
+
+def change_module(args):
+    """Remove a module, or give it another name. The router changes first: without it a module file counts for nothing."""
+    run, old, new = Run(args.run, "cpu"), args.module, getattr(args, "name", None)
+    path, router = run.folder / "modules" / f"{old}.safetensors", run.router
+    run.module(old)
+    if new is None and len(run.names) == 1:
+        raise BadInput(f"{old} is the only module of {run.folder}; delete the folder instead.")
+    if new is None:
+        router.remove(old)
+        router.save(run.folder / "router.safetensors")
+        path.unlink()
+    else:
+        renamed = run.folder / "modules" / f"{new}.safetensors"
+        if domain_name(renamed) != new or new in router.domains:
+            raise BadInput(f"{run.folder} cannot have another module {new!r}; give a new name.")
+        router.paths[new] = str(texts_of(run)[old].resolve())
+        router.paths.pop(old, None)
+        router.domains[router.domains.index(old)] = new
+        path.rename(renamed)
+        router.save(run.folder / "router.safetensors")
+    print(f"{run.folder} holds {', '.join(router.domains)}; eval.py report {run.folder} makes its tables again.")
 
 
 # Export --------------------------------------------------------------------------------------------------------------
@@ -880,7 +875,7 @@ def export(args):
     """Write a run as other libraries read it, read it again, and compare it with the run before it gets its name."""
     run = Run(args.run, "cpu", torch.float32)
     small, s = run.backbone, run.settings
-    names = [args.module] if args.module else run.names
+    names = [args.module] if args.module else run.names if args.form == "peft" else []
     out = args.out or run.folder / "export" / "-".join([args.form, *names[: bool(args.module)]])
     if out.exists():
         raise BadInput(f"{out} is there already; remove it or name another --out.")
@@ -897,24 +892,27 @@ def export(args):
                 koff.merge(dense, koff.expand_memory(own, kept, small.config))
             check("the dense model", small(tokens, memory=own), dense(tokens))
             dense = dense.to(getattr(torch, small.config.raw["dtype"]))
-            save_backbone(partial, dense, run.folder / "backbone")
+            checkpoint.save_backbone(partial, dense, run.folder / "backbone")
             again = load(partial, dense.head.dtype).state_dict()
             if any(not torch.equal(again[name], t) for name, t in dense.state_dict().items()):
                 raise BadInput(f"{out} was not written as it is; check the disk and try again.")
             if own and s.kv_tokens:
-                print(f"{args.module}: a checkpoint has no place for its {placed}; the LoRA alone is merged.")
+                print(f"{args.module}: a checkpoint has no place for its {placed}; what is merged is LoRA.")
         base = (run.folder / "export" / "hf").resolve()
         for name in modules if args.form == "peft" else ():
-            forms = {name: (lora[name], save_lora)} if s.rank else {}
+            forms = {name: (lora[name], checkpoint.save_lora)} if s.rank else {}
             if s.kv_tokens and len(kv[name]) == len(small.layers):
-                forms[f"{name}-kv"] = kv[name], save_cartridge
+                forms[f"{name}-kv"] = kv[name], checkpoint.save_cartridge
             elif s.kv_tokens:
                 print(f"{name}: peft attaches keys and values to all blocks or none; {placed} stay here.")
             for folder, (blocks, write) in forms.items():
                 write(partial / folder, koff.expand_memory(blocks, kept, small.config), base)
-                again = load_adapter(partial / folder, blocks)
+                again = checkpoint.load_adapter(partial / folder, blocks)
                 check(folder, small(tokens, memory=blocks), dense(tokens, memory=again))
-    print(f"{out}, compared with the run")
+        if not partial.exists():
+            raise BadInput(f"{run.folder} has nothing that peft could attach; export hf is all that there is.")
+    on = "" if args.form == "hf" else f"; for the model that eval.py export {run.folder} hf writes"
+    print(f"{out}, read again and compared with the run{on}")
 
 
 def parse(argv):
@@ -984,9 +982,10 @@ def main(argv=None):
         "generate": lambda: continue_text(args),
         "chat": lambda: chat(args),
         "export": lambda: export(args),
-        **dict.fromkeys(("modules", "rename", "remove"), lambda: change_modules(args)),
+        "modules": lambda: list_modules(args),
+        **dict.fromkeys(("rename", "remove"), lambda: change_module(args)),
     }
-    stopped = "the same command continues" if args.command == "bench" else "nothing was written"
+    stopped = "the same command continues" if args.command == "bench" else "the same command begins again"
     return run_script("eval.py", work[args.command], stopped) or 0
 
 

@@ -3,10 +3,11 @@
     python train.py                                the embedded default: a tiny model, six languages, minutes on a laptop
     python train.py --preset best --model DIR      a real model
     python train.py --sweep ablations              a named set of runs and one table of them
+    python train.py --add dutch.txt --out RUN      one more module for a finished run
     python train.py --help                         every setting, its default and where that comes from
 
 The run folder (out/<preset> unless --out names one) gets the backbone, the modules, the router and the report. Ctrl-C
-saves; the same command continues. The loop is `train`, one step of it is `Trainer.step`.
+saves; the same command continues. The loop is `loop`, one step of it is `Trainer.step`.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from torch import nn
 from tqdm import tqdm
 
 import koff
-from data import BadInput, atomic, read_tensors, run_script
+from data import BadInput, atomic, discard, read_tensors, run_script
 from data.chat import ChatTemplate
 from data.checkpoint import load, read_config, save_backbone, save_gates, save_module
 from data.corpus import batch, domain_name, find_domains, load_text
@@ -174,7 +175,7 @@ class Trainer:
 
     def target(self, index):
         """What should be closed, in expectation, at step `index`: a ramp, but for the plain hinge."""
-        ramp = (index + 1) / (self.s.ramp * self.s.steps) if self.s.constraint != "hinge" else 1.0
+        ramp = (index + 1) / (self.s.ramp * max(1, self.s.steps)) if self.s.constraint != "hinge" else 1.0
         return self.s.sparsity * min(1.0, ramp)
 
     def fix(self, index):
@@ -310,16 +311,17 @@ def train(s, out, fresh=False, answers=None):
     begun = time.time()
     trainer, text, general = open_run(s, out, answers)
     if fresh:  # nothing of an old run goes before the new one is known to work
-        old = ("checkpoint.pt", "log.jsonl", "router.*", "results.json", "modules/*", "lape.*", "probes.*", "*.png")
+        old = ("checkpoint.pt", "log.jsonl", "router.*", "results.json", "lape.*", "probes.*", "*.png")
+        old += ("modules", "backbone", "later", "export", "bench", "tensorboard")
         for path in (path for pattern in old for path in out.glob(pattern)):
-            path.unlink()
+            discard(path)
     if (begun := loop(trainer, text, general, out, begun)) is None:
         return False
     save(trainer, text, out)
     del trainer  # what follows needs the memory
     import eval as evaluation  # eval.py reads what `save` wrote, as it would for any finished run
 
-    evaluation.evaluate(out, begun)
+    evaluation.evaluate(out, begun, s.device)
     (out / "checkpoint.pt").unlink(missing_ok=True)  # with its optimizer state it is larger than all that is left
     return True
 
@@ -404,31 +406,23 @@ def save_modules(trainer, out, fingerprint):
 
 # A domain later -----------------------------------------------------------------------------------------------------
 
-LATER = (
-    "steps",
-    "batch",
-    "seq_len",
-    "text",
-    "lora_rate",
-    "kv_rate",
-    "decay",
-    "seed",
-    "device",
-    "checkpointing",
-    "compile",
-)
+LATER = (  # what may differ from the run that a module joins
+    "steps", "batch", "seq_len", "text", "lora_rate", "kv_rate", "decay", "seed", "device", "checkpointing", "compile",
+)  # fmt: skip
 
 
 def add(path, out, given):
     """Train one more module, for the text at `path`, on the finished run in `out`, whose files stay as they are but for
-    the router and the report. `given`: settings that may differ from the run's, `LATER`. False if Ctrl-C stopped it."""
+    the router, the report and its results. `given`: settings that may differ from the run's, `LATER`. False if Ctrl-C stopped it."""
     import eval as evaluation  # it imports this file
 
-    run, name = evaluation.Run(out, given.get("device", "auto")), domain_name(path)
+    run, name = (
+        evaluation.Run(out, given.get("device", Settings.from_file(out / "settings.json").device)),
+        domain_name(path),
+    )
     if wrong := [flag for flag in given if flag not in LATER]:
-        raise BadInput(
-            f"--{wrong[0].replace('_', '-')} cannot differ from that of {out}; --add takes {', '.join(LATER)}."
-        )
+        flag = "--" + wrong[0].replace("_", "-")
+        raise BadInput(f"{flag} cannot differ from that of {out}; with --add give only {', '.join(LATER)}.")
     if not run.names:
         raise BadInput(f"{out} has no modules to which one could be added; train a run with memories.")
     if name in run.router.domains:
@@ -440,9 +434,9 @@ def add(path, out, given):
         raise BadInput(f"{work} holds a stopped training with other settings; give the same or delete that folder.")
     trainer, text, _ = open_run(s, out, paths={name: path})
     trainer.close(run.gates(trainer.model)[1])
-    cut, about = trainer.student.state_dict(), run.backbone.config.raw
+    cut, about = dict(trainer.student.named_parameters()), run.backbone.config.raw
     saved_as = getattr(torch, about["dtype"])
-    if any(not torch.equal(t, cut[n].to(saved_as).to(t.dtype)) for n, t in run.backbone.state_dict().items()):
+    if any(not torch.equal(t, cut[n].to(saved_as).to(t.dtype)) for n, t in run.backbone.named_parameters()):
         raise BadInput(f"{out}/backbone was not cut from {s.model}; give the model that it was trained with.")
     if loop(trainer, text, None, work, time.time()) is None:
         return False
@@ -452,7 +446,7 @@ def add(path, out, given):
     run.router.save(out / "router.safetensors")
     del trainer
     shutil.rmtree(work)
-    evaluation.evaluate(out)
+    evaluation.evaluate(out, device=s.device)
     return True
 
 

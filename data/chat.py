@@ -44,12 +44,13 @@ class ChatTemplate:
         def refused(message):
             raise TemplateError(message)
 
-        room = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        more = ["jinja2.ext.loopcontrols"]
+        room = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=more)
         room.globals |= {"raise_exception": refused}
         try:
             given = dict(messages=messages, add_generation_prompt=answer, tools=None, documents=None)
             return room.from_string(self.source).render(**given, **self.special)
-        except TemplateError as error:
+        except (TemplateError, TypeError, LookupError, ValueError, AttributeError) as error:
             raise BadInput(f"the model's chat template refuses this conversation: {error}.") from None
 
     def by_hand(self, messages, answer):
@@ -60,7 +61,10 @@ class ChatTemplate:
             one, answers, start = "<|im_start|>{}\n{}<|im_end|>\n", "<|im_start|>assistant\n", ""
         elif "<|start_header_id|>" in self.source:  # Llama 3; from 3.1 on the system's message says what day it is
             one = "<|start_header_id|>{}<|end_header_id|>\n\n{}<|eot_id|>"
-            answers, start = "<|start_header_id|>assistant<|end_header_id|>\n\n", self.special["bos_token"]
+            answers, start = (
+                "<|start_header_id|>assistant<|end_header_id|>\n\n",
+                self.special.get("bos_token", "<|begin_of_text|>"),
+            )
             messages = [{**m, "content": m["content"].strip()} for m in messages]
             if "Cutting Knowledge Date" in self.source:
                 system, rest = (messages[:1], messages[1:]) if messages[0]["role"] == "system" else ([], messages)

@@ -21,22 +21,19 @@ class Split:
 
     train: np.ndarray
     heldout: np.ndarray
-    cached: Path  # without what the two files of the cache end in
+    cached: Path
 
     def store(self):
         """Write the cache, so that the next run need not tokenise. (Not done on reading: first comes every check.)"""
-        for name, ids in ("train", self.train), ("heldout", self.heldout):
-            if not (file := self.cached.with_name(f"{self.cached.name}.{name}.npy")).exists():
-                with atomic(file) as partial, open(partial, "wb") as out:
-                    np.save(out, ids)
+        if not self.cached.exists():
+            with atomic(self.cached) as partial, open(partial, "wb") as out:
+                np.save(out, np.concatenate([[len(self.train)], self.train, self.heldout]).astype(np.int32))
 
     @classmethod
-    def read(cls, cached):
-        """The split that was stored there, or None."""
-        files = [cached.with_name(f"{cached.name}.{name}.npy") for name in ("train", "heldout")]
-        return (
-            cls(*(np.load(file, mmap_mode="r") for file in files), cached) if all(f.exists() for f in files) else None
-        )
+    def read(cls, path):
+        """What `store` wrote: the length of the training ids, these, and the held-out ids."""
+        whole = np.load(path, mmap_mode="r")
+        return cls(whole[1 : 1 + whole[0]], whole[1 + whole[0] :], path)
 
 
 def read_text(path):
@@ -66,16 +63,12 @@ def read_documents(path, template=None):
                 text, messages = row.get("text"), row.get("messages")
                 if text is None and all(isinstance(m["role"] + m["content"], str) for m in messages):
                     if template is None:
-                        raise BadInput(
-                            f"{where} is a conversation, but the model has no chat template; give plain text."
-                        )
+                        raise BadInput(f"{where} is a conversation, but the model has no chat template; give text.")
                     text = template(messages)
             except (ValueError, LookupError, TypeError, AttributeError):
                 text = None
             if not isinstance(text, str) or row.get("messages") == []:
-                raise BadInput(
-                    f'{where} is not a JSON object with a "text" or with "messages"; mend or remove the line.'
-                )
+                raise BadInput(f'{where} is not a JSON object with "text" or "messages"; mend or remove the line.')
             documents.append(text)
     return documents, False
 
@@ -106,8 +99,10 @@ def load_text(path, tokenizer, cache, heldout=0.05, separator=None, template=Non
         raise BadInput(f"{path} is empty; put text into it or remove it.")
     # Keyed by the text itself: reading it is quick beside tokenising, and time stamps lie after a checkout.
     key = hashlib.sha256(json.dumps([documents, stream, heldout, separator]).encode()).hexdigest()[:16]
-    file = Path(cache, f"{path.stem}-{key}-{tokenizer.fingerprint}")
-    if (split := Split.read(file)) is None:
+    file = Path(cache, f"{path.stem}-{key}-{tokenizer.fingerprint}.npy")
+    if file.exists():
+        split = Split.read(file)
+    else:
         parts, end = [], [] if separator is None or stream else [separator]
         for texts in split_text(documents, stream, heldout, path):
             ids = [np.array(tokenizer.encode(text, bos=bool(tokenizer.bos)) + end, np.int32) for text in texts]
@@ -154,8 +149,9 @@ def find_domains(folder, only="", least=1):
 def windows(ids, length, limit=None):
     """Consecutive windows [n, length], int64; at most `limit` of them, spread evenly over the text."""
     n = len(ids) // length
-    tiled = np.asarray(ids[: n * length], dtype=np.int64).reshape(n, length)
-    return tiled if limit is None or n <= limit else tiled[np.linspace(0, n - 1, limit).astype(int)]
+    tiled = np.asarray(ids[: n * length]).reshape(n, length)
+    chosen = slice(None) if limit is None or n <= limit else np.linspace(0, n - 1, limit).astype(int)
+    return tiled[chosen].astype(np.int64)
 
 
 def batch(ids, index, size, length, seed):

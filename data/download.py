@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import time
 from functools import cache
 from http.client import HTTPException
 from pathlib import Path
@@ -20,8 +21,9 @@ from data import BadInput, atomic
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 BESIDE = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+ID = r"(?a)(?!\.)([\w.-]+/[\w.-]+?)(?:@([\w.-]+))?"
 BROKEN = (URLError, HTTPException, ConnectionError, TimeoutError)  # what a bad connection ends in
-TRIES = 5  # in a row without a new byte
+TRIES, PAUSE = 5, 1.0  # in a row without a new byte; seconds after the first of them, more after each
 
 
 class Stay(HTTPRedirectHandler):
@@ -39,30 +41,35 @@ def home():
 def request(url, method="GET", **headers):
     """The token goes into a header that urllib does not repeat where it is redirected to: a CDN must not see it."""
     found, stored = Request(url, method=method, headers={"User-Agent": "koff", **headers}), home() / "token"
-    if token := os.environ.get("HF_TOKEN") or (stored.read_text().strip() if stored.exists() else ""):
+    if token := (os.environ.get("HF_TOKEN") or (stored.read_text() if stored.exists() else "")).strip():
         found.add_unredirected_header("Authorization", f"Bearer {token}")
     return found
 
 
 def look(repo, revision, file):
     """(commit, etag, size, url) of a file on the Hub; None if the model has no such file."""
-    page = f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co').rstrip('/')}/{repo}"
+    endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    if not re.match("https?://", endpoint):
+        raise BadInput(f"HF_ENDPOINT is {endpoint!r}; it has to begin with https://.")
+    page = f"{endpoint.rstrip('/')}/{repo}"
     url, opener = f"{page}/resolve/{revision}/{file}", build_opener(Stay)
-    while True:
+    for _ in range(5):
         try:
             reply = opener.open(request(url, "HEAD"), timeout=30)
         except HTTPError as error:
             reply = error
         head = reply.headers
-        if reply.status // 100 != 3 or not head.get("Location", "").startswith("/"):
+        if reply.status // 100 != 3 or not re.match("/[^/]", head.get("Location", "")):
             break
-        url = urljoin(url, head["Location"])  # the model was renamed
+        url = urljoin(url, head["Location"])  # the model was renamed; another server would not get the token
     if head.get("X-Error-Code") == "EntryNotFound":
         return None
     if reply.status == 401:
         raise BadInput(f"no folder {repo} here, and {page} is not public (401); check the name, or set HF_TOKEN.")
     if reply.status == 403:
         raise BadInput(f"{page} is gated, and HF_TOKEN's account may not read it (403); ask for access on that page.")
+    if reply.status == 429 or reply.status >= 500:
+        raise URLError(f"it answers {reply.status}")
     size = head.get("X-Linked-Size") or head.get("Content-Length")
     if reply.status >= 400 or size is None:
         raise BadInput(f"{url} cannot be read ({reply.status}); check the name and the revision.")
@@ -98,6 +105,7 @@ def download(url, path, etag, size):
             except BROKEN as error:
                 reason = error
             failures = 0 if part.stat().st_size > have else failures + 1
+            time.sleep(PAUSE * failures)
             if failures == TRIES:
                 raise BadInput(f"{url} broke off ({reason}); the same command goes on from there.")
     if part.stat().st_size != size or digest(part, etag) != etag:
@@ -116,8 +124,9 @@ def fetch(store, repo, revision, file):
     path, blob = store / "snapshots" / commit / file, store / "blobs" / etag
     if not blob.exists():
         download(url, blob, etag, size)
-    with atomic(path) as partial:
-        partial.symlink_to(os.path.relpath(blob, path.parent))
+    if not path.exists():
+        with atomic(path) as partial:
+            partial.symlink_to(os.path.relpath(blob, path.parent))
     return path
 
 
@@ -128,7 +137,7 @@ def located(name, weights=True):
     Then it is the snapshot in the cache, brought up to date; without `weights`, the config.json only. Where the Hub does
     not answer, what is in the cache has to do.
     """
-    if Path(name).exists() or not (id := re.fullmatch(r"([\w.-]+/[\w.-]+?)(?:@([\w.-]+))?", str(name))):
+    if Path(name).exists() or not (id := re.fullmatch(ID, str(name))):
         return Path(name)
     repo, revision = id[1], id[2] or "main"
     store = Path(os.environ.get("HF_HUB_CACHE") or home() / "hub", f"models--{repo.replace('/', '--')}")
@@ -137,8 +146,9 @@ def located(name, weights=True):
         if (config := fetch(store, repo, revision, "config.json")) is None:
             raise BadInput(f"{name} has no config.json on the Hub; name a model that has.")
         folder = config.parent
-        with atomic(ref) as partial:
-            partial.write_text(folder.name)
+        if not ref.exists() or ref.read_text() != folder.name:
+            with atomic(ref) as partial:
+                partial.write_text(folder.name)
         files = [*BESIDE, INDEX] if weights else []
         index = [fetch(store, repo, folder.name, file) for file in files][-1:]
         for file in checkpoint_names(index[0]) if any(index) else [SINGLE] if weights else []:

@@ -5,14 +5,16 @@
     python data/prepare.py retention --out text                C4, GSM8K and ARC-Challenge: general text for --retention
     python data/prepare.py benchmarks --out rows               MMLU, ARC-Challenge and GSM8K for `eval.py bench --rows`
 
-Rows are streamed in an order that --seed decides and written as they come; a second call goes on where the first one was
-stopped. What is held out are the last 5% of each file, as in training (data/corpus.py). Needs: pip install datasets.
+Rows are streamed in an order that --seed decides and written as they come; a second call goes on with the file where the
+first one was stopped. What is held out are the last 5% of each file, as in training (data/corpus.py). Needs: pip install datasets.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import sys
+from itertools import islice
 from pathlib import Path
 
 from tqdm import tqdm
@@ -22,7 +24,7 @@ from data import BadInput, atomic, run_script
 
 TOPICS = ("Mathematics", "Science", "Technology", "History", "Culture", "Geography")
 LANGUAGES = dict(english="en", spanish="es", french="fr", german="de", italian="it", portuguese="pt")
-SHUFFLED, NOTED = 10_000, 1000  # rows that are mixed at a time; rows after which is noted how far it is
+SHUFFLED = 10_000  # rows that are mixed at a time
 
 
 def topic(row):
@@ -77,56 +79,43 @@ def stream(source, files, hub, seed=None):
     name = str(Path(hub, source)) if hub else source
     try:
         rows = load_dataset(name, data_files={"train": files}, split="train", streaming=True)
-    except (OSError, ValueError) as error:  # what `datasets` raises for a name or a file that is not there
-        raise BadInput(f"{name} cannot be read: {str(error).splitlines()[0]}") from None
-    return rows if seed is None else rows.shuffle(seed=seed, buffer_size=SHUFFLED)
+        yield from rows if seed is None else rows.shuffle(seed=seed, buffer_size=SHUFFLED)
+    except Exception as error:  # `datasets` and what it reads with raise kinds of their own
+        raise BadInput(f"{name} cannot be read: {str(error).partition(chr(10))[0]}") from None
 
 
 def collect(rows, sort, wanted, out, names, about):
     """Write `wanted` different texts for each name into out/<name>.jsonl, as the stream `rows` brings them.
 
-    How far it is stands in a file beside, now and then; the next call goes on from there.
+    A second call streams the same rows again and drops what is there already: the order is the same.
     """
-    note, part = out / f".{names[0]}.note", {name: out / f".{name}.jsonl.part" for name in names}
     if all((out / f"{name}.jsonl").exists() for name in names):
-        return
-    state = (
-        json.loads(note.read_text()) if note.exists() else {"about": about, "rows": 0, "bytes": dict.fromkeys(names, 0)}
-    )
-    if state["about"] != about:
-        raise BadInput(f"{out} holds the beginning of other text ({state['about']}); give another --out.")
-    out.mkdir(parents=True, exist_ok=True)
+        return print(f"{', '.join(names)}: already there")
+    part = {name: out / f".{name}-{digest(about)}.jsonl.part" for name in names}
     seen, have = set(), {}
-    for name, path in part.items():
-        path.touch()
-        with open(path, "r+b") as file:
-            file.truncate(state["bytes"][name])
-            lines = [json.loads(line)["text"] for line in file]
-        seen, have[name] = seen | {digest(text) for text in lines}, len(lines)
-    files = {name: open(path, "ab") for name, path in part.items()}  # noqa: SIM115, closed below
-    bar = tqdm(total=wanted * len(names), initial=sum(have.values()), desc=", ".join(names), disable=None)
-    try:
-        for n, row in enumerate(rows.skip(state["rows"]), state["rows"] + 1):
-            name, text = sort(row) or (None, None)
-            if name and have[name] < wanted and text.strip() and (key := digest(text)) not in seen:
+    with contextlib.ExitStack() as stack:
+        out.mkdir(parents=True, exist_ok=True)
+        files = {name: stack.enter_context(open(path, "a+b")) for name, path in part.items()}
+        for name, file in files.items():
+            file.seek(0)
+            whole, end, _ = file.read().rpartition(b"\n")  # the last line may have been cut
+            file.truncate(len(whole + end))
+            have[name] = len(lines := whole.splitlines())
+            seen |= {digest(json.loads(line)["text"]) for line in lines}
+        bar = tqdm(total=wanted * len(names), initial=sum(have.values()), desc=", ".join(names), disable=None)
+        stack.enter_context(bar)
+        for row in rows:
+            if min(have.values()) == wanted:
+                break
+            name, text = sort(row) or (None, "")
+            if text.strip() and have[name] < wanted and (key := digest(text)) not in seen:
                 seen.add(key)
                 have[name] += 1
                 files[name].write(json.dumps({"text": text}).encode() + b"\n")
                 bar.update()
-            if n % NOTED == 0 or min(have.values()) == wanted:
-                [file.flush() for file in files.values()]
-                sizes = {name: file.tell() for name, file in files.items()}
-                with atomic(note) as partial:
-                    partial.write_text(json.dumps({"about": about, "rows": n, "bytes": sizes}))
-            if min(have.values()) == wanted:
-                break
-    finally:
-        bar.close()
-        [file.close() for file in files.values()]
     for name, path in part.items():
-        print(f"{out / name}.jsonl: {have[name]:,} texts" + ("" if have[name] == wanted else ", all that there are"))
         path.rename(out / f"{name}.jsonl")
-    note.unlink(missing_ok=True)
+        print(f"{out / name}.jsonl: {have[name]:,} texts" + ("" if have[name] == wanted else ", all that there are"))
 
 
 def prepare(args):
@@ -139,11 +128,10 @@ def prepare(args):
         collect(stream(source, files, args.hub, args.seed), sort, wanted, out, names, about)
     for name, (source, files) in ROWS.items() if args.recipe == "benchmarks" else ():
         if not (path := out / f"{name}.jsonl").exists():
-            rows = stream(source, files, args.hub)
             with atomic(path) as partial, open(partial, "w", encoding="utf-8") as file:
-                for row in tqdm(rows.take(args.limit) if args.limit else rows, desc=name, disable=None):
+                for row in tqdm(islice(stream(source, files, args.hub), args.limit), desc=name, disable=None):
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            print(path)
+        print(path)
 
 
 def main(argv=None):

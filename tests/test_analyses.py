@@ -192,6 +192,7 @@ def test_commands_on_a_finished_run(world, granularity, capsys):  # noqa: F811
     assert "What a module holds" in shown and "pruning only" in shown
     results, its = (json.loads((folder / "results.json").read_text()) for folder in (out, pruned))
     assert results["perplexity"]["pruned"] == its["perplexity"]["backbone"]
+    assert evaluation.main(["report", str(out)]) == 0 and "pruning only" in capsys.readouterr().out  # it stays
 
     for wrong in ("--tokens", "-5"), ("--tokens", "15"):
         assert evaluation.main(["lape", str(out), *wrong]) == 2

@@ -176,6 +176,8 @@ def test_routed_with_its_confidence_and_what_is_no_command(run, monkeypatch, cap
     assert "german, the router's choice (" in shown.err and "/domain klingon is no command, or" in shown.err
     assert "auto: the 0 messages so far" in shown.err
     assert evaluation.main(["chat", str(run), "--module", "klingon"]) == 2
+    shown = talk(run, [german * 4, "/reset", "Der Kernel"], monkeypatch, capsys, "--module", "german")
+    assert "exceed the model's context" in shown.err and shown.out.startswith("> > > ") and len(shown.out) > 8
 
 
 def test_generate_answers_a_file_of_prompts(run, tmp_path, capsys):

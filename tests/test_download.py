@@ -115,6 +115,7 @@ def hub(tmp_path, monkeypatch):
     monkeypatch.delenv("HF_HUB_CACHE", raising=False)
     for name in ("http_proxy", "HTTP_PROXY"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(download, "PAUSE", 0)
     download.located.cache_clear()
     yield server
     server.close()
@@ -249,6 +250,32 @@ def test_a_model_that_was_renamed_and_a_revision_are_followed(hub):
     assert all(h.get("Authorization") == "Bearer secret" for name, *_, h in hub.asked if name == "hub")
 
 
+def test_a_redirect_to_another_server_or_in_a_circle_gets_no_token_and_ends(hub, monkeypatch):
+    for to in f"//{hub.url['cdn'][7:]}/some/model/resolve/main/config.json", "/old/name/resolve/main/config.json":
+        monkeypatch.setattr(Handler, "do_GET", lambda self, to=to: (
+            self.hub.asked.append((self.name, self.command, self.path, dict(self.headers))),
+            self.answer(307, {"Location": to})))  # fmt: skip
+        with pytest.raises(BadInput):
+            download.located(f"old/name@{len(to)}")
+    assert len(hub.asked) < 15 and all(name == "hub" for name, *_ in hub.asked)
+
+
+def test_a_server_in_trouble_leaves_what_is_in_the_cache(hub):
+    folder = download.located("some/model")
+    hub.status = {"all": 503, "Bearer secret": 503}
+    assert again() == folder
+    with pytest.raises(BadInput, match="it answers 503"):
+        download.located("some/model@other")
+
+
+def test_a_token_with_a_line_end_and_a_wrong_endpoint(hub, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "secret\n")
+    assert download.located("some/model").exists()
+    monkeypatch.setenv("HF_ENDPOINT", "localhost")
+    with pytest.raises(BadInput, match="has to begin with https"):
+        again()
+
+
 def test_without_a_network_the_cache_has_to_do(hub, monkeypatch):
     folder = download.located("some/model")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
@@ -262,6 +289,7 @@ def test_a_folder_of_that_name_comes_first_and_a_path_is_no_id(hub, tmp_path, mo
     shutil.copytree(download.located("some/model"), tmp_path / "my/model")
     hub.asked.clear()
     assert download.located("my/model") == Path("my/model")
-    with pytest.raises(BadInput, match=r"config\.json does not exist"):
-        load("/nowhere/at/all")
+    for path in "/nowhere/at/all", "../model", "données/modèle":
+        with pytest.raises(BadInput, match=r"config\.json does not exist"):
+            load(path)
     assert hub.asked == []

@@ -73,17 +73,19 @@ def test_transformers_and_peft_give_the_logits_of_the_run(world, kind, shape, ca
     assert AutoTokenizer.from_pretrained(out / "export/hf").encode("Der Kernel") == run.tokenizer.encode("Der Kernel")
     mask = {n[5:]: m.bool() for n, m in load_file(out / "gates.safetensors").items() if n.startswith("mask.")}
     assert (state["model.layers.1.self_attn.k_proj.weight"].abs().sum(1) > 0).tolist() == mask["k"][0].tolist()
-    for name, blocks in run.modules.items():
-        kept = koff.kept_channels(mask, load(world / "base").config, 1, "cpu")
-        lora = {i: BlockMemory(m.lora) for i, m in koff.expand_memory(blocks, kept, theirs_config(world)).items()}
+    for name, lora in whole_modules(world, run, lora_only=True).items():
         adapted = PeftModel.from_pretrained(theirs, out / "export/peft" / name)
         found = adapted(TOKENS).logits
         assert close(found, reference(TOKENS, lora)) and not close(found, reference(TOKENS))
         theirs = adapted.unload()
 
 
-def theirs_config(where):
-    return load(where / "base").config
+def whole_modules(where, run, lora_only=False):
+    """{domain: its memory for the masked model, which has all channels}."""
+    base = load(where / "base")
+    kept = koff.kept_channels(run.gates(base)[1], base.config, run.settings.first(len(base.layers))[0], "cpu")
+    whole = {name: koff.expand_memory(blocks, kept, base.config) for name, blocks in run.modules.items()}
+    return {n: {i: BlockMemory(m.lora) if lora_only else m for i, m in blocks.items()} for n, blocks in whole.items()}
 
 
 @torch.no_grad()
@@ -93,8 +95,7 @@ def test_keys_and_values_in_all_blocks_are_a_cartridge_and_a_merged_lora_makes_i
     assert evaluation.main(["export", str(out), "peft"]) == 0
     assert evaluation.main(["export", str(out), "hf"]) == 0
     assert evaluation.main(["export", str(out), "hf", "--module", "french"]) == 0
-    kept = koff.kept_channels(run.gates(load(world / "base"))[1], theirs_config(world), 1, "cpu")
-    whole = koff.expand_memory(run.module("french"), kept, theirs_config(world))
+    whole = whole_modules(world, run)["french"]
     kv = {i: BlockMemory({}, m.keys, m.values) for i, m in whole.items()}
     for base, memory in ("hf", kv), ("hf-french", whole):
         theirs = AutoModelForCausalLM.from_pretrained(out / "export" / base, dtype=torch.float32)

@@ -1,16 +1,19 @@
 """The modules of a finished run: one more on the frozen backbone, another name, none."""
 
 import json
+import shutil
 import signal
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import eval as evaluation
 import train
 from data.router import Router
-from test_train import ROOT, flags, world  # noqa: F401 (a fixture)
+from model import Config, Model
+from test_train import CONFIG, ROOT, flags, world  # noqa: F401 (a fixture)
 from train import Trainer
 
 
@@ -47,14 +50,16 @@ def test_a_later_module_leaves_all_others_and_the_backbone_as_they_are(run):
     ]
 
 
-def test_a_later_module_comes_as_near_to_the_unpruned_model_as_the_first(tmp_path):
+def test_a_later_module_recovers_what_pruning_cost_its_domain(tmp_path):
+    (data := tmp_path / "data").mkdir()
+    for name in "english", "french":
+        shutil.copy(ROOT / f"data/handbook/{name}.txt", data)
     out, german = tmp_path / "run", ROOT / "data/handbook/german.txt"
     short = ["--steps", "60", "--batch", "2", "--seq-len", "64", "--fisher-sequences", "8", "--eval-len", "64"]
-    short += ["--domains", "english,french"]
-    assert train.main([*short, "--out", str(out)]) == 0 and train.main(["--add", str(german), "--out", str(out)]) == 0
-    ratio = {v: dict(zip(("english", "french", "german"), x, strict=True)) for v, x in ratios(out).items()}
-    first = np.mean([ratio["koff"][name] for name in ("english", "french")])
-    assert ratio["koff"]["german"] <= first + 0.01 < ratio["backbone"]["german"]
+    assert train.main([*short, "--data", str(data), "--out", str(out)]) == 0
+    assert train.main(["--add", str(german), "--out", str(out)]) == 0
+    without, own = (ratios(out)[variant][-1] for variant in ("backbone", "koff"))
+    assert 1 < own < 1 + 0.7 * (without - 1)
 
 
 def ratios(out):
@@ -88,8 +93,7 @@ def test_rename_remove_and_list(run, capsys):
     capsys.readouterr()
     assert evaluation.main(["rename", str(run), "italian", "toscano"]) == 0
     assert evaluation.main(["rename", str(run), "french", "gallic"]) == 0
-    out = capsys.readouterr().out
-    assert "toscano" in out and "italian.txt" in out and "french.txt" in out and "eval.py report" in out
+    assert "holds gallic, german, toscano; eval.py report" in capsys.readouterr().out
     assert (run / "modules/toscano.safetensors").read_bytes() == module
     assert evaluation.main(["report", str(run)]) == 0  # under the new names, with the texts of the old
     results = json.loads((run / "results.json").read_text())
@@ -101,6 +105,31 @@ def test_rename_remove_and_list(run, capsys):
     assert evaluation.main(["modules", str(run)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in lines[2:]] == ["german", "toscano"]
+    assert "italian.txt" in lines[3] and str(run.parent.parent / "data") in lines[2]
+    assert evaluation.main(["remove", str(run), "german"]) == 0
+    assert evaluation.main(["remove", str(run), "toscano"]) == 2 and "only module" in capsys.readouterr().err
+
+
+def test_a_wide_bfloat16_run_takes_another_module(tmp_path):
+    """Positions of open channels beyond 256 are not exact in bfloat16: they are no weights."""
+    config = CONFIG | dict(hidden_size=320, num_attention_heads=4, intermediate_size=64)
+    (base := tmp_path / "base").mkdir()
+    model = Model(Config.from_dict(config))
+    save_file(
+        {f"model.{n}": torch.randn_like(p) * 0.1 for n, p in model.named_parameters()}, base / "model.safetensors"
+    )
+    (base / "config.json").write_text(json.dumps(config))
+    shutil.copy(ROOT / "data/base/tokenizer.json", base)
+    for name in "german", "french", "italian":
+        text = (ROOT / f"data/handbook/{name}.txt").read_text(encoding="utf-8")[:20_000]
+        path = tmp_path / "data" / f"{name}.txt" if name != "italian" else tmp_path / "italian.txt"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    given = flags(tmp_path, dtype="bfloat16", gated="kv+mlp", steps=2)
+    assert train.main(given) == 0
+    state = load_file(tmp_path / "runs/one/backbone/model.safetensors")
+    assert max(t.max() for n, t in state.items() if n.endswith("down_kept")) > 256
+    assert add(tmp_path / "runs/one") == 0
 
 
 def test_what_cannot_be_is_one_sentence(run, capsys):
@@ -125,8 +154,6 @@ def test_what_cannot_be_is_one_sentence(run, capsys):
 
 
 def test_another_base_model_is_refused(run, capsys):
-    from safetensors.torch import load_file, save_file
-
     path = run.parent.parent / "base/model.safetensors"
     state = load_file(path)
     save_file({n: t + 1 if n == "model.norm.weight" else t for n, t in state.items()}, path)

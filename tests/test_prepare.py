@@ -5,6 +5,7 @@ import json
 import random
 import sys
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -18,6 +19,12 @@ from test_train import ROOT
 def parquet(path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+
+
+@pytest.fixture(autouse=True)
+def no_pause(monkeypatch):
+    """`datasets` sleeps five seconds when a stream ends."""
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +119,6 @@ def test_retention_and_evaluation_sets(hub, tmp_path):
 @pytest.mark.parametrize("recipe", ["topics", "languages"])
 def test_what_was_stopped_goes_on_and_is_the_same(recipe, hub, tmp_path, monkeypatch, capsys):
     assert run(recipe, hub, tmp_path / "whole", "--limit", "25") == 0
-    monkeypatch.setattr(prepare, "NOTED", 7)
     written, real = [], prepare.digest
 
     def stopped(text):
@@ -127,10 +133,8 @@ def test_what_was_stopped_goes_on_and_is_the_same(recipe, hub, tmp_path, monkeyp
     monkeypatch.setattr(prepare, "digest", real)
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "two").glob("*.jsonl")}
     assert recipe == "topics" or before
-    assert (
-        run(recipe, hub, tmp_path / "two", "--limit", "24") == 2
-        and "beginning of other text" in capsys.readouterr().err
-    )
+    part = max((tmp_path / "two").glob(".*.part"), key=lambda path: path.stat().st_size)
+    part.write_bytes(part.read_bytes()[:-3])  # as a kill leaves it
     assert run(recipe, hub, tmp_path / "two", "--limit", "25") == 0
     assert all(p.stat().st_mtime_ns == at for p, at in before.items())  # what was finished is not made again
     whole, two = ({p.name: p.read_bytes() for p in (tmp_path / out).iterdir()} for out in ("whole", "two"))

@@ -612,33 +612,43 @@ SHAPES = {  # preset: the shape in the model's config.json, and how many paramet
 PAPERS = {"llama-3.1-8b": 277e6, "llama-3.2-3b": 180e6}  # parameters of a module, section 3
 
 
-@pytest.mark.parametrize("name", SHAPES)
-def test_a_preset_fits_its_model_and_a_gpu_from_its_config_alone(name, tmp_path, monkeypatch, capsys):
-    config, parameters = SHAPES[name]
-    folder = tmp_path / PRESETS[name]["model"]  # a folder of that name comes before the Hub
-    folder.mkdir(parents=True)
+@pytest.fixture
+def preset(request, tmp_path, monkeypatch):
+    """(settings of a preset, its model's config.json, parameters), and the model is there: all but its weights."""
+    s, (config, parameters) = Settings(**PRESETS[request.param]), SHAPES[request.param]
+    (folder := tmp_path / s.model).mkdir(parents=True)  # a folder of that name comes before the Hub
     (folder / "config.json").write_text(json.dumps(config))
     monkeypatch.chdir(tmp_path)
+    return s, config, parameters
+
+
+@pytest.mark.parametrize("preset", SHAPES, indirect=True)
+def test_a_preset_fits_its_model(preset):
+    s, _, parameters = preset
+    config, gates = train.fitting(s)
+    with torch.device("meta"):
+        memory = koff.Memory(config, s.first(config.num_hidden_layers)[1], s.rank, s.alpha, s.kv_tokens)
+    assert gates.total == pytest.approx(parameters, rel=0.02)
+    assert sum(p.numel() for p in memory.parameters()) < 0.8 * s.sparsity * gates.total  # else nothing is gained
+
+
+@pytest.mark.parametrize("preset", ["qwen3-0.6b", *PAPERS], indirect=True)
+def test_a_dry_run_knows_sizes_and_operations_from_the_config_alone(preset, request, capsys):
+    (s, config, _), name = preset, request.node.callspec.params["preset"]
     assert train.main(["--dry-run", "--preset", name]) == 0
     printed = capsys.readouterr().out
 
     def number(pattern):
         return float(re.search(pattern, printed)[1].replace(",", ""))
 
-    total, module = number(r"^([\d,]+) parameters"), number(r"([\d,]+) parameters a module")
-    assert total == pytest.approx(parameters, rel=0.02) and module < 0.8 * 0.12 * total
-    assert name not in PAPERS or abs(module - PAPERS[name]) < 0.5e6
+    assert name not in PAPERS or abs(number(r"([\d,]+) parameters a module") - PAPERS[name]) < 0.5e6
     assert number(r"([\d.]+) GB  peak memory") < 80
-    s, steps = (
-        Settings(**PRESETS[name]),
-        re.search(r"steps of ([\d.]+) and, once the mask is fixed, ([\d.]+) TFLOP", printed),
-    )
+    first, fixed = number(r"steps of ([\d.]+)"), number(r"is fixed, ([\d.]+) TFLOP")
     by_formula = sum(bench.operations(Config.from_dict(config), s)) / 1e12
-    assert float(steps[1]) == pytest.approx(by_formula, rel=0.6 if s.checkpointing else 0.05)
-    assert 0.5 * float(steps[1]) < float(steps[2]) < float(steps[1])
-    every = s.steps * ((1 - s.fix_mask) * float(steps[1]) + s.fix_mask * float(steps[2])) / 1e3
+    assert first == pytest.approx(by_formula, rel=0.6 if s.checkpointing else 0.05) and 0.5 * first < fixed < first
+    every = s.steps * ((1 - s.fix_mask) * first + s.fix_mask * fixed) / 1e3
     assert number(r"([\d.,e+]+) PFLOP to train") == pytest.approx(every, rel=0.02)
-    assert sorted(p.name for p in folder.iterdir()) == ["config.json"]
+    assert [p.name for p in Path(s.model).iterdir()] == ["config.json"]
 
 
 STEPS = """
