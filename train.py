@@ -427,7 +427,7 @@ def add(path, out, given):
         raise BadInput(f"{out} has no modules to which one could be added; train a run with memories.")
     if name in run.router.domains:
         raise BadInput(f"{out} has a domain {name} already; remove it first, or rename the text.")
-    steps = 2 * -(-run.settings.steps // len(run.names))  # twice what each of the first got
+    steps = 3 * -(-run.settings.steps // len(run.names))  # three times what each of the first got (measured)
     s = replace(run.settings, **{"steps": steps, **given}, gate_init="constant", focus=0, order="joint", retention="")
     work = out / "later" / name
     if (work / "settings.json").exists() and Settings.from_file(work / "settings.json") != s:
