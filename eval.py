@@ -179,9 +179,8 @@ def opened(folder, device="auto"):
     """What an evaluation looks at: the run, its unpruned model, its text {domain: Split}."""
     run = Run(folder, device)
     s, base = run.settings, load(run.settings.model, run.dtype, run.device)
-    how = reading(run.folder, run.tokenizer, base.config, run.folder / "backbone") | dict(
-        need=(0, max(s.eval_len, Router.WINDOW))
-    )
+    how = reading(run.folder, run.tokenizer, base.config, run.folder / "backbone")
+    how["need"] = (0, max(s.eval_len, Router.WINDOW))
     return run, base, {name: load_text(path, **how) for name, path in texts_of(run).items()}
 
 
@@ -838,7 +837,7 @@ def list_modules(args):
 
 
 def change_module(args):
-    """Remove a module, or give it another name. The router changes first: without it a module file counts for nothing."""
+    """Remove a module, or give it another name. A module counts where its file and its row of the router are there."""
     run, old, new = Run(args.run, "cpu"), args.module, getattr(args, "name", None)
     path, router = run.folder / "modules" / f"{old}.safetensors", run.router
     run.module(old)
@@ -881,8 +880,8 @@ def export(args):
         raise BadInput(f"{out} is there already; remove it or name another --out.")
     kept = koff.kept_channels(run.gates(small)[1], small.config, s.first(len(small.layers))[0], "cpu")
     dense, modules = koff.expand(small, kept), {name: run.module(name) for name in names}
-    lora, kv = ({n: {i: part(m) for i, m in blocks.items()} for n, blocks in modules.items()} for part in (
-        lambda m: BlockMemory(m.lora), lambda m: BlockMemory({}, m.keys, m.values)))  # fmt: skip
+    lora = {n: {i: BlockMemory(m.lora) for i, m in blocks.items()} for n, blocks in modules.items()}
+    kv = {n: {i: BlockMemory({}, m.keys, m.values) for i, m in blocks.items()} for n, blocks in modules.items()}
     tokens = torch.randint(run.tokenizer.vocab_size, (2, 64), generator=torch.Generator().manual_seed(0))
     placed = f"{s.kv_tokens} keys and values in {len(next(iter(modules.values()), []))} of {len(small.layers)} blocks"
     with atomic(out) as partial:

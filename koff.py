@@ -15,7 +15,7 @@ from torch import nn
 
 from data import BadInput
 from data.checkpoint import tensors_of
-from model import BlockMemory, Cache, Model
+from model import BlockMemory, Cache, Model, matrix
 
 # Hard Concrete gates (Louizos et al. 2018, arXiv 1712.01312) on the output channels of k, v, gate, up and down -------
 
@@ -381,14 +381,14 @@ def compact(model, kept):
     for i, index in kept.items():
         sizes[i] = {name: len(index[name]) for name in ("q", "k", "v", "o", "neuron", "down")}
         for name, (rows, _) in c.shapes.items():
-            matrix = f"layers.{i}.{'self_attn' if name in 'qkvo' else 'mlp'}.{name}_proj"
-            for own in (f"{matrix}.weight", f"{matrix}.bias"):
+            for own in (f"{matrix(i, name)}.weight", f"{matrix(i, name)}.bias"):
                 if own in state and len(index[name]) < rows:
                     state[own] = state[own][index[name]]
             if name not in ("gate", "up") and len(index[name]) < rows:
                 state[f"layers.{i}.{name}_kept"] = index[name]
         if len(index["neuron"]) < c.intermediate_size:
-            state[f"{matrix}.weight"] = state[f"{matrix}.weight"][:, index["neuron"]].contiguous()  # down, the last
+            down = f"{matrix(i, 'down')}.weight"
+            state[down] = state[down][:, index["neuron"]].contiguous()
     config = replace(c, kept=tuple(sizes), raw={**c.raw, "koff_kept": sizes})
     with torch.device("meta"):
         small = Model(config)
@@ -416,11 +416,10 @@ def expand(small, kept):
     state = {name: t for name, t in small.state_dict().items() if not name.endswith("_kept")}
     for i, index in kept.items():
         for name, (rows, _) in c.shapes.items():
-            matrix = f"layers.{i}.{'self_attn' if name in 'qkvo' else 'mlp'}.{name}_proj"
-            for own in (f"{matrix}.weight", f"{matrix}.bias"):
+            for own in (f"{matrix(i, name)}.weight", f"{matrix(i, name)}.bias"):
                 if own in state:
                     state[own] = widened(state[own], 0, index[name], rows)
-        down = f"layers.{i}.mlp.down_proj.weight"
+        down = f"{matrix(i, 'down')}.weight"
         state[down] = widened(state[down], 1, index["neuron"], c.intermediate_size)
     with torch.device("meta"):
         model = Model(replace(c, kept=(), raw=raw))
@@ -446,7 +445,7 @@ def merge(model, blocks):
     """Add the LoRA of {block: BlockMemory} to the weights of `model`, which it may share with another."""
     for i, m in blocks.items():
         for name, (a, b) in m.lora.items():
-            linear = getattr(model.layers[i].self_attn if name in "qkvo" else model.layers[i].mlp, f"{name}_proj")
+            linear = model.get_submodule(matrix(i, name))
             linear.weight = nn.Parameter(linear.weight + b @ a, requires_grad=False)
 
 

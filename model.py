@@ -107,6 +107,11 @@ class Config:
         return {"q": (q, D), "k": (kv, D), "v": (kv, D), "o": (D, q), "gate": (F, D), "up": (F, D), "down": (D, F)}
 
 
+def matrix(i, name):
+    """Where the projection `name` of block i stands in a `Model`, and behind "model." in a Hugging Face checkpoint."""
+    return f"layers.{i}.{'self_attn' if name in 'qkvo' else 'mlp'}.{name}_proj"
+
+
 # Pieces --------------------------------------------------------------------------------------------------------------
 
 

@@ -416,10 +416,8 @@ def add(path, out, given):
     the router, the report and its results. `given`: settings that may differ from the run's, `LATER`. False if Ctrl-C stopped it."""
     import eval as evaluation  # it imports this file
 
-    run, name = (
-        evaluation.Run(out, given.get("device", Settings.from_file(out / "settings.json").device)),
-        domain_name(path),
-    )
+    device = given.get("device", Settings.from_file(out / "settings.json").device)
+    run, name = evaluation.Run(out, device), domain_name(path)
     if wrong := [flag for flag in given if flag not in LATER]:
         flag = "--" + wrong[0].replace("_", "-")
         raise BadInput(f"{flag} cannot differ from that of {out}; with --add give only {', '.join(LATER)}.")
@@ -514,11 +512,8 @@ def parse(argv):
         flag, text = "--" + f.name.replace("_", "-"), f"{f.metadata['help']} [{shown}]"
         parser.add_argument(flag, default=argparse.SUPPRESS, help=text, **kind)
     given = vars(parser.parse_args(argv))
-    preset, out, do = (
-        given.pop("preset"),
-        given.pop("out"),
-        {n: given.pop(n) for n in ("sweep", "add", "fresh", "dry_run")},
-    )
+    preset, out = given.pop("preset"), given.pop("out")
+    do = {name: given.pop(name) for name in ("sweep", "add", "fresh", "dry_run")}
     do |= {"flags": given, "given": {**PRESETS[preset], **given}}
     return Settings(**do["given"]), out or Path("out", do["sweep"] or preset), do
 

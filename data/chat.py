@@ -61,10 +61,8 @@ class ChatTemplate:
             one, answers, start = "<|im_start|>{}\n{}<|im_end|>\n", "<|im_start|>assistant\n", ""
         elif "<|start_header_id|>" in self.source:  # Llama 3; from 3.1 on the system's message says what day it is
             one = "<|start_header_id|>{}<|end_header_id|>\n\n{}<|eot_id|>"
-            answers, start = (
-                "<|start_header_id|>assistant<|end_header_id|>\n\n",
-                self.special.get("bos_token", "<|begin_of_text|>"),
-            )
+            answers = "<|start_header_id|>assistant<|end_header_id|>\n\n"
+            start = self.special.get("bos_token", "<|begin_of_text|>")
             messages = [{**m, "content": m["content"].strip()} for m in messages]
             if "Cutting Knowledge Date" in self.source:
                 system, rest = (messages[:1], messages[1:]) if messages[0]["role"] == "system" else ([], messages)

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from data import BadInput, atomic, read_tensors
 from data.download import BESIDE, INDEX, SINGLE, checkpoint_names, located
-from model import BlockMemory, Config, Model
+from model import BlockMemory, Config, Model, matrix
 
 # Pretrained models ---------------------------------------------------------------------------------------------------
 
@@ -154,15 +154,15 @@ def load_gates(path, gates):
 
 def save_lora(folder, blocks, base):
     """Write the LoRA of {block: BlockMemory} as an adapter that peft attaches to the dense model in the folder `base`."""
-    state, part = {}, {"k": "self_attn", "v": "self_attn", "gate": "mlp", "up": "mlp", "down": "mlp"}
+    state, names = {}, sorted({f"{name}_proj" for m in blocks.values() for name in m.lora})
     for i, m in blocks.items():
         for name, (a, b) in m.lora.items():
-            matrix = f"base_model.model.model.layers.{i}.{part[name]}.{name}_proj"
-            state |= {f"{matrix}.lora_A.weight": a.contiguous(), f"{matrix}.lora_B.weight": b.contiguous()}
+            own = f"base_model.model.model.{matrix(i, name)}"
+            state |= {f"{own}.lora_A.weight": a.contiguous(), f"{own}.lora_B.weight": b.contiguous()}
     rank = len(next(iter(state.values())))
     save_adapter(folder, state, dict(
         peft_type="LORA", base_model_name_or_path=str(base), r=rank, lora_alpha=rank,  # the scale is in B already
-        target_modules=[f"{name}_proj" for name in part], layers_to_transform=list(blocks), layers_pattern="layers",
+        target_modules=names, layers_to_transform=list(blocks), layers_pattern="layers",
     ))  # fmt: skip
 
 
@@ -192,8 +192,8 @@ def load_adapter(folder, blocks):
         return {i: BlockMemory({}, *pair) for i, pair in zip(sorted(blocks), pairs, strict=True)}
     out = {i: BlockMemory({}) for i in blocks}
     for name, a in state.items():
-        matrix, _, half = name.partition(".lora_")
-        _, _, _, _, i, _, projection = matrix.split(".")
+        own, _, half = name.partition(".lora_")
+        _, _, _, _, i, _, projection = own.split(".")
         if half == "A.weight":
-            out[int(i)].lora[projection.removesuffix("_proj")] = a, state[f"{matrix}.lora_B.weight"]
+            out[int(i)].lora[projection.removesuffix("_proj")] = a, state[f"{own}.lora_B.weight"]
     return out

@@ -149,10 +149,10 @@ def located(name, weights=True):
         if not ref.exists() or ref.read_text() != folder.name:
             with atomic(ref) as partial:
                 partial.write_text(folder.name)
-        files = [*BESIDE, INDEX] if weights else []
-        index = [fetch(store, repo, folder.name, file) for file in files][-1:]
-        for file in checkpoint_names(index[0]) if any(index) else [SINGLE] if weights else []:
-            fetch(store, repo, folder.name, file)
+        if weights:
+            *_, index = [fetch(store, repo, folder.name, file) for file in (*BESIDE, INDEX)]
+            for file in checkpoint_names(index) if index else [SINGLE]:
+                fetch(store, repo, folder.name, file)
     except BROKEN as error:
         folder = store / "snapshots" / (ref.read_text() if ref.exists() else revision)
         if not (folder / "config.json").exists():

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import signal
 
 import numpy as np
 import pytest
@@ -13,8 +12,7 @@ import eval as evaluation
 import train
 from data.router import Router
 from model import Config, Model
-from test_train import CONFIG, ROOT, flags, world  # noqa: F401 (a fixture)
-from train import Trainer
+from test_train import CONFIG, ROOT, ctrl_c_in_step_5, flags, world  # noqa: F401 (a fixture)
 
 
 @pytest.fixture
@@ -70,16 +68,8 @@ def test_a_later_module_that_was_stopped_goes_on_and_is_the_same(run, monkeypatc
     assert add(run) == 0
     whole = files(run)
     assert evaluation.main(["remove", str(run), "italian"]) == 0
-    step = Trainer.step
-
-    def pressed(self, tokens, domain, index, *rest, **kwargs):
-        if index == 4:
-            signal.raise_signal(signal.SIGINT)
-        return step(self, tokens, domain, index, *rest, **kwargs)
-
-    monkeypatch.setattr(Trainer, "step", pressed)
-    assert add(run) == 130 and not (run / "modules/italian.safetensors").exists()
-    monkeypatch.setattr(Trainer, "step", step)
+    with ctrl_c_in_step_5(monkeypatch):
+        assert add(run) == 130 and not (run / "modules/italian.safetensors").exists()
     capsys.readouterr()
     assert add(run, "--steps", "9") == 2 and "with other settings" in capsys.readouterr().err
     assert add(run) == 0

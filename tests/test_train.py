@@ -1,9 +1,11 @@
 """Training: what moves and what does not, resume, the two stand-ins for a GPU, and every kind of bad input."""
 
+import contextlib
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -195,9 +197,9 @@ def test_resume_after_a_kill_is_the_uninterrupted_run_bit_for_bit(world, monkeyp
     assert outputs(world / "runs/three") != whole
 
 
-def test_ctrl_c_saves_and_the_same_command_continues(world, monkeypatch, capsys):
-    import signal
-
+@contextlib.contextmanager
+def ctrl_c_in_step_5(monkeypatch):
+    """Ctrl-C is pressed in the fifth step of every training under it."""
     step = Trainer.step
 
     def pressed(self, tokens, domain, index, *rest, **kwargs):
@@ -206,9 +208,14 @@ def test_ctrl_c_saves_and_the_same_command_continues(world, monkeypatch, capsys)
         return step(self, tokens, domain, index, *rest, **kwargs)
 
     monkeypatch.setattr(Trainer, "step", pressed)
-    assert train.main(flags(world)) == 130
-    assert "stopped after step 5" in capsys.readouterr().err
+    yield
     monkeypatch.setattr(Trainer, "step", step)
+
+
+def test_ctrl_c_saves_and_the_same_command_continues(world, monkeypatch, capsys):
+    with ctrl_c_in_step_5(monkeypatch):
+        assert train.main(flags(world)) == 130
+    assert "stopped after step 5" in capsys.readouterr().err
     assert train.main(flags(world)) == 0
     assert "continuing" in capsys.readouterr().out
     assert train.main(flags(world)) == 0
