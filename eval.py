@@ -25,7 +25,7 @@ import sys
 import time
 import weakref
 from codecs import getincrementaldecoder
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -86,13 +86,15 @@ def dry_run(s):
     """
     config, gates = fitting(s)
     domains = len(find_domains(s.data, s.domains)) if Path(s.data).is_dir() else 2
-    share = gates.uniform_share(s.sparsity, s.count)
-    opened = {name: torch.full(a.shape, 1 - share, dtype=torch.float64) for name, a in gates.log_alpha.items()}
-    physical, paper = (gates.sparsity(opened, count).item() for count in ("physical", "paper"))
+    torch.manual_seed(s.seed)
+    gates.spread({name: torch.rand(a.shape) for name, a in gates.log_alpha.items()})  # chance decides what closes
+    mask = gates.final_mask(s.sparsity, s.count, s.budget, s.multiple)
+    physical, paper = (gates.sparsity(mask, count).item() for count in ("physical", "paper"))
+    kept = koff.kept_channels(mask, config, gates.first, "cpu")
     with torch.device("meta"):
         model = Model(config).to(pick_dtype(s.dtype, torch.device("cuda")))
     shapes = {name: (p.shape, p.dtype) for name, p in model.state_dict().items()}
-    with FakeTensorMode(), Peak() as size:
+    with FakeTensorMode(allow_non_fake_inputs=True), Peak() as size:
         model.load_state_dict({n: torch.empty(shape, dtype=d) for n, (shape, d) in shapes.items()}, assign=True)
         weights = size.now
         trainer = Trainer(model.requires_grad_(False), replace(s, budget="global", compile=False), ["one"])
@@ -105,24 +107,18 @@ def dry_run(s):
 
         step()  # the first one makes AdamW's state
         (sampled, operations), before = step(), size.now
-        sizes = {name: round(x.shape[1] * (1 - share)) for name, x in opened.items()}
-        alive = (1 - share) ** sum(name in opened for name in ("neuron", "gate", "up"))
-        sizes |= dict.fromkeys(("neuron", "gate", "up"), round(config.intermediate_size * alive))
-        sizes = {name: rows for name, (rows, _) in config.shapes.items()} | sizes
-        one = {name: torch.zeros(n, dtype=torch.int64) for name, n in sizes.items()}
-        trainer.mask, trainer.kept = {}, dict.fromkeys(range(trainer.first, config.num_hidden_layers), one)
-        trainer.student = koff.compact(model, trainer.kept)
+        trainer.mask, trainer.kept, trainer.student = mask, kept, koff.compact(model, kept)
         small = size.now - before
         fixed, fewer = step()
         fixed += small
     gate, module = (sum(p.numel() for p in part.parameters()) for part in (trainer.gates, trainer.memories))
-    gated = gates.removed({name: 0 * p for name, p in opened.items()}, "physical")
+    gated = gates.removed({name: torch.zeros(a.shape) for name, a in gates.log_alpha.items()}, "physical")
     trained = gate + domains * module
     there = gate + (1 if s.offload else domains) * module
     where = f"in {s.blocks} of {config.num_hidden_layers} blocks"
     print(f"{gates.total:,} parameters, {int(gated):,} of them gated, {where}")
     print(f"{module:,} parameters a module, {domains} modules and {gate:,} gates: {trained:,} to train")
-    print(f"at the target (closed evenly): sparsity {physical:.4f} physical, {paper:.4f} by the paper's count")
+    print(f"at the target (closed at random): sparsity {physical:.4f} physical, {paper:.4f} by the paper's count")
     every = s.steps * ((1 - s.fix_mask) * operations + s.fix_mask * (fewer if s.memory else 0))
     what = f"{s.steps:,} steps of {operations / 1e12:.3g} and, once the mask is fixed, {fewer / 1e12:.3g} TFLOP"
     print(f"{every / 1e15:,.3g} PFLOP to train: {s.steps * s.batch * s.seq_len:,} tokens in {what}")
@@ -252,7 +248,7 @@ def router_quality(run, domains):
 
 
 def sparsity(run, base):
-    """Both counts, exact, and the one that training aimed at in expectation; the closed share per block and projection."""
+    """Both counts, exact, and the expected one that training aimed at; the closed share per block and projection."""
     s, (gates, mask) = run.settings, run.gates(base)
     total = {count: gates.sparsity(mask, count).item() for count in ("physical", "paper")}
     total["expected"] = gates.sparsity(count=s.count).item()
@@ -307,13 +303,11 @@ def report(results):
     if "unsure_other_languages" in r:
         line += f"; unsure on {r['unsure_other_languages']:.1%} of {r['other_windows']} windows in other languages"
     text += ["## Router and ledger", line + "."]
-    text += [
-        f"Sparsity: {s['physical']:.4f} physical (parameters gone / all), "
-        f"{s['paper']:.4f} by the paper's count (closed channels x fan-in / all).",
-        f"Removed {led['removed']:,} of {led['total']:,} parameters ({led['removed_bytes']:,} bytes); one module "
-        f"{led['one_module']:,} ({led['one_module_bytes']:,} bytes, {led['one_module_share']:.0%} of what was removed); "
-        f"all modules {led['all_modules']:,} ({led['all_modules_bytes']:,} bytes).",
-    ]
+    line = f"Sparsity: {s['physical']:.4f} physical (parameters gone / all), "
+    text += [line + f"{s['paper']:.4f} by the paper's count (closed channels x fan-in / all)."]
+    size = {name: f"{led[name]:,} ({led[f'{name}_bytes']:,} bytes" for name in ("removed", "one_module", "all_modules")}
+    line = f"Of {led['total']:,} parameters {size['removed']}) were removed; one module has {size['one_module']}, "
+    text += [line + f"{led['one_module_share']:.0%} of what was removed); all modules {size['all_modules']})."]
     gated = list(next(iter(results["layers"].values())))
     rows = {f"block {i}": [f"{x:.1%}" for x in row.values()] for i, row in results["layers"].items()}
     text += ["## Closed channels per block and projection", table("", gated, rows)]
@@ -340,7 +334,7 @@ def saved_results(folder):
 
 
 def evaluate(folder, begun=None, device="auto"):
-    """All tables of the run: on the screen, in report.md and results.json. `begun`: when it began; without: long ago."""
+    """All tables of the run: screen, report.md, results.json. `begun`: when it began; None: long ago."""
     run, base, domains = opened(folder, device)
     before = {} if begun else saved_results(folder)
     perplexity, swap, unsure = perplexities(run, base, domains)
@@ -355,20 +349,22 @@ def evaluate(folder, begun=None, device="auto"):
         router["wrong_route_cost"] = math.exp(np.mean(np.log(wrong)))
     results = {
         "perplexity": perplexity, "swap": swap, "sparsity": total, "router": router, "ledger": led,
-        "layers": {str(i): row for i, row in layers.items()}, "settings": json.loads((run.folder / "settings.json").read_text()),
+        "layers": {str(i): row for i, row in layers.items()}, "settings": asdict(run.settings),
         "seconds": round(time.time() - begun, 1) if begun else before["seconds"],
     }  # fmt: skip
     save(run.folder, {"report.md": report(results), "results.json": results})
 
 
-def beside(folder, pruned):
-    """The pruning-only run's perplexity joins the tables of a KOFF run. Both are read as saved, nothing is evaluated."""
-    results, other = saved_results(folder), saved_results(pruned)["perplexity"]
+def report_again(args):
+    """All tables again; --beside: those that were saved, and the perplexity of a pruning-only run in them."""
+    if args.beside is None:
+        return evaluate(args.run, device=args.device)
+    results, other = saved_results(args.run), saved_results(args.beside)["perplexity"]
     own, its = results["perplexity"]["unpruned"], other["unpruned"]
     if other["koff"] or own.keys() != its.keys() or any(abs(its[d] / x - 1) > 1e-3 for d, x in own.items()):
-        raise BadInput(f"{pruned} is no pruning-only run on the model and text of {folder}; train one by --no-memory.")
+        raise BadInput(f"{args.beside} is no pruning-only run of {args.run}'s model and text; train it: --no-memory.")
     results["perplexity"]["pruned"] = other["backbone"]
-    save(folder, {"report.md": report(results), "results.json": results})
+    save(args.run, {"report.md": report(results), "results.json": results})
 
 
 def summary(folder):
@@ -406,10 +402,10 @@ def side_by_side(rows):
     )
 
 
-def compare(folders):
+def compare(args):
     """One row per finished run; seeds of one run get a mean."""
-    rows = {str(folder): [summary(folder)] for folder in folders}
-    settings = [{**saved_results(folder)["settings"], "seed": None} for folder in folders]
+    rows = {str(folder): [summary(folder)] for folder in args.runs}
+    settings = [{**saved_results(folder)["settings"], "seed": None} for folder in args.runs]
     if len(rows) > 1 and settings.count(settings[0]) == len(settings):
         rows["mean +/- std"] = [run for (run,) in rows.values()]
     print(side_by_side(rows))
@@ -432,7 +428,7 @@ def save_sweep(out, name, runs):
 
 @torch.no_grad()
 def activations(model, tokens, name, size=8):
-    """tokens [n, T] -> int64 [N, F]: at how many of them silu(gate) > 0, which is gate > 0, in each block and neuron."""
+    """tokens [n, T] -> int64 [N, F]: at how many of them silu(gate) > 0, that is gate > 0, in block and neuron."""
     counts = torch.zeros(len(model.layers), model.config.intermediate_size, dtype=torch.int64, device=tokens.device)
     with contextlib.ExitStack() as hooks:
         for row, block in zip(counts, model.layers, strict=True):
@@ -446,13 +442,13 @@ def activations(model, tokens, name, size=8):
     return counts
 
 
-def lape(folder, tokens, device="auto"):
-    """Does the mask close the neurons that only some domains use? Counted on `tokens` of each domain's training text."""
-    run, base, domains = opened(folder, device)
+def lape(args):
+    """Does the mask close the neurons that few domains use? Counted on --tokens of each domain's training text."""
+    run, base, domains = opened(args.run, args.device)
     length, (gates, mask) = run.settings.seq_len, run.gates(base)
-    if tokens < length or len(domains) < 2 or not {"neuron", "gate"} & set(mask):
-        raise BadInput(f"{folder}: lape needs gates on the MLP, two domains and --tokens of at least {length}.")
-    x = {d: windows(split.train, length, tokens // length) for d, split in domains.items()}
+    if args.tokens < length or len(domains) < 2 or not {"neuron", "gate"} & set(mask):
+        raise BadInput(f"{args.run}: lape needs gates on the MLP, two domains and --tokens of at least {length}.")
+    x = {d: windows(split.train, length, args.tokens // length) for d, split in domains.items()}
     counts = torch.stack([activations(base, torch.from_numpy(w).to(run.device), d).cpu() for d, w in x.items()])
     seen = torch.tensor([w.size for w in x.values()])
     with atomic(run.folder / "lape.safetensors") as partial:
@@ -468,7 +464,7 @@ def lape(folder, tokens, device="auto"):
     text += [f"## P(closed) in blocks {gates.first} to {len(base.layers) - 1}", table("", groups, shares)]
     text += [f"{never:,} neurons there are never active, which counts as specific.\n"]
     found = {"domains": own, "specific": one, "never_active": never, "closed": closed}
-    save(folder, {"lape.md": "\n\n".join(text), "lape.json": found})
+    save(run.folder, {"lape.md": "\n\n".join(text), "lape.json": found})
 
 
 @torch.no_grad()
@@ -478,12 +474,12 @@ def embeddings(model, ids, name, size=64):
     return torch.cat([model.norm(x).float().mean(1) for x in states]).cpu()
 
 
-def probes(folder, texts, device="auto", k=10):
-    """Is the backbone without a module still the model that it was? At most `texts` held-out windows of each domain."""
-    run, base, domains = opened(folder, device)
-    x = {d: windows(split.heldout, Router.WINDOW, max(0, texts)) for d, split in domains.items()}
+def probes(args, k=10):
+    """Is the backbone without a module still the model that it was? At most --texts held-out windows of each domain."""
+    run, base, domains = opened(args.run, args.device)
+    x = {d: windows(split.heldout, Router.WINDOW, max(0, args.texts)) for d, split in domains.items()}
     if len(x) < 2 or min(map(len, x.values())) <= k:
-        raise BadInput(f"{folder}: probes needs two domains and over {k} texts of each; raise --texts or add text.")
+        raise BadInput(f"{args.run}: probes needs two domains and over {k} texts of each; raise --texts or add text.")
     ids = torch.from_numpy(np.concatenate(list(x.values()))).to(run.device)
     label = torch.arange(len(x)).repeat_interleave(torch.tensor([len(w) for w in x.values()]))
     a, b = embeddings(base, ids, "unpruned"), embeddings(run.backbone, ids, "backbone")
@@ -494,7 +490,7 @@ def probes(folder, texts, device="auto", k=10):
     rows = {d: [f"{n}", *(f"{x:.4f}" for x in row)] for d, (n, *row) in ((d, f.values()) for d, f in found.items())}
     text = table("", ["texts", "linear CKA", f"{k}-NN overlap", "centroid cosine"], rows)
     text = f"## The backbone without a module against the unpruned model\n\n{text}\n"
-    save(folder, {"probes.md": text, "probes.json": found})
+    save(run.folder, {"probes.md": text, "probes.json": found})
 
 
 # Benchmarks ----------------------------------------------------------------------------------------------------------
@@ -504,7 +500,7 @@ STOP = ("\nQ:", "\nQuestion:")  # a model that goes on with the next question ha
 
 
 def remember(model, ids, memory=None):
-    """The memory {block: BlockMemory} with which text goes on after `ids`: one row, computed once, which a batch shares."""
+    """The memory {block: BlockMemory} with which text goes on after `ids`: computed once, shared by a batch."""
     if not ids:
         return memory
     cache, tokens, own = Cache(0), torch.tensor([ids], device=model.head.device), memory or {}
@@ -541,7 +537,7 @@ def stems(p):
     return list(dict.fromkeys(option[:-1] for option in p.options))
 
 
-def scores(model, part, shared, memory, _):
+def scores(model, part, shared, memory):
     """[[log-likelihood of each option] of each prompt]; `memory` holds the first `shared` ids of all prompts."""
     if len(stems(part[0])) > 1:  # the only one: its rows share all of the context but the last token
         memory, shared = remember(model, part[0].ids[shared:-1], memory), len(part[0].ids) - 1
@@ -573,8 +569,8 @@ def texts(model, part, shared, memory, tokenizer):
 def answers(model, tokenizer, prompts, memory=None, finished=()):
     """Yield [(prompt, what its line of the sample file says)] batch by batch, less what is `finished`: {(subject, id)}.
 
-    What the ids of a subject's prompts begin with in common is computed once. Batches do not depend on what is finished,
-    so that the numbers are the same, bit for bit, whether or not a run was stopped between.
+    What the ids of a subject's prompts begin with in common is computed once. Batches do not depend on what is
+    finished, so that the numbers are the same, bit for bit, whether or not a run was stopped between.
     """
     groups = {}
     for p in prompts:
@@ -587,13 +583,14 @@ def answers(model, tokenizer, prompts, memory=None, finished=()):
             if all(p.key in finished for p in part):
                 continue
             prefix = prefix or remember(model, group[0].ids[:shared], memory)
-            given = (scores if part[0].options else texts)(model, part, shared, prefix, tokenizer)
+            how = (model, part, shared, prefix)
+            given = scores(*how) if part[0].options else texts(*how, tokenizer)
             pairs = zip(part, given, strict=True)
             yield [(p, p.item.judged(x)) for p, x in pairs if p.key not in finished]
 
 
 def finished_samples(path, header, fresh):
-    """{(subject, id): sample} of a file that a stopped run left, ready for more. BadInput if it is of other settings."""
+    """{(subject, id): sample} of a file that a stopped run left, ready for more; BadInput if its settings differ."""
     header, old = json.loads(json.dumps(header)), None
     if path.exists() and not fresh:
         whole = path.read_bytes().rpartition(b"\n")[0]  # a crash may have cut the last line
@@ -661,8 +658,9 @@ def bench(args):
     for variant in args.on or possible[:3]:
         model = load(run.settings.model if run else folder, dtype, device) if variant == "unpruned" else run.backbone
         config = dict(
-            task=args.task, variant=variant, model=str(folder.resolve()), backbone=model.config.raw.get("koff_fingerprint"),
-            dtype=str(dtype).removeprefix("torch."), limit=args.limit, subjects=args.subjects, shots=len(items[0].shots),
+            task=args.task, variant=variant, model=str(folder.resolve()),
+            backbone=model.config.raw.get("koff_fingerprint"), dtype=str(dtype).removeprefix("torch."),
+            limit=args.limit, subjects=args.subjects, shots=len(items[0].shots),
             questions=hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16],
         )  # fmt: skip
         path, by_module = out / f"{args.task}-{variant}.jsonl", {}
@@ -728,7 +726,7 @@ def generate(model, tokens, steps, vocab_size, eos=(), temperature=0.0, top_p=1.
 
 
 def picked(run, text, name=None):
-    """(module, its name and why): the one of that name, or the router's choice for the text; None where it is unsure."""
+    """(module, its name and why): the one of that name, or the router's choice for the text, None if unsure."""
     if name:
         return run.module(name), name
     if not run.names:
@@ -837,155 +835,160 @@ def list_modules(args):
 
 
 def change_module(args):
-    """Remove a module, or give it another name. A module counts where its file and its row of the router are there."""
-    run, old, new = Run(args.run, "cpu"), args.module, getattr(args, "name", None)
+    """Remove a module, or give it another name.
+
+    A module is one whose file and whose row of the router are there: wherever this is interrupted, it has one name.
+    """
+    run, old, new = Run(args.run, "cpu"), args.module, args.name
     path, router = run.folder / "modules" / f"{old}.safetensors", run.router
     run.module(old)
-    if new is None and len(run.names) == 1:
-        raise BadInput(f"{old} is the only module of {run.folder}; delete the folder instead.")
     if new is None:
+        if len(run.names) == 1:
+            raise BadInput(f"{old} is the only module of {run.folder}; delete the folder instead.")
         router.remove(old)
-        router.save(run.folder / "router.safetensors")
-        path.unlink()
     else:
-        renamed = run.folder / "modules" / f"{new}.safetensors"
+        renamed = path.parent / f"{new}.safetensors"
         if domain_name(renamed) != new or new in router.domains:
             raise BadInput(f"{run.folder} cannot have another module {new!r}; give a new name.")
         router.paths[new] = str(texts_of(run)[old].resolve())
         router.paths.pop(old, None)
         router.domains[router.domains.index(old)] = new
-        path.rename(renamed)
-        router.save(run.folder / "router.safetensors")
+        with atomic(renamed) as partial:
+            partial.write_bytes(path.read_bytes())
+    router.save(run.folder / "router.safetensors")
+    path.unlink()
     print(f"{run.folder} holds {', '.join(router.domains)}; eval.py report {run.folder} makes its tables again.")
 
 
 # Export --------------------------------------------------------------------------------------------------------------
 
 
-def check(what, ours, theirs):
-    """Nothing that differs gets its name: BadInput unless float32 logits agree to 1e-4."""
+@torch.inference_mode()
+def export(args):
+    """Write a run as other libraries read it, read it again, and compare it with the run before it gets its name."""
+    run = Run(args.run, "cpu", torch.float32)
+    small, kind = run.backbone, "-".join([args.form, *([args.module] if args.module else [])])
+    if (out := args.out or run.folder / "export" / kind).exists():
+        raise BadInput(f"{out} is there already; remove it or name another --out.")
+    kept = koff.kept_channels(run.gates(small)[1], small.config, run.settings.first(len(small.layers))[0], "cpu")
+    write = export_dense if args.form == "hf" else export_adapters
+    with atomic(out) as partial:
+        write(partial, run, koff.expand(small, kept), kept, args.module)
+    on = "" if args.form == "hf" else f"; for the model that eval.py export {run.folder} hf writes"
+    print(f"{out}, read again and compared with the run{on}")
+
+
+def export_dense(folder, run, dense, kept, module):
+    """The `dense` model with zeros for the channels that are not `kept`; a `module`'s LoRA is merged."""
+    lora = {i: BlockMemory(m.lora) for i, m in run.module(module).items()} if module else None
+    if lora:
+        koff.merge(dense, koff.expand_memory(lora, kept, dense.config))
+    check("the dense model", run, lora, dense)
+    dense = dense.to(getattr(torch, run.backbone.config.raw["dtype"]))
+    checkpoint.save_backbone(folder, dense, run.folder / "backbone")
+    again = load(folder, dense.head.dtype).state_dict()
+    if any(not torch.equal(again[name], t) for name, t in dense.state_dict().items()):
+        raise BadInput(f"{folder} was not written as it is; check the disk and try again.")
+    if lora and run.settings.kv_tokens:
+        print(f"{module}: a checkpoint has no place for its keys and values; what is merged is LoRA.")
+
+
+def export_adapters(folder, run, dense, kept, module):
+    """For each module, or one `module`, a folder of its LoRA and one of its keys and values if all blocks have them."""
+    s, base, layers = run.settings, (run.folder / "export/hf").resolve(), len(dense.layers)
+    for name in [module] if module else run.names:
+        blocks, parts = run.module(name), {}
+        if s.rank:
+            parts[name] = checkpoint.save_lora, {i: BlockMemory(m.lora) for i, m in blocks.items()}
+        if s.kv_tokens and len(blocks) == layers:
+            kv = {i: BlockMemory({}, m.keys, m.values) for i, m in blocks.items()}
+            parts[f"{name}-kv"] = checkpoint.save_cartridge, kv
+        elif s.kv_tokens:
+            there = f"{s.kv_tokens} keys and values in {len(blocks)} of {layers} blocks"
+            print(f"{name}: peft attaches keys and values to all blocks or none; {there} stay here.")
+        for part, (write, memory) in parts.items():
+            write(folder / part, koff.expand_memory(memory, kept, dense.config), base)
+            check(part, run, memory, dense, checkpoint.load_adapter(folder / part, memory))
+    if not folder.exists():
+        raise BadInput(f"{run.folder} has nothing that peft could attach; export hf is all that there is.")
+
+
+def check(what, run, blocks, model, memory=None):
+    """BadInput unless `model` with `memory` has the logits of the run with `blocks`, to 1e-4 in float32."""
+    tokens = torch.randint(run.tokenizer.vocab_size, (2, 64), generator=torch.Generator().manual_seed(0))
+    ours, theirs = run.backbone(tokens, memory=blocks), model(tokens, memory=memory)
     worst, size = (ours - theirs).abs().max().item(), ours.abs().max().item()
     if not worst <= 1e-4 * max(1.0, size):
         raise BadInput(f"{what} differs from the run by {worst:.2g} in a logit of {size:.2g}; it was not kept.")
 
 
-@torch.inference_mode()
-def export(args):
-    """Write a run as other libraries read it, read it again, and compare it with the run before it gets its name."""
-    run = Run(args.run, "cpu", torch.float32)
-    small, s = run.backbone, run.settings
-    names = [args.module] if args.module else run.names if args.form == "peft" else []
-    out = args.out or run.folder / "export" / "-".join([args.form, *names[: bool(args.module)]])
-    if out.exists():
-        raise BadInput(f"{out} is there already; remove it or name another --out.")
-    kept = koff.kept_channels(run.gates(small)[1], small.config, s.first(len(small.layers))[0], "cpu")
-    dense, modules = koff.expand(small, kept), {name: run.module(name) for name in names}
-    lora = {n: {i: BlockMemory(m.lora) for i, m in blocks.items()} for n, blocks in modules.items()}
-    kv = {n: {i: BlockMemory({}, m.keys, m.values) for i, m in blocks.items()} for n, blocks in modules.items()}
-    tokens = torch.randint(run.tokenizer.vocab_size, (2, 64), generator=torch.Generator().manual_seed(0))
-    placed = f"{s.kv_tokens} keys and values in {len(next(iter(modules.values()), []))} of {len(small.layers)} blocks"
-    with atomic(out) as partial:
-        if args.form == "hf":
-            own = lora[args.module] if args.module else None
-            if own:
-                koff.merge(dense, koff.expand_memory(own, kept, small.config))
-            check("the dense model", small(tokens, memory=own), dense(tokens))
-            dense = dense.to(getattr(torch, small.config.raw["dtype"]))
-            checkpoint.save_backbone(partial, dense, run.folder / "backbone")
-            again = load(partial, dense.head.dtype).state_dict()
-            if any(not torch.equal(again[name], t) for name, t in dense.state_dict().items()):
-                raise BadInput(f"{out} was not written as it is; check the disk and try again.")
-            if own and s.kv_tokens:
-                print(f"{args.module}: a checkpoint has no place for its {placed}; what is merged is LoRA.")
-        base = (run.folder / "export" / "hf").resolve()
-        for name in modules if args.form == "peft" else ():
-            forms = {name: (lora[name], checkpoint.save_lora)} if s.rank else {}
-            if s.kv_tokens and len(kv[name]) == len(small.layers):
-                forms[f"{name}-kv"] = kv[name], checkpoint.save_cartridge
-            elif s.kv_tokens:
-                print(f"{name}: peft attaches keys and values to all blocks or none; {placed} stay here.")
-            for folder, (blocks, write) in forms.items():
-                write(partial / folder, koff.expand_memory(blocks, kept, small.config), base)
-                again = checkpoint.load_adapter(partial / folder, blocks)
-                check(folder, small(tokens, memory=blocks), dense(tokens, memory=again))
-        if not partial.exists():
-            raise BadInput(f"{run.folder} has nothing that peft could attach; export hf is all that there is.")
-    on = "" if args.form == "hf" else f"; for the model that eval.py export {run.folder} hf writes"
-    print(f"{out}, read again and compared with the run{on}")
+# The command line ----------------------------------------------------------------------------------------------------
 
 
 def parse(argv):
-    """Command line -> its arguments."""
+    """Command line -> its arguments; `work` among them is the function that does it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    many = commands.add_parser("compare", help="one table of several finished runs")
-    many.add_argument("runs", type=Path, nargs="+")
-    helps = {
-        "report": "evaluate a finished run again",
-        "bench": "measure a run, or a pretrained model's folder, on a benchmark",
-        "lape": "which neurons the mask closed: those of few languages, or those of all?",
-        "probes": "hidden states of the backbone alone against those of the unpruned model",
-        "plot": "draw what a run or a sweep has saved in its folder (needs matplotlib)",
-        "generate": "continue a prompt, or those of a file",
-        "chat": "a conversation, whose module can change in the middle",
-        "export": "write the run as transformers and peft read it",
-        "modules": "list the modules of a run",
-        "rename": "give a module another name",
-        "remove": "delete a module",
-    }
-    on = {name: commands.add_parser(name, help=what, description=what) for name, what in helps.items()}
-    for name, command in on.items():
-        command.add_argument("run", type=Path)
-        if name not in ("plot", "export", "modules", "rename", "remove"):
-            command.add_argument("--device", default="auto", help="cpu or cuda; auto: cuda where there is one [auto]")
-    on["report"].add_argument("--beside", type=Path, help="only add this pruning-only run to the saved tables")
-    on["lape"].add_argument("--tokens", type=int, default=100_000, help="of each domain's training text [100000]")
-    on["probes"].add_argument("--texts", type=int, default=5000, help="held-out windows of 50 tokens a domain [5000]")
-    test, usual = on["bench"], ", ".join(f"{shots} for {task}" for task, (shots, *_) in benchmarks.TASKS.items())
-    test.add_argument("task", choices=benchmarks.TASKS)
-    test.add_argument(
-        "--rows", required=True, help="file or folder of rows in the Hub's columns, or hub: download them"
+
+    def command(name, what, work, device=True, runs=None):
+        one = commands.add_parser(name, help=what, description=what)
+        one.set_defaults(work=work)
+        one.add_argument("runs" if runs else "run", type=Path, nargs=runs)
+        if device:
+            one.add_argument("--device", default="auto", help="cpu or cuda; auto: cuda where there is one [auto]")
+        return one.add_argument
+
+    option = command("report", "evaluate a finished run again", report_again)
+    option("--beside", type=Path, help="only add this pruning-only run to the saved tables")
+    command("compare", "one table of several finished runs", compare, device=False, runs="+")
+    option = command("lape", "which neurons the mask closed: those of few languages, or those of all?", lape)
+    option("--tokens", type=int, default=100_000, help="of each domain's training text [100000]")
+    option = command("probes", "hidden states of the backbone alone against those of the unpruned model", probes)
+    option("--texts", type=int, default=5000, help="held-out windows of 50 tokens a domain [5000]")
+    option = command("bench", "measure a run, or a pretrained model's folder, on a benchmark", bench)
+    option("task", choices=benchmarks.TASKS)
+    option("--rows", required=True, help="file or folder of rows in the Hub's columns (data/prepare.py)")
+    option("--on", nargs="+", metavar="WHAT", help="unpruned, backbone, routed, modules [the first three]")
+    option("--limit", type=int, help="questions of each subject [all]")
+    option("--subjects", nargs="+", default=[], metavar="NAME", help="MMLU subjects, BBH or BBL tasks [all]")
+    usual = ", ".join(f"{shots} for {task}" for task, (shots, *_) in benchmarks.TASKS.items())
+    option("--shots", type=int, help=f"examples before a question [{usual}]")
+    option("--fresh", action="store_true", help="begin again, whatever RUN/bench/*.jsonl holds")
+    option("--out", type=Path, help="folder of the results [RUN/bench; out/bench/NAME for a model]")
+    command(
+        "plot",
+        "draw what a run or a sweep has saved in its folder (needs matplotlib)",
+        lambda a: plot(a.run),
+        device=False,
     )
-    test.add_argument("--on", nargs="+", metavar="WHAT", help="unpruned, backbone, routed, modules [the first three]")
-    test.add_argument("--limit", type=int, help="questions of each subject [all]")
-    test.add_argument("--subjects", nargs="+", default=[], metavar="NAME", help="MMLU subjects, BBH or BBL tasks [all]")
-    test.add_argument("--shots", type=int, help=f"examples before a question [{usual}]")
-    test.add_argument("--fresh", action="store_true", help="begin again, whatever RUN/bench/*.jsonl holds")
-    test.add_argument("--out", type=Path, help="folder of the results [RUN/bench; out/bench/NAME for a model]")
-    on["generate"].add_argument("prompt", help="text, or @FILE: each of its lines, or of a .jsonl each prompt, as JSON")
-    for name, tokens in ("generate", 64), ("chat", 256):
-        on[name].add_argument("--module", help="domain whose module is attached; without it the router picks")
-        on[name].add_argument("--tokens", type=int, default=tokens, help=f"how many to generate [{tokens}]")
-        on[name].add_argument("--temperature", type=float, default=0.0, help="0 is greedy [0]")
-        on[name].add_argument("--top-p", type=float, default=1.0, help="nucleus [1]")
-        on[name].add_argument("--seed", type=int, default=0)
-    for name in ("rename", "remove"):
-        on[name].add_argument("module")
-    on["rename"].add_argument("name", help="its new name")
-    out = on["export"]
-    out.add_argument("form", choices=("hf", "peft"), help="one dense checkpoint, or one adapter for each module on it")
-    out.add_argument("--module", help="hf: merge its LoRA; peft: only this one")
-    out.add_argument("--out", type=Path, help="folder to make [RUN/export/hf, hf-MODULE or peft]")
+    for name, what, work, tokens in (
+        ("generate", "continue a prompt, or those of a file", continue_text, 64),
+        ("chat", "a conversation, whose module can change in the middle", chat, 256),
+    ):
+        option = command(name, what, work)
+        if name == "generate":
+            option("prompt", help="text, or @FILE: each of its lines, or of a .jsonl each prompt, as JSON")
+        option("--module", help="domain whose module is attached; without it the router picks")
+        option("--tokens", type=int, default=tokens, help=f"how many to generate [{tokens}]")
+        option("--temperature", type=float, default=0.0, help="0 is greedy [0]")
+        option("--top-p", type=float, default=1.0, help="nucleus [1]")
+        option("--seed", type=int, default=0)
+    option = command("export", "write the run as transformers and peft read it", export, device=False)
+    option("form", choices=("hf", "peft"), help="one dense checkpoint, or one adapter for each module on it")
+    option("--module", help="hf: merge its LoRA; peft: only this one")
+    option("--out", type=Path, help="folder to make [RUN/export/hf, hf-MODULE or peft]")
+    command("modules", "list the modules of a run", list_modules, device=False)
+    for name, what in ("rename", "give a module another name"), ("remove", "delete a module"):
+        option = command(name, what, change_module, device=False)
+        option("module")
+        option("name", help="its new name") if name == "rename" else option("--name", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     args = parse(argv)
-    work = {
-        "report": lambda: beside(args.run, args.beside) if args.beside else evaluate(args.run, device=args.device),
-        "compare": lambda: compare(args.runs),
-        "bench": lambda: bench(args),
-        "lape": lambda: lape(args.run, args.tokens, args.device),
-        "probes": lambda: probes(args.run, args.texts, args.device),
-        "plot": lambda: plot(args.run),
-        "generate": lambda: continue_text(args),
-        "chat": lambda: chat(args),
-        "export": lambda: export(args),
-        "modules": lambda: list_modules(args),
-        **dict.fromkeys(("rename", "remove"), lambda: change_module(args)),
-    }
-    stopped = "the same command continues" if args.command == "bench" else "the same command begins again"
-    return run_script("eval.py", work[args.command], stopped) or 0
+    stopped = f"the same command {'continues' if args.command == 'bench' else 'begins again'}"
+    return run_script("eval.py", lambda: args.work(args), stopped) or 0
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Knowledge offloading (Galliamov, Choenni, Titov, arXiv 2605.29075): gates, memories, losses, compaction.
 
-    min over z, {M_d}:  sum_d E_{x in D_d} KL(teacher || student(z, M_d))  +  lambda * Omega(z)                     Eq. 1
-                        + the same KL on general text with a random module attached, for the gates only             Eq. 2
+    min over z, {M_d}:  sum_d E_{x in D_d} KL(teacher || student(z, M_d))  +  lambda * Omega(z)                   Eq. 1
+                        + the same KL on general text with a random module attached, for the gates only           Eq. 2
 
 Shapes as in `model.py`; N is the number of gated upper blocks, K the number of the teacher's logits that are kept.
 """
@@ -169,7 +169,7 @@ class Penalty:
     hinge: Omega is what is missing, 0 at the target and beyond. The paper's "auto-scaling" is not given; here lambda
     grows by 3% a step while more than 0.002 is missing and shrinks by as much while not.
     lagrangian: lambda_1 gap + lambda_2 gap^2, whose multipliers climb their own gradients (Sheared LLaMA, arXiv
-    2310.06694). It pulls back what went too far, so that it lands on the target. lambda_2 begins at `start` and lambda_1
+    2310.06694). It pulls back what went too far, so that it lands on the target. lambda_2 begins at `start`, lambda_1
     climbs slowly: with both from 0 the sparsity swings around the target for hundreds of steps.
     """
 
@@ -194,7 +194,7 @@ class Penalty:
 def fisher_scores(model, gates, batches):
     """{name: [N, channels]}: squared gradient, per sequence, of the next-token loss with respect to each gate at 1,
     per parameter that the gate frees. (The KL to the teacher has gradient zero there.) `batches`: token tensors [B, T];
-    each is scaled to a sum of one, or domains that the model knows badly, whose gradients are large, would decide alone.
+    each is scaled to a sum of one, or domains that the model knows badly, of large gradients, would decide alone.
     """
     c, D = model.config, model.config.hidden_size
     frees = {name: columns for name, (_, columns) in c.shapes.items()} | dict.fromkeys(("gate", "up", "neuron"), 3 * D)
@@ -341,7 +341,7 @@ class _InChunks(torch.autograd.Function):
 
 
 def in_chunks(model, x, loss, *beside, size=256):
-    """Scalar sum of a loss over the rows of hidden x [n, D], which gets a gradient; logits of `size` rows exist at a time.
+    """Scalar sum of a loss over the rows of hidden x [n, D], which gets a gradient; logits of `size` rows at a time.
 
     loss: (logits [rows, V], chunks of `beside` [n, ...]) -> (value, gradient [rows, V], in the place of the logits).
     """
@@ -349,7 +349,7 @@ def in_chunks(model, x, loss, *beside, size=256):
 
 
 def distill(model, hidden, answer, tokens, objective="kl", tail="bucket"):
-    """Mean loss per token for the student's hidden [B, T, D]: objective "kl", "next-token", or "blend" (half of each)."""
+    """Mean loss per token for the student's hidden [B, T, D]: objective "kl", "next-token" or "blend", half of each."""
     share, loss = 0.5 if objective == "blend" else 1.0, 0.0
     if objective != "next-token":
         rows = hidden.flatten(0, 1)
@@ -366,7 +366,7 @@ def distill(model, hidden, answer, tokens, objective="kl", tail="bucket"):
 
 
 def kept_channels(mask, config, first, device):
-    """{block: {projection: int64 [kept]}}: the open channels of {name: bool [N, channels]}; "gate" and "up" as "neuron"."""
+    """{block: {projection: int64 [kept]}}: open channels of {name: bool [N, channels]}; "gate", "up" as "neuron"."""
     n = config.num_hidden_layers - first
     rows = {name: torch.ones(n, width, dtype=torch.bool) for name, (width, _) in config.shapes.items()} | mask
     neuron = mask["neuron"] if "neuron" in mask else rows["gate"] & rows["up"]
@@ -397,7 +397,7 @@ def compact(model, kept):
 
 
 def compact_memory(blocks, kept):
-    """{block: BlockMemory} cut to `kept_channels` where a block has gates: B's rows, down's columns of A. Differentiable."""
+    """{block: BlockMemory} cut to `kept_channels` in gated blocks: B's rows, down's columns of A. Differentiable."""
     out = {}
     for i, m in blocks.items():
         lora = {}
@@ -410,7 +410,7 @@ def compact_memory(blocks, kept):
 
 @torch.no_grad()
 def expand(small, kept):
-    """The inverse of `compact`: a model of the pretrained shapes with zeros for what is closed, as other libraries read it."""
+    """The inverse of `compact`: a model of the pretrained shapes, zeros for what is closed, for other libraries."""
     c = small.config
     raw = {name: value for name, value in c.raw.items() if not name.startswith("koff_")}
     state = {name: t for name, t in small.state_dict().items() if not name.endswith("_kept")}

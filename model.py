@@ -1,6 +1,6 @@
 """A from-scratch Llama / Qwen decoder; `data/checkpoint.py` fills it from a Hugging Face folder.
 
-It covers Llama 3, 3.1, 3.2 and SmolLM2 (`llama`), Qwen2 and Qwen2.5 (`qwen2`), Qwen3 (`qwen3`), and the compact backbones
+It covers Llama 3, 3.1, 3.2 and SmolLM2 (`llama`), Qwen2 and Qwen2.5 (`qwen2`), Qwen3 (`qwen3`), and the backbones
 that `koff.py` makes of them. The one thing that an ordinary decoder does not have is the seam: every block takes the
 *gates* and the *memory* of one domain as arguments. `None` for both is the unchanged pretrained model (the teacher), so
 that teacher and student are the same weights in memory.
@@ -25,7 +25,7 @@ from data import BadInput
 
 @dataclass(frozen=True)
 class Config:
-    """What `config.json` says, under its own names. `kept` is ours: per block, how many channels a compact block kept."""
+    """What `config.json` says, under its own names. `kept` is ours: per block, how many channels are left."""
 
     model_type: str
     vocab_size: int
@@ -210,7 +210,7 @@ class CausalRows(torch.autograd.Function):
 class BlockMemory:
     """One domain's memory in one block, in the dtype of the model.
 
-    lora: projection -> (A [r, in], B [out, r]), the scale already in B. keys, values: [G, M, hd] or None; keys after RoPE.
+    lora: projection -> (A [r, in], B [out, r]), the scale in B. keys, values: [G, M, hd] or None; keys after RoPE.
     """
 
     lora: dict

@@ -1,6 +1,6 @@
 """Split a pretrained model into a sparse backbone and one memory module per domain.
 
-    python train.py                                the embedded default: a tiny model, six languages, minutes on a laptop
+    python train.py                                the embedded default: a tiny model, six languages, minutes
     python train.py --preset best --model DIR      a real model
     python train.py --sweep ablations              a named set of runs and one table of them
     python train.py --add dutch.txt --out RUN      one more module for a finished run
@@ -67,7 +67,7 @@ def keep_pages():
 
 
 def later(tensor):
-    """Begin to copy numbers from the device. The function that gives them is for later: a GPU at work is not waited for."""
+    """Begin to copy numbers from the device. The function that gives them is for later: no GPU is waited for."""
     copy, done = tensor.detach().to("cpu", non_blocking=True, copy=True), torch.cuda.Event() if tensor.is_cuda else None
     if done:
         done.record()
@@ -163,7 +163,7 @@ class Trainer:
     def next_domain(self, index):
         """(domain, number of its batch) for step `index`.
 
-        A round visits each domain once, in a new order, and then `focus` times the one whose loss was highest before it.
+        A round visits each domain once, in a new order, and then `focus` times the one whose loss had been highest.
         """
         turn, place = divmod(index, len(self.domains) + self.s.focus)
         order = np.random.default_rng([self.s.seed, turn]).permutation(len(self.domains))
@@ -412,8 +412,10 @@ LATER = (  # what may differ from the run that a module joins
 
 
 def add(path, out, given):
-    """Train one more module, for the text at `path`, on the finished run in `out`, whose files stay as they are but for
-    the router, the report and its results. `given`: settings that may differ from the run's, `LATER`. False if Ctrl-C stopped it."""
+    """Train one more module, for the text at `path`, on the finished run in `out`. False if Ctrl-C stopped it.
+
+    Router, report and its results change, no other file. `given`: the settings that differ from the run's, of `LATER`.
+    """
     import eval as evaluation  # it imports this file
 
     device = given.get("device", Settings.from_file(out / "settings.json").device)

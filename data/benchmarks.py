@@ -1,4 +1,4 @@
-"""Benchmarks: rows in the columns of the Hugging Face Hub, from files or from there, to prompts with their answers."""
+"""Benchmarks: rows in the columns of the Hugging Face Hub, which `prepare.py` gets, to prompts with their answers."""
 
 import json
 import re
@@ -8,15 +8,15 @@ from pathlib import Path
 from data import BadInput
 from data.corpus import read_text
 
-# task: (examples before a question, patterns of its files, split and files of the examples if they have some, source)
+# task: (examples before a question, patterns of its files, those of the examples if they have some, where to get them)
+PREPARED = "python data/prepare.py benchmarks"
 TASKS = {
-    "mmlu": (5, ("mmlu_test*.json*",), ("dev", "mmlu_dev*.json*"), ("cais/mmlu", "all")),
-    "arc": (0, ("arc_challenge_test*.json*",), None, ("allenai/ai2_arc", "ARC-Challenge")),
-    "gsm8k": (5, ("gsm8k_test*.json*",), ("train", "gsm8k_train*.json*"), ("openai/gsm8k", "main")),
-    "bbh": (3, ("bbh/*.json", "*.json"), None, ("github.com/suzgunm/BIG-Bench-Hard", "bbh")),
-    "bbl": (0, ("bbl/*.json", "*.json", "*/task.json", "*/*/task.json"), None,
-            ("github.com/google/BIG-bench", "bigbench/benchmark_tasks")),
-}  # fmt: skip
+    "mmlu": (5, ("mmlu_test*.json*",), "mmlu_dev*.json*", PREPARED),
+    "arc": (0, ("arc_challenge_test*.json*",), None, PREPARED),
+    "gsm8k": (5, ("gsm8k_test*.json*",), "gsm8k_train*.json*", PREPARED),
+    "bbh": (3, ("bbh/*.json", "*.json"), None, "github.com/suzgunm/BIG-Bench-Hard"),
+    "bbl": (0, ("bbl/*.json", "*.json", "*/task.json", "*/*/task.json"), None, "github.com/google/BIG-bench"),
+}
 LITE = """bbq_lite_json code_line_description conceptual_combinations emoji_movie formal_fallacies_syllogisms_negation
 hindu_knowledge known_unknowns language_identification logic_grid_puzzle logical_deduction misconceptions_russian
 novel_concepts play_dialog_same_or_different strange_stories strategyqa symbol_interpretation
@@ -25,7 +25,7 @@ vitaminc_fact_verification winowhy""".split()  # noqa: SIM905, the multiple-choi
 
 @dataclass(frozen=True)
 class Item:
-    """A question. `options`: what may follow it, or () where text is generated; `right`: indices of options, or texts."""
+    """A question. `options`: what may follow it, () where text is generated; `right`: indices of options, or texts."""
 
     where: str  # file:line
     subject: str
@@ -39,7 +39,7 @@ class Item:
     shots: tuple[str, ...] = ()
 
     def judged(self, given):
-        """A sample, less what it is of: `given` are the log-likelihoods of the options, or the text that was generated."""
+        """A sample, less what it is of: `given` are the log-likelihoods of its options, or the generated text."""
         if not self.options:
             choice = number(given) if self.subject == "gsm8k" else given
             return dict(text=given, choice=choice, answer=self.right, correct=choice in self.right)
@@ -53,7 +53,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Prompt:
-    """An `Item` in ids, with as many shots as fit: the context, each option, and the question without anything before."""
+    """An `Item` in ids, with as many shots as fit: the context, each option, and the question by itself."""
 
     item: Item
     ids: list[int]
@@ -67,9 +67,9 @@ class Prompt:
 
 
 def encode(item, tokenizer, room):
-    """The `Prompt` of an item in at most `room` tokens, option or new text included; BadInput where no shots are too many.
+    """The `Prompt` of an item in at most `room` tokens, what follows included; BadInput where no shots are too many.
 
-    Context and option are encoded together and then split, as lm-evaluation-harness does; a space between is the option's.
+    Context and option are encoded together and then split, as lm-evaluation-harness does; a space between goes there.
     """
     for shots in range(len(item.shots), -1, -1):
         text = item.head + "".join(item.shots[:shots]) + item.question
@@ -146,27 +146,17 @@ def rows_of(path):
             yield f"{path}:{n if whole else line}", row
 
 
-def read(task, rows, patterns, split="test"):
-    """Every `Item` in the files of `rows` that meet the first pattern that any does, or in a split on the Hub ("hub")."""
-    (source, folder), files = TASKS[task][3], []
-    if rows == "hub":
-        if source.startswith("github.com"):
-            raise BadInput(f"--rows hub: {task} is not read from there; clone {source}, name its {folder} in --rows.")
-        try:
-            from datasets import load_dataset
-        except ImportError:
-            raise BadInput("--rows hub needs a package: pip install datasets, or name a folder of rows.") from None
-        found = load_dataset(source, folder, split=split)
-        return [item_of(task, f"{source} {split}:{n}", task, row) for n, row in enumerate(found, 1)]
-    at = Path(rows)
+def read(task, rows, patterns, examples=False):
+    """Every `Item` in the files of `rows` that meet the first pattern that any does; `rows` may be a file."""
+    at, files = Path(rows), []
     if at.is_file():
-        at, files = at.parent, [at] if split == "test" else []
+        at, files = at.parent, [] if examples else [at]
     for pattern in patterns:
         for path in () if files else sorted(at.glob(pattern)):
             names = {path.stem, *path.relative_to(at).parts}
             files += [path] if task != "bbl" or names & set(LITE) else []
     if not files:
-        raise BadInput(f"{at} has no {' or '.join(patterns)}; name the folder that has, or get it from {source}.")
+        raise BadInput(f"{at} has no {' or '.join(patterns)}; name the folder that has, or get it: {TASKS[task][3]}.")
     items = []
     for path in files:
         name = next((part for part in path.parts if part in LITE), path.stem) if path.stem == "task" else path.stem
@@ -185,7 +175,7 @@ def load_items(task, rows, subjects=(), shots=None):
     if unknown := set(subjects) - {item.subject for item in found}:
         have = ", ".join(sorted({item.subject for item in found}))
         raise BadInput(f"{task} has no subject {min(unknown)!r} in {rows}; --subjects can name {have}.")
-    for item in (read(task, rows, own[1:], own[0]) if own else found) if shots else ():
+    for item in (read(task, rows, [own], examples=True) if own else found) if shots else ():
         examples.setdefault(item.subject, []).append(item.shown)
     for item in found:
         n, given = count.get(item.subject, 0), tuple(examples.get(item.subject, ())[:shots])

@@ -1,7 +1,7 @@
 """Conversations as the text that an instruction-tuned model was trained on.
 
-A checkpoint's chat template is a program in Jinja. With jinja2 installed it is run, in jinja2's sandbox; without, the two
-families that most models follow are written here (with the template's own default date), and any other is refused.
+A checkpoint's chat template is a program in Jinja. With jinja2 installed it is run, in jinja2's sandbox; without, the
+two families that most models follow are written here (with the template's own default date), any other is refused.
 """
 
 import json

@@ -102,7 +102,7 @@ def save_backbone(folder, model, pretrained):
 
 
 def tensors_of(blocks):
-    """A module as it is saved: {"layers.{i}.{projection}.lora_A", ".lora_B", "layers.{i}.keys", ".values"} -> tensor."""
+    """A module as saved: {"layers.{i}.{projection}.lora_A", ".lora_B", "layers.{i}.keys", ".values"} -> tensor."""
     out = {}
     for i, m in blocks.items():
         for name, (a, b) in m.lora.items():
@@ -153,7 +153,7 @@ def load_gates(path, gates):
 
 
 def save_lora(folder, blocks, base):
-    """Write the LoRA of {block: BlockMemory} as an adapter that peft attaches to the dense model in the folder `base`."""
+    """Write the LoRA of {block: BlockMemory} as an adapter that peft attaches to the dense model in `base`."""
     state, names = {}, sorted({f"{name}_proj" for m in blocks.values() for name in m.lora})
     for i, m in blocks.items():
         for name, (a, b) in m.lora.items():

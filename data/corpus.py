@@ -1,7 +1,8 @@
 """Domain text on disk to token ids: a folder with one file or sub-folder per domain, its last 5% held out.
 
 `<domain>.txt` is one stream, whose tail is held out: translations of one book then hold out the same chapters.
-`<domain>.jsonl` (one {"text": ...} a line, or {"messages": [...]}, a conversation) and the files of a sub-folder `<domain>/` are documents; whole documents are held out.
+`<domain>.jsonl` (one {"text": ...} a line, or {"messages": [...]}, a conversation) and the files of a sub-folder
+`<domain>/` are documents; whole documents are held out.
 """
 
 import hashlib
@@ -61,20 +62,20 @@ def read_documents(path, template=None):
             try:
                 row = json.loads(line)
                 text, messages = row.get("text"), row.get("messages")
-                if text is None and all(isinstance(m["role"] + m["content"], str) for m in messages):
+                if text is None and messages and all(isinstance(m["role"] + m["content"], str) for m in messages):
                     if template is None:
                         raise BadInput(f"{where} is a conversation, but the model has no chat template; give text.")
                     text = template(messages)
             except (ValueError, LookupError, TypeError, AttributeError):
                 text = None
-            if not isinstance(text, str) or row.get("messages") == []:
+            if not isinstance(text, str):
                 raise BadInput(f'{where} is not a JSON object with "text" or "messages"; mend or remove the line.')
             documents.append(text)
     return documents, False
 
 
 def split_text(documents, stream, heldout, path):
-    """(train texts, held-out texts): the last `heldout` of the documents, or of a stream's characters up to a line's end."""
+    """(train texts, held-out texts): the last `heldout` of the documents, or of a stream up to a line's end."""
     if stream:
         text = documents[0]
         cut = text.rfind("\n", 0, int(len(text) * (1 - heldout))) + 1 or int(len(text) * (1 - heldout))
@@ -124,7 +125,7 @@ def domain_name(path):
 
 
 def find_domains(folder, only="", least=1):
-    """{domain: path}, sorted by name, or `only` those named there, or that many. BadInput where there are fewer than `least`."""
+    """{domain: path}, sorted by name, or `only` those named there, or that many. BadInput for fewer than `least`."""
     folder, found = Path(folder), {}
     if not folder.is_dir():
         raise BadInput(f"{folder} is not a folder; give one with a <domain>.txt, .jsonl or sub-folder per domain.")
@@ -135,8 +136,8 @@ def find_domains(folder, only="", least=1):
             raise BadInput(f"{folder} has the domain {name} twice ({found[name].name}, {path.name}); keep one.")
         found[name] = path
     wanted = list(found)[: int(only)] if only.isdigit() else only.split(",") if only else list(found)
-    if only.isdigit() and len(wanted) < int(only):
-        raise BadInput(f"{folder} holds {len(found)} domains, not the {only} of --domains; add some or ask for fewer.")
+    if only.isdigit() and not 0 < int(only) <= len(found):
+        raise BadInput(f"--domains is {only}, and {folder} holds {len(found)} domains; give a number from 1 to that.")
     if missing := set(wanted) - set(found):
         raise BadInput(f"{folder} has no domain {min(missing)!r}; --domains can name {', '.join(found)}.")
     found = {name: path for name, path in found.items() if name in wanted}

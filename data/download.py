@@ -115,7 +115,7 @@ def download(url, path, etag, size):
 
 
 def fetch(store, repo, revision, file):
-    """The path of a model's file in its cache `store`, downloaded if it is not there; None if the model has no such file."""
+    """The path of a model's file in its cache `store`, downloaded if need be; None if the model has no such file."""
     if (path := store / "snapshots" / revision / file).exists():
         return path
     if (found := look(repo, revision, file)) is None:
@@ -132,10 +132,10 @@ def fetch(store, repo, revision, file):
 
 @cache
 def located(name, weights=True):
-    """The folder of a model: `name` itself, unless it is none and reads like the Hub's owner/model or owner/model@revision.
+    """The folder of a model: `name` itself, unless it is none and reads like the Hub's owner/model[@revision].
 
-    Then it is the snapshot in the cache, brought up to date; without `weights`, the config.json only. Where the Hub does
-    not answer, what is in the cache has to do.
+    Then it is the snapshot in the cache, brought up to date; without `weights`, the config.json only. Where the Hub
+    does not answer, what is in the cache has to do.
     """
     if Path(name).exists() or not (id := re.fullmatch(ID, str(name))):
         return Path(name)

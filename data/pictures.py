@@ -1,4 +1,4 @@
-"""Pictures of what a run or a sweep has saved: shades, hatches, markers and line styles, so that no meaning is in colour."""
+"""Pictures of what a run or a sweep has saved: shades, hatches, markers and line styles, no meaning in colour."""
 
 import json
 from pathlib import Path

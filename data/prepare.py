@@ -5,8 +5,9 @@
     python data/prepare.py retention --out text                C4, GSM8K and ARC-Challenge: general text for --retention
     python data/prepare.py benchmarks --out rows               MMLU, ARC-Challenge and GSM8K for `eval.py bench --rows`
 
-Rows are streamed in an order that --seed decides and written as they come; a second call goes on with the file where the
-first one was stopped. What is held out are the last 5% of each file, as in training (data/corpus.py). Needs: pip install datasets.
+Rows are streamed in an order that --seed decides and written as they come; a second call goes on with the file where
+the first one was stopped. What is held out are the last 5% of each file, as in training (data/corpus.py). Needs: pip
+install datasets.
 """
 
 import argparse

@@ -10,7 +10,7 @@ from data.corpus import windows
 
 
 class Router:
-    """weight [domains, buckets]: log-probability of each n-gram bucket; threshold [domains]: lowest score still trusted.
+    """weight [domains, buckets]: log-probability of each n-gram bucket; threshold [domains]: lowest score trusted.
 
     The score of a text is its mean log-probability per n-gram under a domain. It is a likelihood, so that text unlike
     every domain scores low under all of them: the router then answers "unsure" (None).
@@ -59,7 +59,7 @@ class Router:
         return self.weight[:, self.buckets(ids)].mean(axis=2).T
 
     def confidence(self, ids):
-        """ids [T] -> {domain: posterior probability}, the most probable first. That of Naive Bayes: too sure of itself."""
+        """ids [T] -> {domain: posterior probability}, the most probable first; Naive Bayes is too sure of itself."""
         total = self.scores(np.asarray(ids)[None])[0] * self.buckets(np.asarray(ids)[None]).shape[1]
         p = np.exp(total - total.max())
         return dict(sorted(zip(self.domains, (p / p.sum()).tolist(), strict=True), key=lambda item: -item[1]))
