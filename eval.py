@@ -371,13 +371,14 @@ def summary(folder):
     """The figures of a finished run that tables of several runs show: {column: number, None where it has none}.
 
     backbone, KOFF and routed are means over domains of perplexity / unpruned; settled is the step at which the gates
-    had closed, in expectation, 95% of what they closed in the end.
+    had closed, in expectation, 95% of what is closed in the end, if they did before the mask was fixed.
     """
     r, log = saved_results(folder), Path(folder, "log.jsonl")
     ratio, swap = ratios(r), r["swap"]
     mean = {v: float(np.mean(x)) for v, x in ratio.items()}
     lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    count = r["settings"].get("count", "physical")
+    count, learnt = r["settings"]["count"], r["settings"]["steps"] * (1 - r["settings"]["fix_mask"])
+    lines = [line for line in lines if line["step"] < learnt]  # then the mask was fixed
     settled = [line["step"] for line in lines if line[count] >= 0.95 * r["sparsity"][count]]
     return {
         **r["sparsity"], "backbone": mean["backbone"], "koff": mean.get("koff"), "routed": mean.get("routed"),

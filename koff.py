@@ -15,7 +15,7 @@ from torch import nn
 
 from data import BadInput
 from data.checkpoint import tensors_of
-from model import BlockMemory, Cache, Model, matrix
+from model import BlockMemory, Cache, Model, matrix, widen
 
 # Hard Concrete gates (Louizos et al. 2018, arXiv 1712.01312) on the output channels of k, v, gate, up and down -------
 
@@ -287,12 +287,13 @@ def teacher_answer(model, hidden, top=100, chunk=256):
 def divergence(logits, answer, tail="bucket"):
     """Summed KL(teacher || student) for student logits [n, V], and its gradient, which takes the place of the logits.
 
-    (In the place of: a new vocabulary-sized tensor costs more time than what is computed with it.) The gradient is that
-    of a softmax, q - p, whatever happens to the mass outside the top K:
+    (In the place of: a new vocabulary-sized tensor costs more time than what is computed with it.) In the top K the
+    gradient is that of a softmax, q - p; `tail` says what becomes of the mass outside, and gives the gradient there:
 
-    bucket: it is one more outcome on both sides, so that none can leak there unseen (the default).
-    renormalise: both top-K distributions are scaled to one, the tail is not looked at.
-    drop: sum over the top K of p log(p / q) with the true probabilities, the tail's term left out.
+    bucket: it is one more outcome on both sides, so that none leaks there unseen (default); q (1 - p_tail / q_tail).
+    renormalise: both top-K distributions are scaled to one, the tail is not looked at; 0.
+    drop: sum over the top K of p log(p / q) with the true probabilities, no term for the tail; q sum(p), which takes
+    the place of q in the top K too.
     """
     index, log_p, log_p_tail = answer
     if tail == "renormalise":
@@ -396,16 +397,22 @@ def compact(model, kept):
     return small.requires_grad_(False)
 
 
-def compact_memory(blocks, kept):
-    """{block: BlockMemory} cut to `kept_channels` in gated blocks: B's rows, down's columns of A. Differentiable."""
-    out = {}
-    for i, m in blocks.items():
+def laid_out(blocks, kept, lay):
+    """{block: BlockMemory} with `lay`(tensor, dim, index, name) done to the rows of B and, for down, the columns of A,
+    in the blocks of `kept_channels`."""
+    out = dict(blocks)
+    for i in blocks.keys() & kept.keys():
         lora = {}
-        for name, (a, b) in m.lora.items() if i in kept else ():
-            a = a.index_select(1, kept[i]["neuron"]) if name == "down" else a
-            lora[name] = a, b.index_select(0, kept[i][name])
-        out[i] = BlockMemory(lora or m.lora, m.keys, m.values)
+        for name, (a, b) in blocks[i].lora.items():
+            a = lay(a, 1, kept[i]["neuron"], "gate") if name == "down" else a
+            lora[name] = a, lay(b, 0, kept[i][name], name)
+        out[i] = BlockMemory(lora, blocks[i].keys, blocks[i].values)
     return out
+
+
+def compact_memory(blocks, kept):
+    """{block: BlockMemory} for the model that `compact` makes. Differentiable."""
+    return laid_out(blocks, kept, lambda t, dim, index, _: t.index_select(dim, index))
 
 
 @torch.no_grad()
@@ -418,9 +425,9 @@ def expand(small, kept):
         for name, (rows, _) in c.shapes.items():
             for own in (f"{matrix(i, name)}.weight", f"{matrix(i, name)}.bias"):
                 if own in state:
-                    state[own] = widened(state[own], 0, index[name], rows)
+                    state[own] = widen(state[own], index[name], rows, 0)
         down = f"{matrix(i, 'down')}.weight"
-        state[down] = widened(state[down], 1, index["neuron"], c.intermediate_size)
+        state[down] = widen(state[down], index["neuron"], c.intermediate_size, 1)
     with torch.device("meta"):
         model = Model(replace(c, kept=(), raw=raw))
     model.load_state_dict(state, assign=True)
@@ -429,15 +436,7 @@ def expand(small, kept):
 
 def expand_memory(blocks, kept, config):
     """The inverse of `compact_memory`: {block: BlockMemory} for the model that `expand` makes."""
-    out = {}
-    for i, m in blocks.items():
-        lora = dict(m.lora)
-        for name, (a, b) in m.lora.items() if i in kept else ():
-            rows, columns = config.shapes[name]
-            a = widened(a, 1, kept[i]["neuron"], columns) if name == "down" else a
-            lora[name] = a, widened(b, 0, kept[i][name], rows)
-        out[i] = BlockMemory(lora, m.keys, m.values)
-    return out
+    return laid_out(blocks, kept, lambda t, dim, index, name: widen(t, index, config.shapes[name][0], dim))
 
 
 @torch.no_grad()
@@ -447,12 +446,6 @@ def merge(model, blocks):
         for name, (a, b) in m.lora.items():
             linear = model.get_submodule(matrix(i, name))
             linear.weight = nn.Parameter(linear.weight + b @ a, requires_grad=False)
-
-
-def widened(t, dim, index, size):
-    """`t` with its rows (or columns, `dim` 1) at the places `index` of `size`, zeros between."""
-    shape = [size if d == dim else n for d, n in enumerate(t.shape)]
-    return t.new_zeros(shape).index_copy(dim, index, t)
 
 
 def ledger(total, removed, modules):

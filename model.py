@@ -316,9 +316,13 @@ def add(x, y, kept):
     return x + y if kept is None else x.index_add(-1, kept, y)
 
 
-def widen(y, kept, width):
-    """Put the open channels [..., kept] at their places in [..., width]; a closed channel is a zero in its head."""
-    return y if kept is None else y.new_zeros(*y.shape[:-1], width).index_copy(-1, kept, y)
+def widen(y, kept, width, dim=-1):
+    """Put the open channels [..., kept] at their places in [..., width]; a closed channel is a zero there."""
+    if kept is None:
+        return y
+    shape = list(y.shape)
+    shape[dim] = width
+    return y.new_zeros(shape).index_copy(dim, kept, y)
 
 
 class Model(nn.Module):

@@ -42,10 +42,15 @@ from data.tokenizer import Tokenizer
 
 
 def pick_device(name):
-    device = name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    if device.split(":")[0] not in ("cpu", "cuda") or (device.startswith("cuda") and not torch.cuda.is_available()):
+    try:
+        found = torch.empty(
+            0, device=("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+        ).device
+    except (RuntimeError, AssertionError):  # torch has no device of that name or number
+        found = None
+    if found is None or found.type not in ("cpu", "cuda"):
         raise BadInput(f"--device {name!r} is not there; give cpu, or cuda where torch finds a GPU.")
-    return torch.device(device)
+    return found
 
 
 def pick_dtype(name, device):
@@ -68,9 +73,8 @@ def keep_pages():
 
 def later(tensor):
     """Begin to copy numbers from the device. The function that gives them is for later: no GPU is waited for."""
-    copy, done = tensor.detach().to("cpu", non_blocking=True, copy=True), torch.cuda.Event() if tensor.is_cuda else None
-    if done:
-        done.record()
+    copy = tensor.detach().to("cpu", non_blocking=True, copy=True)
+    done = torch.cuda.current_stream(tensor.device).record_event() if tensor.is_cuda else None
 
     def numbers():
         if done:
@@ -84,14 +88,6 @@ def on_device(ids, device):
     """numpy ids of any shape -> tensor; a GPU takes them from pinned memory when it gets there."""
     tokens = torch.from_numpy(ids)
     return tokens.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tokens.to(device)
-
-
-def board_in(folder, start):
-    """A TensorBoard of the run's curves from step `start` on, where tensorboard is installed; else None."""
-    with contextlib.suppress(ImportError):
-        from torch.utils.tensorboard import SummaryWriter
-
-        return SummaryWriter(folder, purge_step=start)
 
 
 class Answers:
@@ -179,7 +175,7 @@ class Trainer:
         return self.s.sparsity * min(1.0, ramp)
 
     def fix(self, index):
-        """From the step on where only the last `fix_mask` of them are left, the gates are the final 0/1 mask."""
+        """Once only the last `fix_mask` share of the steps is left, the final 0/1 mask takes the place of the gates."""
         if self.mask is None and index >= self.s.steps * (1 - self.s.fix_mask):
             self.close(self.gates.final_mask(self.s.sparsity, self.s.count, self.s.budget, self.s.multiple))
 
@@ -197,8 +193,8 @@ class Trainer:
     def step(self, tokens, domain, index, generator=None, retention=False):
         """One optimizer step on tokens [B, T] of `domain`. Returns the loss, a scalar on the device.
 
-        Nothing here asks the device for a number, so that a GPU never waits for Python. A retention step (Eq. 2) moves
-        the gates only.
+        Nothing here asks the device for a number (but `Answers`, in a sweep), so that a GPU never waits for Python. A
+        retention step (Eq. 2) moves the gates only.
         """
         s, model, last = self.s, self.model, self.model.config.num_hidden_layers
         fixed = self.mask is not None
@@ -311,7 +307,7 @@ def train(s, out, fresh=False, answers=None):
     begun = time.time()
     trainer, text, general = open_run(s, out, answers)
     if fresh:  # nothing of an old run goes before the new one is known to work
-        old = ("checkpoint.pt", "log.jsonl", "router.*", "results.json", "lape.*", "probes.*", "*.png")
+        old = ("checkpoint.pt", "log.jsonl", "*.safetensors", "*.json", "*.md", "*.png")
         old += ("modules", "backbone", "later", "export", "bench", "tensorboard")
         for path in (path for pattern in old for path in out.glob(pattern)):
             discard(path)
@@ -326,10 +322,29 @@ def train(s, out, fresh=False, answers=None):
     return True
 
 
+def board_in(folder, start):
+    """A TensorBoard of the run's curves from step `start` on, where tensorboard is installed; else None."""
+    with contextlib.suppress(ImportError):
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(folder, purge_step=start)
+
+
+def record(log, board, step, numbers):
+    """Add a line to the log, and its points to the curves of the TensorBoard, if any. Returns the line."""
+    line = dict(zip(("step", "loss", "physical", "paper", "lambda"), (step, *numbers), strict=True))
+    with open(log, "a") as file:
+        file.write(json.dumps(line) + "\n")
+    for name in list(line)[1:] if board else ():
+        board.add_scalar(name, line[name], step)
+    return line
+
+
 def loop(trainer, text, general, out, begun):
     """Begin, or continue the checkpoint in `out`, and train to the last step. Returns when the run began, with all
     pauses taken out; None if Ctrl-C stopped it."""
     s, device, start = trainer.s, trainer.device, 0
+    last = s.steps if s.memory else math.ceil(s.steps * (1 - s.fix_mask))  # gates learn until the mask is fixed
     checkpoint, log = out / "checkpoint.pt", out / "log.jsonl"
     with atomic(out / "settings.json") as partial:
         partial.write_text(json.dumps(asdict(s), indent=1) + "\n")
@@ -346,10 +361,10 @@ def loop(trainer, text, general, out, begun):
     with atomic(log) as partial:  # what was written after the checkpoint comes again
         partial.write_text("".join(line for line in lines if json.loads(line)["step"] < start))
     board = board_in(out / "tensorboard", start)
-    stop, shown, bar = [], None, tqdm(total=s.steps, initial=start, desc=out.name, mininterval=1)
+    stop, shown, bar = [], None, tqdm(total=last, initial=start, desc=out.name, mininterval=1)
     before = signal.signal(signal.SIGINT, lambda *_: stop.append(True))  # never in the middle of an optimizer step
     try:
-        for index in range(start, s.steps):
+        for index in range(start, last):
             trainer.fix(index)
             domain, turn = trainer.next_domain(index)
             generator = torch.Generator(device).manual_seed(s.seed * 1_000_003 + index)
@@ -363,21 +378,17 @@ def loop(trainer, text, general, out, begun):
             if index % 10 == 0:
                 sparsities = (trainer.gates.sparsity(trainer.mask, count) for count in ("physical", "paper"))
                 shown = later(torch.stack([x.float() for x in (loss, *sparsities, trainer.penalty.multipliers[0])]))
-            if index % 10 == 9 and shown:
-                loss, physical, paper, multiplier = shown()
-                line = dict(step=index - 9, loss=loss, physical=physical, paper=paper, **{"lambda": multiplier})
-                with open(log, "a") as file:
-                    file.write(json.dumps(line) + "\n")
-                for name in list(line)[1:] if board else ():
-                    board.add_scalar(name, line[name], line["step"])
-                rate = s.batch * s.seq_len * (bar.n - bar.initial) / bar.format_dict["elapsed"]
-                sparsity = f"sparsity {physical:.3f} physical, {paper:.3f} paper"
-                bar.set_postfix_str(f"loss {loss:.3f}, {sparsity}, {rate:,.0f} tokens/s", refresh=False)
-            if stop or (index + 1) % s.save_every == 0 or index + 1 == s.steps:
+            saving = stop or (index + 1) % s.save_every == 0 or index + 1 == last
+            if shown and (index % 10 == 9 or saving):
+                line = record(log, board, index - index % 10, shown())
+                rate, shown = s.batch * s.seq_len * (bar.n - bar.initial) / bar.format_dict["elapsed"], None
+                sparsity = f"sparsity {line['physical']:.3f} physical, {line['paper']:.3f} paper"
+                bar.set_postfix_str(f"loss {line['loss']:.3f}, {sparsity}, {rate:,.0f} tokens/s", refresh=False)
+            if saving:
                 with atomic(checkpoint) as partial:
                     torch.save(trainer.state() | {"step": index + 1, "seconds": time.time() - begun}, partial)
-            if stop:
-                print(f"\nstopped after step {index + 1}; the same command continues", file=sys.stderr)
+            if saving and stop:
+                print(f"\nstopped after step {index + 1}; the same command, less --fresh, continues", file=sys.stderr)
                 return None
     finally:
         signal.signal(signal.SIGINT, before)
@@ -411,7 +422,7 @@ LATER = (  # what may differ from the run that a module joins
 )  # fmt: skip
 
 
-def add(path, out, given):
+def add(path, out, given, fresh=False):
     """Train one more module, for the text at `path`, on the finished run in `out`. False if Ctrl-C stopped it.
 
     Router, report and its results change, no other file. `given`: the settings that differ from the run's, of `LATER`.
@@ -430,8 +441,10 @@ def add(path, out, given):
     steps = 3 * -(-run.settings.steps // len(run.names))  # three times what each of the first got (measured)
     s = replace(run.settings, **{"steps": steps, **given}, gate_init="constant", focus=0, order="joint", retention="")
     work = out / "later" / name
+    if fresh:
+        discard(work)
     if (work / "settings.json").exists() and Settings.from_file(work / "settings.json") != s:
-        raise BadInput(f"{work} holds a stopped training with other settings; give the same or delete that folder.")
+        raise BadInput(f"{work} holds a stopped training with other settings; give the same or --fresh.")
     trainer, text, _ = open_run(s, out, paths={name: path})
     trainer.close(run.gates(trainer.model)[1])
     cut, about = dict(trainer.student.named_parameters()), run.backbone.config.raw
@@ -481,10 +494,12 @@ def sweep(name, given, out, fresh):
     runs, done = {}, {}
     for label, own in rows.items():
         for seed in range(first, first + seeds.get(label, 1)):
-            folder = out / re.sub(r"[^a-z0-9.]+", "-", label.lower()).strip("-") / f"seed{seed}"
+            folder = out / f"{re.sub(r'[^a-z0-9.]+', '-', label.lower()).strip('-')}-seed{seed}"
             s = runs.setdefault(label, {})[folder] = Settings(**{**common, **given, **own, "seed": seed})
             fitting(s)  # what cannot work shows before hours are spent
             finished(s, folder, fresh)
+    if fresh:
+        discard(out / "teacher")
     for label, members in runs.items():
         for folder, s in members.items():
             if not finished(s, folder, fresh):
@@ -501,8 +516,9 @@ def parse(argv):
     """Command line -> (settings, run folder, {"given", "flags", "sweep", "add", "fresh", "dry_run"})."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="handbook", help="named settings; flags override them")
-    parser.add_argument("--sweep", choices=SWEEPS, help="train a named set of runs instead of one, and compare them")
-    parser.add_argument("--add", type=Path, metavar="TEXT", help="train one more module on the finished run in --out")
+    other = parser.add_mutually_exclusive_group()
+    other.add_argument("--sweep", choices=SWEEPS, help="train a named set of runs instead of one, and compare them")
+    other.add_argument("--add", type=Path, metavar="TEXT", help="train one more module on the finished run in --out")
     parser.add_argument("--out", type=Path, help="run folder [out/<preset or sweep>]")
     parser.add_argument("--fresh", action="store_true", help="start again, whatever the run folder holds")
     parser.add_argument("--dry-run", action="store_true", help="print sizes and memory, from config.json alone")
@@ -528,7 +544,7 @@ def run(argv):
         return evaluation.dry_run(s)
     keep_pages()
     if do["add"]:
-        return 0 if add(do["add"], out, do["flags"]) else 130
+        return 0 if add(do["add"], out, do["flags"], do["fresh"]) else 130
     if do["sweep"]:
         return 0 if sweep(do["sweep"], do["given"], out, do["fresh"]) else 130
     if finished(s, out, do["fresh"]):
@@ -538,7 +554,7 @@ def run(argv):
 
 
 def main(argv=None):
-    return run_script("train.py", lambda: run(argv), "the same command continues from the last checkpoint")
+    return run_script("train.py", lambda: run(argv), "the same command, less --fresh, goes on from what was saved")
 
 
 if __name__ == "__main__":

@@ -12,14 +12,12 @@ from safetensors import SafetensorError, safe_open
 
 def check_versions(python=sys.version_info, torch=torch.__version__):
     """Python 3.10 and torch 2.6 are needed: else exit with 2 and one sentence."""
-    for name, found, needed in (
-        ("Python", tuple(python[:2]), (3, 10)),
-        ("torch", tuple(int(x) for x in torch.split(".")[:2]), (2, 6)),
-    ):
-        if found < needed:
-            version, least = (".".join(map(str, v)) for v in (found, needed))
-            print(f"{name} {version} is too old; install {name} {least} or newer.", file=sys.stderr)
-            sys.exit(2)
+    old = [f"Python {python[0]}.{python[1]} is too old; install Python 3.10"] if tuple(python[:2]) < (3, 10) else []
+    if tuple(int(x) for x in torch.split(".")[:2]) < (2, 6):
+        old += [f"torch {torch} is too old; install torch 2.6"]
+    if old:
+        print(f"{old[0]} or newer.", file=sys.stderr)
+        sys.exit(2)
 
 
 check_versions()  # on import, because everything after this may need what an old version lacks

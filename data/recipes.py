@@ -44,7 +44,7 @@ class Settings:
     beta_end: float = option(0.0, "temperature to which it falls while gates learn; 0: it does not", low=0)
     ramp: float = option(0.2, "share of the steps in which the target rises to --sparsity (measured)", low=0.01, high=1)
     fix_mask: float = option(0.75, "last share of the steps, under the final 0/1 mask (measured)", low=0, high=0.99)
-    constraint: str = option("progressive", "hinge with a rising target, at once, or koff.Penalty", *CONSTRAINTS)
+    constraint: str = option("progressive", "hinge behind a rising target, at once, or koff.Penalty", *CONSTRAINTS)
     penalty: float = option(60.0, "first lambda (paper); lagrangian: first lambda_2", low=1)
     scaled: bool = option(True, "lambda x 1.03 a step while behind, / 1.03 while not")
     order: str = option("joint", "gates and memories together (paper), or memories after", "joint", "prune-first")
@@ -132,8 +132,8 @@ PRESETS = {
     "llama-3.1-8b": LARGE | dict(model="meta-llama/Llama-3.1-8B", batch=1, checkpointing=True),
 }
 
-# The paper's protocol on whatever model, text, steps and module size a sweep is given.
-SIZES = ("rank", "alpha", "kv_tokens", "steps", "batch", "seq_len", "eval_len")
+# The paper's protocol on whatever model, text, share of it, steps and module size a sweep is given.
+SIZES = ("blocks", "sparsity", "rank", "alpha", "kv_tokens", "steps", "batch", "seq_len", "eval_len")
 MATCHED = {name: value for name, value in PRESETS["paper-matched"].items() if name not in SIZES} | dict(focus=0)
 PRUNED = dict(memory=False, fix_mask=0.0)  # gates that learn to the last step: the stronger baseline
 PARTS = {

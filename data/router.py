@@ -74,14 +74,12 @@ class Router:
     def save(self, path):
         with atomic(path) as partial:
             about = [[name, self.paths.get(name)] for name in self.domains]
-            metadata = {"domains": json.dumps(about if self.paths else self.domains)}
-            save_file({"weight": self.weight, "threshold": self.threshold}, partial, metadata)
+            save_file({"weight": self.weight, "threshold": self.threshold}, partial, {"domains": json.dumps(about)})
 
     @classmethod
     def load(cls, path):
         tensors, metadata = read_tensors(path, "np")
         if "domains" not in metadata:
             raise BadInput(f"{path} is not a router; name a run that train.py has finished.")
-        pairs = [[x, None] if isinstance(x, str) else x for x in json.loads(metadata["domains"])]
-        paths = {name: path for name, path in pairs if path}
-        return cls([name for name, _ in pairs], tensors["weight"], tensors["threshold"], paths)
+        paths = dict(json.loads(metadata["domains"]))
+        return cls(paths, tensors["weight"], tensors["threshold"], {name: path for name, path in paths.items() if path})
