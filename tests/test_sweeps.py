@@ -167,3 +167,18 @@ def test_the_curve_of_a_run_has_one_line_every_ten_steps_also_after_a_kill(world
     results["settings"]["fix_mask"] = 0.0  # as if these had been the gates
     (world / "runs/one/results.json").write_text(json.dumps(results))
     assert evaluation.summary(world / "runs/one")["settled"] == reached
+
+
+def test_without_memories_no_step_follows_the_fixed_mask(world, monkeypatch):  # noqa: F811
+    step, taken = Trainer.step, []
+
+    def counted(self, tokens, domain, index, *rest, **kwargs):
+        taken.append(index)
+        return step(self, tokens, domain, index, *rest, **kwargs)
+
+    monkeypatch.setattr(Trainer, "step", counted)
+    argv = [*flags(world, steps=30, fix_mask=0.5), "--no-memory"]
+    assert train.main(argv) == 0
+    assert taken == list(range(15)) and train.main(argv) == 0 and len(taken) == 15
+    lines = [json.loads(line) for line in (world / "runs/one/log.jsonl").open()]
+    assert [line["step"] for line in lines] == [0, 10] and all(line["loss"] > 0 for line in lines)

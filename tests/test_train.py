@@ -404,6 +404,7 @@ BAD = {
     "unreachable": (nothing, dict(sparsity=0.9), "cannot be reached"),
     "too many blocks": (nothing, dict(blocks=9), "has 3 blocks"),
     "a device that is none": (nothing, dict(device="gpu"), "is not there"),
+    "a number that is none": (nothing, dict(device="cpu:x"), "is not there"),
     "no GPU": (nothing, dict(device="cuda"), "is not there"),
     "ids beyond the embedding": (few_rows, {}, "tokenizer.json has ids beyond"),
     "beyond the context": (nothing, dict(eval_len=254), "257 tokens, --kv-tokens included, exceed"),
