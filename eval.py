@@ -1,7 +1,7 @@
 """Evaluate a finished run, or generate text with it.
 
 python eval.py report out/handbook                                  the tables: screen, report.md, results.json
-python eval.py compare out/*                                        one table of several runs
+python eval.py compare out/handbook out/seed1                       one table of several runs
 python eval.py lape out/handbook                                    are neurons of one language those that are closed?
 python eval.py probes out/handbook                                  how far the backbone's hidden states moved
 python eval.py bench out/smollm2-12 mmlu --rows DIR                 benchmarks: the unpruned model, backbone, modules
@@ -107,7 +107,7 @@ def dry_run(s):
 
         step()  # the first one makes AdamW's state
         (sampled, operations), before = step(), size.now
-        trainer.mask, trainer.kept, trainer.student = mask, kept, koff.compact(model, kept)
+        trainer.mask, trainer.kept, trainer.student = mask, kept, koff.compact(model, kept)  # as `close` does
         small = size.now - before
         fixed, fewer = step()
         fixed += small
@@ -146,18 +146,19 @@ class Run:
         self.dtype = dtype or pick_dtype(self.settings.dtype, self.device)
         self.tokenizer = Tokenizer.from_folder(self.folder / "backbone")
         self.router = Router.load(self.folder / "router.safetensors")
-        there = {path.stem for path in self.folder.glob("modules/*.safetensors")}
-        self.names = sorted(there & set(self.router.domains))
+        self.names = [name for name in self.router.domains if self.module_path(name).exists()]
 
     @cached_property
     def backbone(self):
         return load(self.folder / "backbone", self.dtype, self.device)
 
+    def module_path(self, name):
+        return self.folder / "modules" / f"{name}.safetensors"
+
     def module(self, name):
         if name not in self.names:
             raise BadInput(f"{self.folder} has no module {name!r}; it has {', '.join(self.names) or 'none'}.")
-        path = self.folder / "modules" / f"{name}.safetensors"
-        return load_module(path, read_config(self.folder / "backbone"), self.dtype, self.device)
+        return load_module(self.module_path(name), read_config(self.folder / "backbone"), self.dtype, self.device)
 
     @cached_property
     def modules(self):
@@ -182,10 +183,10 @@ def opened(folder, device="auto"):
 
 def texts_of(run):
     """{domain: path of its text}: in the folder that the run was trained on, or where a later domain was found."""
-    there = find_domains(run.settings.data, run.settings.domains) | run.router.paths
-    if missing := [name for name in run.router.domains if name not in there]:
+    there, names = find_domains(run.settings.data) | run.router.paths, run.names or run.router.domains
+    if missing := [name for name in names if name not in there]:
         raise BadInput(f"{run.settings.data} has no {missing[0]}, on which {run.folder} was trained.")
-    return {name: Path(there[name]) for name in run.router.domains}
+    return {name: Path(there[name]) for name in names}
 
 
 @torch.no_grad()
@@ -207,17 +208,17 @@ def losses(variants, tokens, first, size=8):
 
 
 def perplexities(run, base, domains):
-    """Two tables {variant: {domain: x}} and {domain: {module: x}}, and the share of windows whose router was unsure."""
+    """Two tables, {variant: {domain: perplexity}} and {domain: {module: perplexity}}."""
     s = run.settings
     _, _, first = s.first(len(base.layers))
     variants = {"": (base, None), None: (run.backbone, None)}  # the unpruned model; no module; and each domain's own
     variants |= {name: (run.backbone, module) for name, module in run.modules.items()}
-    table, swap, unsure = {name: {} for name in ("unpruned", "backbone", "koff", "routed")}, {}, {}
+    table, swap = {name: {} for name in ("unpruned", "backbone", "koff", "routed")}, {}
     for domain, split in domains.items():
         x = windows(split.heldout, s.eval_len, s.eval_windows)
         nll = losses(variants, torch.from_numpy(x).to(run.device), first)
         nll = {name: values.cpu().numpy() for name, values in nll.items()}
-        chosen = run.router.route(x)
+        chosen = [name if name in run.modules else None for name in run.router.route(x)]
 
         def ppl(values, x=x):
             return math.exp(float(np.sum(values)) / (x.shape[0] * (x.shape[1] - 1)))
@@ -227,8 +228,7 @@ def perplexities(run, base, domains):
             table["koff"][domain] = ppl(nll[domain])
             table["routed"][domain] = ppl([nll[name][i] for i, name in enumerate(chosen)])
             swap[domain] = {name: ppl(nll[name]) for name in run.modules}
-            unsure[domain] = sum(name is None for name in chosen) / len(chosen)
-    return table, swap, unsure
+    return table, swap
 
 
 def router_quality(run, domains):
@@ -336,21 +336,21 @@ def saved_results(folder):
 def evaluate(folder, begun=None, device="auto"):
     """All tables of the run: screen, report.md, results.json. `begun`: when it began; None: long ago."""
     run, base, domains = opened(folder, device)
-    before = {} if begun else saved_results(folder)
-    perplexity, swap, unsure = perplexities(run, base, domains)
+    before = saved_results(folder) if not begun and Path(folder, "results.json").exists() else {}
+    perplexity, swap = perplexities(run, base, domains)
     if (beside := before.get("perplexity", {}).get("pruned", {})).keys() == domains.keys():
         perplexity["pruned"] = beside
     total, layers, led = sparsity(run, base)
-    size = base.head.element_size()
+    size = getattr(torch, run.backbone.config.raw["dtype"]).itemsize
     led |= {f"{name}_bytes": led[name] * size for name in ("removed", "one_module", "all_modules")}
-    router = router_quality(run, domains) | {"unsure_evaluation_windows": unsure}
+    router = router_quality(run, domains)
     if len(swap) > 1:
         wrong = [x / row[d] for d, row in swap.items() for m, x in row.items() if m != d]
         router["wrong_route_cost"] = math.exp(np.mean(np.log(wrong)))
     results = {
         "perplexity": perplexity, "swap": swap, "sparsity": total, "router": router, "ledger": led,
         "layers": {str(i): row for i, row in layers.items()}, "settings": asdict(run.settings),
-        "seconds": round(time.time() - begun, 1) if begun else before["seconds"],
+        "seconds": round(time.time() - begun, 1) if begun else before.get("seconds", 0.0),
     }  # fmt: skip
     save(run.folder, {"report.md": report(results), "results.json": results})
 
@@ -388,40 +388,40 @@ def summary(folder):
     }  # fmt: skip
 
 
+def together(folders):
+    """The `summary` of several runs: {column: [one value per run], None where a run has none}."""
+    every = [summary(folder) for folder in folders]
+    return {key: None if any(one[key] is None for one in every) else [one[key] for one in every] for key in every[0]}
+
+
 def side_by_side(rows):
-    """{label: [summary of a run, ...]} as a table; several runs of a row (seeds) as mean +/- sample deviation."""
-    columns = list({name: None for runs in rows.values() for run in runs for name in run if run[name] is not None})
+    """{label: `together`} as a table; several runs of a row (seeds) as mean +/- sample deviation."""
+    columns = list(dict.fromkeys(key for row in rows.values() for key, values in row.items() if values))
 
     def cell(values):
-        if None in values:
+        if values is None:
             return "-"
         mean, deviation = spread(values)
         return f"{mean:.3f}" + (f" +/- {deviation:.3f}" if deviation >= 0.0005 else "")
 
-    return table(
-        "", columns, {row: [cell([x.get(name) for x in runs]) for name in columns] for row, runs in rows.items()}
-    )
+    return table("", columns, {label: [cell(row.get(key)) for key in columns] for label, row in rows.items()})
 
 
 def compare(args):
     """One row per finished run; seeds of one run get a mean."""
-    rows = {str(folder): [summary(folder)] for folder in args.runs}
+    rows = {str(folder): together([folder]) for folder in args.runs}
     settings = [{**saved_results(folder)["settings"], "seed": None} for folder in args.runs]
     if len(rows) > 1 and settings.count(settings[0]) == len(settings):
-        rows["mean +/- std"] = [run for (run,) in rows.values()]
+        rows["mean +/- std"] = together(args.runs)
     print(side_by_side(rows))
 
 
 def save_sweep(out, name, runs):
     """Write the table of a sweep, {label: [folder, one per seed]}: sweep.md to read, sweep.json for the pictures."""
-    rows = {label: [summary(folder) for folder in folders] for label, folders in runs.items()}
-    columns = {
-        label: {"runs": [str(folder) for folder in runs[label]]}
-        | {key: None if every[0][key] is None else [one[key] for one in every] for key in every[0]}
-        for label, every in rows.items()
-    }
+    rows = {label: together(folders) for label, folders in runs.items()}
     text = f"## Sweep {name}\n\n{side_by_side(rows)}\n"
-    save(out, {"sweep.md": text, "sweep.json": {"sweep": name, "rows": columns}}, show=False)
+    rows = {label: {"runs": [str(folder) for folder in runs[label]]} | row for label, row in rows.items()}
+    save(out, {"sweep.md": text, "sweep.json": {"sweep": name, "rows": rows}}, show=False)
 
 
 # Analyses ------------------------------------------------------------------------------------------------------------
@@ -484,11 +484,12 @@ def probes(args, k=10):
     ids = torch.from_numpy(np.concatenate(list(x.values()))).to(run.device)
     label = torch.arange(len(x)).repeat_interleave(torch.tensor([len(w) for w in x.values()]))
     a, b = embeddings(base, ids, "unpruned"), embeddings(run.backbone, ids, "backbone")
-    cosine, found = koff.centroid_cosine(a, b, label).tolist(), {}
-    for i, (d, c) in enumerate(zip([*x, "all texts"], [*cosine, float(np.mean(cosine))], strict=True)):
-        u, v = (t[label == i] if d in x else t for t in (a, b))
+    centroid, found = koff.centroid_cosine(a, b, label), {}
+    parts = {d: label == i for i, d in enumerate(x)} | {"all texts": label >= 0}
+    for (d, own), c in zip(parts.items(), [*centroid.tolist(), centroid.mean().item()], strict=True):
+        u, v = a[own], b[own]
         found[d] = dict(texts=len(u), cka=koff.cka(u, v), knn=koff.knn_overlap(u, v, k), centroid=c)
-    rows = {d: [f"{n}", *(f"{x:.4f}" for x in row)] for d, (n, *row) in ((d, f.values()) for d, f in found.items())}
+    rows = {d: [str(f["texts"]), *(f"{f[m]:.4f}" for m in ("cka", "knn", "centroid"))] for d, f in found.items()}
     text = table("", ["texts", "linear CKA", f"{k}-NN overlap", "centroid cosine"], rows)
     text = f"## The backbone without a module against the unpruned model\n\n{text}\n"
     save(run.folder, {"probes.md": text, "probes.json": found})
@@ -592,19 +593,20 @@ def answers(model, tokenizer, prompts, memory=None, finished=()):
 
 def finished_samples(path, header, fresh):
     """{(subject, id): sample} of a file that a stopped run left, ready for more; BadInput if its settings differ."""
-    header, old = json.loads(json.dumps(header)), None
+    header, lines, changed = json.loads(json.dumps(header)), {}, []
     if path.exists() and not fresh:
         whole = path.read_bytes().rpartition(b"\n")[0]  # a crash may have cut the last line
         try:
-            old, *lines = [json.loads(line) for line in whole.splitlines()]
-            lines = {(line["subject"], line["id"]): line for line in lines}
-        except (ValueError, LookupError, TypeError):
+            old, *rows = [json.loads(line) for line in whole.splitlines()]
+            lines = {(row["subject"], row["id"]): row for row in rows}
+            changed = [name for name in header if old.get(name) != header[name]]
+        except (ValueError, LookupError, TypeError, AttributeError):
             raise BadInput(f"{path} is damaged; say --fresh to begin it again.") from None
-        if changed := [name for name in header if not isinstance(old, dict) or old.get(name) != header[name]]:
-            raise BadInput(f"{path} holds samples of another {changed[0]}; say --fresh to begin it again.")
+    if changed:
+        raise BadInput(f"{path} holds samples of another {changed[0]}; say --fresh to begin it again.")
     with atomic(path) as partial:
-        partial.write_bytes(whole + b"\n" if old else json.dumps(header).encode() + b"\n")
-    return lines if old else {}
+        partial.write_text("".join(json.dumps(x) + "\n" for x in (header, *lines.values())), encoding="utf-8")
+    return lines
 
 
 def bench_results(task, lines, total, config):
@@ -634,6 +636,24 @@ def bench_results(task, lines, total, config):
     }  # fmt: skip
 
 
+def measure(run, model, tokenizer, variant, prompts, path, lines):
+    """Ask what is not in `lines` {(subject, id): sample}; each sample joins them and the file at once."""
+    by_module = {}
+    for p in prompts:
+        module = run.router.route(np.array([p.own]))[0] if variant == "routed" else variant
+        by_module.setdefault(module if run and module in run.names else None, []).append(p)
+    bar = tqdm(total=len(prompts), initial=len(lines), desc=path.stem, leave=False, disable=None)
+    with open(path, "a", encoding="utf-8") as file, bar:
+        for module, some in by_module.items():
+            for part in answers(model, tokenizer, some, run.module(module) if module else None, lines):
+                for p, found in part:
+                    about = dict(subject=p.item.subject, id=p.item.id, shots=p.shots, prompt_tokens=len(p.ids))
+                    lines[p.key] = about | dict(module=module) | found
+                    file.write(json.dumps(lines[p.key]) + "\n")
+                    file.flush()
+                    bar.update()
+
+
 def bench(args):
     """Measure a run or a Hugging Face folder on a task: a table on the screen, results and samples in files."""
     if (args.limit is not None and args.limit < 1) or (args.shots or 0) < 0:
@@ -646,39 +666,29 @@ def bench(args):
     possible = ["unpruned"] + (["backbone"] if run else []) + (["routed", *run.names] if run and run.names else [])
     if unknown := [name for name in args.on or () if name not in possible]:
         raise BadInput(f"--on cannot be {unknown[0]!r}; {folder} has {', '.join(possible)}.")
-    items, total, kept = benchmarks.load_items(args.task, args.rows, args.subjects, args.shots), {}, []
-    for item in items:
-        total[item.subject] = total.get(item.subject, 0) + 1
-        kept += [item] if args.limit is None or total[item.subject] <= args.limit else []
+    items = benchmarks.load_items(args.task, args.rows, args.subjects, args.shots)
+    subjects = benchmarks.by_subject(items)
+    total = {subject: len(some) for subject, some in subjects.items()}
     taken = run.settings.kv_tokens if run and run.names else 0  # the same prompts for every variant
     room = read_config(folder / "backbone" if run else folder).max_position_embeddings - taken
+    kept = [item for some in subjects.values() for item in some[: args.limit]]
     prompts = [benchmarks.encode(item, tokenizer, room) for item in kept]
     asked = [(p.item.subject, p.item.id, p.ids, p.options, p.item.right) for p in prompts]
     out = args.out or (folder / "bench" if run else Path("out/bench", args.run.resolve().name))
     rows = {}
     for variant in args.on or possible[:3]:
         model = load(run.settings.model if run else folder, dtype, device) if variant == "unpruned" else run.backbone
+        attached = run.names if run and variant == "routed" else [variant] if run and variant in run.names else []
         config = dict(
+            modules={name: hashlib.sha256(run.module_path(name).read_bytes()).hexdigest()[:16] for name in attached},
             task=args.task, variant=variant, model=str(folder.resolve()),
             backbone=model.config.raw.get("koff_fingerprint"), dtype=str(dtype).removeprefix("torch."),
             limit=args.limit, subjects=args.subjects, shots=len(items[0].shots),
             questions=hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16],
         )  # fmt: skip
-        path, by_module = out / f"{args.task}-{variant}.jsonl", {}
+        path = out / f"{args.task}-{variant}.jsonl"
         lines = finished_samples(path, config, args.fresh)
-        for p in prompts:
-            module = run.router.route(np.array([p.own]))[0] if variant == "routed" else variant
-            by_module.setdefault(module if run and module in run.names else None, []).append(p)
-        bar = tqdm(total=len(prompts), initial=len(lines), desc=f"{args.task}, {variant}", leave=False, disable=None)
-        with open(path, "a", encoding="utf-8") as file, bar:
-            for module, some in by_module.items():
-                for part in answers(model, tokenizer, some, run.module(module) if module else None, lines):
-                    for p, found in part:
-                        about = dict(subject=p.item.subject, id=p.item.id, shots=p.shots, prompt_tokens=len(p.ids))
-                        lines[p.key] = about | dict(module=module) | found
-                        file.write(json.dumps(lines[p.key]) + "\n")
-                        file.flush()
-                        bar.update()
+        measure(run, model, tokenizer, variant, prompts, path, lines)
         results = bench_results(args.task, [lines[p.key] for p in prompts], total, config)
         save(out, {f"{path.stem}.json": results})
         found, rows[variant] = results["results"][args.task], {}
@@ -707,7 +717,7 @@ def generate(model, tokens, steps, vocab_size, eos=(), temperature=0.0, top_p=1.
         have = f"{M} memory tokens, {T} of the prompt and {steps} new ones"
         raise BadInput(f"{have} exceed the model's context of {limit}; shorten the prompt or ask for less.")
     cache, stop = Cache(steps), torch.tensor(list(eos), dtype=tokens.dtype, device=tokens.device)
-    done, last = torch.zeros(B, dtype=torch.bool, device=tokens.device), None
+    done, last = torch.zeros(B, dtype=torch.bool, device=tokens.device), tokens[:, -1]
     x = tokens
     for _ in range(steps):
         x = model.run(model.embed_tokens(x), 0, len(model.layers), memory=memory, cache=cache)
@@ -718,7 +728,7 @@ def generate(model, tokens, steps, vocab_size, eos=(), temperature=0.0, top_p=1.
             p, order = (logits / temperature).softmax(-1).sort(dim=-1, descending=True)
             p[:, 1:] = p[:, 1:].masked_fill((p.cumsum(-1) - p)[:, 1:] >= top_p, 0)  # the first token always stays
             new = order.gather(1, torch.multinomial(p, 1, generator=generator))[:, 0]
-        last = new if last is None else torch.where(done, last, new)
+        last = torch.where(done, last, new)
         done = done | torch.isin(last, stop)
         yield last
         if done.all():
@@ -732,8 +742,9 @@ def picked(run, text, name=None):
         return run.module(name), name
     if not run.names:
         return None, "none in this run"
-    ids = run.tokenizer.encode(text)
-    sure, (best, p) = run.router.route(np.array([ids]))[0], next(iter(run.router.confidence(ids).items()))
+    if not (ids := np.array(run.tokenizer.encode(text))).size:
+        raise BadInput("the prompt is empty; give some text.")
+    (sure,), (best, p) = run.router.route(ids[None]), run.router.best(ids)
     if sure not in run.names:
         return None, f"none, the router is unsure ({best} would be the first choice)"
     return run.module(sure), f"{sure}, the router's choice ({p:.1%})"
@@ -840,19 +851,18 @@ def change_module(args):
 
     A module is one whose file and whose row of the router are there: wherever this is interrupted, it has one name.
     """
-    run, old, new = Run(args.run, "cpu"), args.module, args.name
-    path, router = run.folder / "modules" / f"{old}.safetensors", run.router
+    run, old, new = Run(args.run, "cpu"), args.module, args.name if args.command == "rename" else None
+    path, router = run.module_path(old), run.router
     run.module(old)
     if new is None:
         if len(run.names) == 1:
             raise BadInput(f"{old} is the only module of {run.folder}; delete the folder instead.")
         router.remove(old)
     else:
-        renamed = path.parent / f"{new}.safetensors"
+        renamed = run.module_path(new)
         if domain_name(renamed) != new or new in router.domains:
             raise BadInput(f"{run.folder} cannot have another module {new!r}; give a new name.")
-        router.paths[new] = str(texts_of(run)[old].resolve())
-        router.paths.pop(old, None)
+        router.paths[new] = router.paths.pop(old, None) or str(texts_of(run)[old].resolve())
         router.domains[router.domains.index(old)] = new
         with atomic(renamed) as partial:
             partial.write_bytes(path.read_bytes())
@@ -949,7 +959,7 @@ def parse(argv):
     option = command("bench", "measure a run, or a pretrained model's folder, on a benchmark", bench)
     option("task", choices=benchmarks.TASKS)
     option("--rows", required=True, help="file or folder of rows in the Hub's columns (data/prepare.py)")
-    option("--on", nargs="+", metavar="WHAT", help="unpruned, backbone, routed, modules [the first three]")
+    option("--on", nargs="+", metavar="WHAT", help="unpruned, backbone, routed or names of modules [the first three]")
     option("--limit", type=int, help="questions of each subject [all]")
     option("--subjects", nargs="+", default=[], metavar="NAME", help="MMLU subjects, BBH or BBL tasks [all]")
     usual = ", ".join(f"{shots} for {task}" for task, (shots, *_) in benchmarks.TASKS.items())
@@ -982,7 +992,8 @@ def parse(argv):
     for name, what in ("rename", "give a module another name"), ("remove", "delete a module"):
         option = command(name, what, change_module, device=False)
         option("module")
-        option("name", help="its new name") if name == "rename" else option("--name", help=argparse.SUPPRESS)
+        if name == "rename":
+            option("name", help="its new name")
     return parser.parse_args(argv)
 
 

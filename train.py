@@ -255,7 +255,7 @@ def reading(out, tokenizer, config, folder):
     """How a run reads text: one token cache beside the run folders; an eos id ends each document; conversations become
     text as the model in `folder` has it."""
     template, ends = ChatTemplate.from_folder(folder), (*config.eos_token_ids, None)
-    return dict(tokenizer=tokenizer, cache=out.parent / "tokens", separator=ends[0], template=template)
+    return dict(tokenizer=tokenizer, cache=out.parent / ".tokens", separator=ends[0], template=template)
 
 
 def fitting(s):
@@ -499,12 +499,12 @@ def sweep(name, given, out, fresh):
             fitting(s)  # what cannot work shows before hours are spent
             finished(s, folder, fresh)
     if fresh:
-        discard(out / "teacher")
+        discard(out / ".teacher")
     for label, members in runs.items():
         for folder, s in members.items():
             if not finished(s, folder, fresh):
                 print(f"\n{label}, seed {s.seed}")
-                if not train(s, folder, fresh, out / "teacher"):
+                if not train(s, folder, fresh, out / ".teacher"):
                     return False
         done[label] = list(members)
         evaluation.save_sweep(out, name, done)

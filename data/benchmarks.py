@@ -164,26 +164,32 @@ def read(task, rows, patterns, examples=False):
     return items
 
 
+def by_subject(items):
+    """{subject: [Item]}, both in their order."""
+    groups = {}
+    for item in items:
+        groups.setdefault(item.subject, []).append(item)
+    return groups
+
+
 def load_items(task, rows, subjects=(), shots=None):
     """[Item] of a task, or of some of its subjects, with its usual number of shots or another.
 
     Shots are the first rows of the subject; without rows of their own, these are not asked.
     """
     usual, patterns, own, _ = TASKS[task]
-    shots, items, examples, count = usual if shots is None else shots, [], {}, {}
-    found = read(task, rows, patterns)
-    if unknown := set(subjects) - {item.subject for item in found}:
-        have = ", ".join(sorted({item.subject for item in found}))
+    shots, items, asked = usual if shots is None else shots, [], by_subject(read(task, rows, patterns))
+    if unknown := set(subjects) - set(asked):
+        have = ", ".join(sorted(asked))
         raise BadInput(f"{task} has no subject {min(unknown)!r} in {rows}; --subjects can name {have}.")
-    for item in (read(task, rows, [own], examples=True) if own else found) if shots else ():
-        examples.setdefault(item.subject, []).append(item.shown)
-    for item in found:
-        n, given = count.get(item.subject, 0), tuple(examples.get(item.subject, ())[:shots])
-        count[item.subject] = n + 1
-        if (own or n >= shots) and (not subjects or item.subject in subjects):
+    examples = by_subject(read(task, rows, [own], examples=True)) if own and shots else asked
+    for subject, found in asked.items():
+        given = tuple(item.shown for item in examples.get(subject, [])[:shots])
+        first = 0 if own else shots
+        if found[first:] and (not subjects or subject in subjects):
             if len(given) < shots:
-                raise BadInput(f"{rows} has {len(given)} examples for {item.subject}, not {shots}; lower --shots.")
-            items.append(replace(item, id=n, shots=given))
+                raise BadInput(f"{rows} has {len(given)} examples for {subject}, not {shots}; lower --shots.")
+            items += [replace(item, id=n, shots=given) for n, item in enumerate(found[first:], first)]
     if not items:
         raise BadInput(f"{rows} has no question of {task} besides {shots} examples; add rows or lower --shots.")
     return items

@@ -106,7 +106,7 @@ def load_text(path, tokenizer, cache, heldout=0.05, separator=None, template=Non
     else:
         parts, end = [], [] if separator is None or stream else [separator]
         for texts in split_text(documents, stream, heldout, path):
-            ids = [np.array(tokenizer.encode(text, bos=bool(tokenizer.bos)) + end, np.int32) for text in texts]
+            ids = [np.array(tokenizer.encode(text, bos=True) + end, np.int32) for text in texts]
             parts.append(np.concatenate(ids))
         split = Split(*parts, file)
     for part, ids, least in ("training", split.train, need[0]), ("held-out", split.heldout, need[1]):

@@ -5,9 +5,9 @@
     python data/prepare.py retention --out text                C4, GSM8K and ARC-Challenge: general text for --retention
     python data/prepare.py benchmarks --out rows               MMLU, ARC-Challenge and GSM8K for `eval.py bench --rows`
 
-Rows are streamed in an order that --seed decides and written as they come; a second call goes on with the file where
-the first one was stopped. What is held out are the last 5% of each file, as in training (data/corpus.py). Needs: pip
-install datasets.
+Rows are streamed in an order that --seed decides and written as they come. A second call takes the files that the first
+one finished; what it was at comes again, since a stream begins at its beginning. Held out are the last 5% of each file,
+as in training (data/corpus.py). Needs: pip install datasets.
 """
 
 import argparse
@@ -85,26 +85,16 @@ def stream(source, files, hub, seed=None):
         raise BadInput(f"{name} cannot be read: {str(error).partition(chr(10))[0]}") from None
 
 
-def collect(rows, sort, wanted, out, names, about):
-    """Write `wanted` different texts for each name into out/<name>.jsonl, as the stream `rows` brings them.
-
-    A second call streams the same rows again and drops what is there already: the order is the same.
-    """
+def collect(rows, sort, wanted, out, names):
+    """Write `wanted` different texts for each name into out/<name>.jsonl, as the stream `rows` brings them."""
     if all((out / f"{name}.jsonl").exists() for name in names):
         return print(f"{', '.join(names)}: already there")
-    part = {name: out / f".{name}-{digest(about)}.jsonl.part" for name in names}
-    seen, have = set(), {}
+    seen, have, files = set(), dict.fromkeys(names, 0), {}
     with contextlib.ExitStack() as stack:
-        out.mkdir(parents=True, exist_ok=True)
-        files = {name: stack.enter_context(open(path, "a+b")) for name, path in part.items()}
-        for name, file in files.items():
-            file.seek(0)
-            whole, end, _ = file.read().rpartition(b"\n")  # the last line may have been cut
-            file.truncate(len(whole + end))
-            have[name] = len(lines := whole.splitlines())
-            seen |= {digest(json.loads(line)["text"]) for line in lines}
-        bar = tqdm(total=wanted * len(names), initial=sum(have.values()), desc=", ".join(names), disable=None)
-        stack.enter_context(bar)
+        bar = stack.enter_context(tqdm(total=wanted * len(names), desc=", ".join(names), disable=None))
+        for name in names:  # at the end each is closed, then renamed
+            partial = stack.enter_context(atomic(out / f"{name}.jsonl"))
+            files[name] = stack.enter_context(open(partial, "w", encoding="utf-8"))
         for row in rows:
             if min(have.values()) == wanted:
                 break
@@ -112,11 +102,10 @@ def collect(rows, sort, wanted, out, names, about):
             if text.strip() and have[name] < wanted and (key := digest(text)) not in seen:
                 seen.add(key)
                 have[name] += 1
-                files[name].write(json.dumps({"text": text}).encode() + b"\n")
+                files[name].write(json.dumps({"text": text}) + "\n")
                 bar.update()
-    for name, path in part.items():
-        path.rename(out / f"{name}.jsonl")
-        print(f"{out / name}.jsonl: {have[name]:,} texts" + ("" if have[name] == wanted else ", all that there are"))
+    for name, n in have.items():
+        print(f"{out / name}.jsonl: {n:,} texts" + ("" if n == wanted else ", all that there are"))
 
 
 def prepare(args):
@@ -125,8 +114,7 @@ def prepare(args):
     out = args.out / "retention" if args.recipe == "retention" else args.out
     for source, files, usual, sort, names in TEXT.get(args.recipe, ()):
         wanted = min(usual, args.limit or usual)
-        about = f"{source} {files}, {wanted} rows, seed {args.seed}"
-        collect(stream(source, files, args.hub, args.seed), sort, wanted, out, names, about)
+        collect(stream(source, files, args.hub, args.seed), sort, wanted, out, names)
     for name, (source, files) in ROWS.items() if args.recipe == "benchmarks" else ():
         if not (path := out / f"{name}.jsonl").exists():
             with atomic(path) as partial, open(partial, "w", encoding="utf-8") as file:
