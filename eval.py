@@ -603,7 +603,7 @@ def finished_samples(path, header, fresh):
         except (ValueError, LookupError, TypeError, AttributeError):
             raise BadInput(f"{path} is damaged; say --fresh to begin it again.") from None
     if changed:
-        raise BadInput(f"{path} holds samples of another {changed[0]}; say --fresh to begin it again.")
+        raise BadInput(f"{path} holds samples that differ in {changed[0]}; say --fresh to begin it again.")
     with atomic(path) as partial:
         partial.write_text("".join(json.dumps(x) + "\n" for x in (header, *lines.values())), encoding="utf-8")
     return lines

@@ -276,7 +276,7 @@ def test_a_crash_at_row_900_of_1000_loses_no_finished_row_and_changes_no_result(
     asked.clear()
     assert command(world, "mmlu", "--shots", 1) == 0 and not asked  # finished: the table again
     assert command(world, "mmlu", "--shots", 2) == 2
-    assert "holds samples of another shots; say --fresh" in capsys.readouterr().err
+    assert "samples that differ in shots; say --fresh" in capsys.readouterr().err
     assert command(world, "mmlu", "--shots", 2, "--limit", 5, "--fresh") == 0
     assert len(samples(world, "mmlu-unpruned")) == 5
 
@@ -313,6 +313,11 @@ def test_a_run_is_measured_with_all_its_parts_and_routed_by_the_question_alone(w
     assert command(world, "bbh", "--on", "klingon", run="run") == 2
     assert "--on cannot be 'klingon'" in capsys.readouterr().err
     assert evaluation.main(["bench", str(world / "run"), "arc", "--rows", str(world / "rows"), "--limit", "2"]) == 0
+    (world / "run/modules/german.safetensors").write_bytes((world / "run/modules/french.safetensors").read_bytes())
+    assert command(world, "mmlu", "--on", "backbone", run="run") == 0
+    capsys.readouterr()
+    assert command(world, "mmlu", "--on", "german", run="run") == 2  # these samples are of the module that was there
+    assert "samples that differ in modules; say --fresh" in capsys.readouterr().err
     assert {p.name for p in (world / "run/bench").iterdir()} == {
         f"arc-{v}.{end}" for v in ("unpruned", "backbone", "routed") for end in ("json", "jsonl")
     }

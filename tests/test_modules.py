@@ -149,3 +149,20 @@ def test_another_base_model_is_refused(run, capsys):
     save_file({n: t + 1 if n == "model.norm.weight" else t for n, t in state.items()}, path)
     assert add(run) == 2 and "was not cut from" in capsys.readouterr().err
     assert torch.isfinite(state["model.norm.weight"]).all()
+
+
+def test_a_report_is_made_where_evaluation_failed_and_where_a_text_or_a_module_came_or_went(run, capsys):
+    shutil.copy(run.parent.parent / "italian.txt", run.parent.parent / "dutch.txt")
+    assert train.main(["--add", str(run.parent.parent / "dutch.txt"), "--out", str(run)]) == 0
+    results = json.loads((run / "results.json").read_text())
+    assert (
+        list(results["swap"]) == ["french", "german", "dutch"] == list(results["swap"]["dutch"])
+    )  # the diagonal stays
+    settings = json.loads((run / "settings.json").read_text()) | {"domains": "2"}
+    (run / "settings.json").write_text(json.dumps(settings))
+    shutil.copy(run.parent.parent / "italian.txt", run.parent.parent / "data/czech.txt")  # now among the first two
+    for name in "results.json", "modules/german.safetensors":
+        (run / name).unlink()
+    assert evaluation.main(["report", str(run)]) == 0
+    again = json.loads((run / "results.json").read_text())
+    assert again["perplexity"]["koff"] == {d: results["perplexity"]["koff"][d] for d in ("french", "dutch")}
