@@ -5,7 +5,7 @@ python eval.py compare out/handbook out/seed1                       one table of
 python eval.py lape out/handbook                                    are neurons of one language those that are closed?
 python eval.py probes out/handbook                                  how far the backbone's hidden states moved
 python eval.py bench out/smollm2-12 mmlu --rows DIR                 benchmarks: the unpruned model, backbone, modules
-python eval.py plot out/handbook                                    pictures of whatever the above have saved there
+python eval.py plot out/handbook                                    pictures of what train.py, report and lape saved
 python eval.py generate out/handbook "Der Kernel" --module german   one module by name; without --module: routed
 python eval.py chat out/handbook                                    a conversation; /domain changes the module
 python eval.py export out/handbook hf                               for transformers; peft: one adapter for each module
@@ -147,6 +147,7 @@ class Run:
         self.tokenizer = Tokenizer.from_folder(self.folder / "backbone")
         self.router = Router.load(self.folder / "router.safetensors")
         self.names = [name for name in self.router.domains if self.module_path(name).exists()]
+        self.loaded = {}
 
     @cached_property
     def backbone(self):
@@ -158,9 +159,12 @@ class Run:
     def module(self, name):
         if name not in self.names:
             raise BadInput(f"{self.folder} has no module {name!r}; it has {', '.join(self.names) or 'none'}.")
-        return load_module(self.module_path(name), read_config(self.folder / "backbone"), self.dtype, self.device)
+        if name not in self.loaded:
+            config = read_config(self.folder / "backbone")
+            self.loaded[name] = load_module(self.module_path(name), config, self.dtype, self.device)
+        return self.loaded[name]
 
-    @cached_property
+    @property
     def modules(self):
         """{domain: {block: BlockMemory}}, all of them."""
         return {name: self.module(name) for name in self.names}
@@ -328,8 +332,11 @@ def saved_results(folder):
     """results.json of a finished run."""
     path = Path(folder, "results.json")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not {"perplexity", "swap", "sparsity", "settings"} <= found.keys():
+            raise ValueError("it is of another version")
+        return found
+    except (OSError, ValueError, AttributeError) as error:
         raise BadInput(f"{path} cannot be read ({error}); name runs that train.py has finished.") from None
 
 
@@ -339,7 +346,7 @@ def evaluate(folder, begun=None, device="auto"):
     before = saved_results(folder) if not begun and Path(folder, "results.json").exists() else {}
     perplexity, swap = perplexities(run, base, domains)
     if (beside := before.get("perplexity", {}).get("pruned", {})).keys() == domains.keys():
-        perplexity["pruned"] = beside
+        perplexity["pruned"] = {d: beside[d] for d in domains}
     total, layers, led = sparsity(run, base)
     size = getattr(torch, run.backbone.config.raw["dtype"]).itemsize
     led |= {f"{name}_bytes": led[name] * size for name in ("removed", "one_module", "all_modules")}
@@ -349,7 +356,7 @@ def evaluate(folder, begun=None, device="auto"):
         router["wrong_route_cost"] = math.exp(np.mean(np.log(wrong)))
     results = {
         "perplexity": perplexity, "swap": swap, "sparsity": total, "router": router, "ledger": led,
-        "layers": {str(i): row for i, row in layers.items()}, "settings": asdict(run.settings),
+        "layers": layers, "settings": asdict(run.settings),
         "seconds": round(time.time() - begun, 1) if begun else before.get("seconds", 0.0),
     }  # fmt: skip
     save(run.folder, {"report.md": report(results), "results.json": results})
@@ -363,7 +370,7 @@ def report_again(args):
     own, its = results["perplexity"]["unpruned"], other["unpruned"]
     if other["koff"] or own.keys() != its.keys() or any(abs(its[d] / x - 1) > 1e-3 for d, x in own.items()):
         raise BadInput(f"{args.beside} is no pruning-only run of {args.run}'s model and text; train it: --no-memory.")
-    results["perplexity"]["pruned"] = other["backbone"]
+    results["perplexity"]["pruned"] = {d: other["backbone"][d] for d in own}
     save(args.run, {"report.md": report(results), "results.json": results})
 
 
@@ -439,7 +446,7 @@ def activations(model, tokens, name, size=8):
 
             hooks.enter_context(block.mlp.gate_proj.register_forward_hook(count))
         for part in tqdm(tokens.split(size), desc=name):
-            model.run(model.embed_tokens(part), 0, len(model.layers))
+            model.hidden(part)
     return counts
 
 
@@ -471,7 +478,7 @@ def lape(args):
 @torch.no_grad()
 def embeddings(model, ids, name, size=64):
     """ids [n, T] -> float32 [n, D]: mean over a text's tokens of the hidden states after the last norm."""
-    states = (model.run(model.embed_tokens(part), 0, len(model.layers)) for part in tqdm(ids.split(size), desc=name))
+    states = (model.hidden(part) for part in tqdm(ids.split(size), desc=name))
     return torch.cat([model.norm(x).float().mean(1) for x in states]).cpu()
 
 
@@ -506,7 +513,7 @@ def remember(model, ids, memory=None):
     if not ids:
         return memory
     cache, tokens, own = Cache(0), torch.tensor([ids], device=model.head.device), memory or {}
-    model.run(model.embed_tokens(tokens), 0, len(model.layers), memory=memory, cache=cache)
+    model.hidden(tokens, memory=memory, cache=cache)
     return {i: BlockMemory(own[i].lora if i in own else {}, k[0], v[0]) for i, (k, v) in cache.layers.items()}
 
 
@@ -518,7 +525,7 @@ def after(model, rows, read, memory):
     tokens = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
     for row, ids in zip(tokens, rows, strict=True):
         row[: len(ids)] = torch.tensor(ids)
-    x = model.run(model.embed_tokens(tokens.to(model.head.device)), 0, len(model.layers), memory=memory)
+    x = model.hidden(tokens.to(model.head.device), memory=memory)
     x = torch.cat([h[len(ids) - n : len(ids)] for h, ids, n in zip(x, rows, read, strict=True)])
     return model.logits(x).log_softmax(-1).split(read)
 
@@ -559,9 +566,10 @@ def texts(model, part, shared, memory, tokenizer):
     tokens = torch.tensor([p.ids[shared:] for p in part], device=model.head.device)
     for new in generate(model, tokens, part[0].item.steps, tokenizer.vocab_size, eos=eos, memory=memory):
         for b, token in enumerate(new.tolist()):
-            if b in going:
-                ids[b] += [token] if token not in eos else []
-                going -= {b} if token in eos or any(s in tokenizer.decode(ids[b]) for s in STOP) else set()
+            if b in going and token not in eos:
+                ids[b].append(token)
+            if token in eos or any(s in tokenizer.decode(ids[b]) for s in STOP):
+                going.discard(b)
         if not going:
             break
     return [re.split("|".join(STOP), tokenizer.decode(row))[0].strip() for row in ids]
@@ -611,10 +619,9 @@ def finished_samples(path, header, fresh):
 
 def bench_results(task, lines, total, config):
     """What lm-evaluation-harness would write, of samples `lines`; total {subject: questions there are}."""
-    groups, there, results = {task: lines}, {task: sum(total.values())}, {}
-    for subject in total if len(total) > 1 else ():
-        groups[f"{task}_{subject}"] = [line for line in lines if line["subject"] == subject]
-        there[f"{task}_{subject}"] = total[subject]
+    parts, results = total if len(total) > 1 else (), {}
+    groups = {task: lines} | {f"{task}_{s}": [line for line in lines if line["subject"] == s] for s in parts}
+    there = {task: sum(total.values())} | {f"{task}_{s}": total[s] for s in parts}
     for name, part in groups.items():
         results[name] = {"alias": name}
         for metric, key in ("acc", "correct"), ("acc_norm", "correct_norm"):
@@ -720,7 +727,7 @@ def generate(model, tokens, steps, vocab_size, eos=(), temperature=0.0, top_p=1.
     done, last = torch.zeros(B, dtype=torch.bool, device=tokens.device), tokens[:, -1]
     x = tokens
     for _ in range(steps):
-        x = model.run(model.embed_tokens(x), 0, len(model.layers), memory=memory, cache=cache)
+        x = model.hidden(x, memory=memory, cache=cache)
         logits = model.logits(x[:, -1])[:, :vocab_size]  # [B, V]
         if temperature == 0:
             new = logits.argmax(-1)
@@ -750,10 +757,13 @@ def picked(run, text, name=None):
     return run.module(sure), f"{sure}, the router's choice ({p:.1%})"
 
 
-def stream(run, text, memory, args):
-    """Yield what the model writes after `text`, whole characters as they come."""
+def check_sampling(args):
     if args.temperature < 0 or not 0 < args.top_p <= 1 or args.tokens < 1:
         raise BadInput("give a --temperature of at least 0, a --top-p above 0 and up to 1, and --tokens of at least 1.")
+
+
+def stream(run, text, memory, args):
+    """Yield what the model writes after `text`, whole characters as they come."""
     ids, eos = run.tokenizer.encode(text, bos=True), run.backbone.config.eos_token_ids
     if not ids:
         raise BadInput("the prompt is empty; give some text.")
@@ -768,6 +778,7 @@ def stream(run, text, memory, args):
 
 def continue_text(args):
     """Continue a prompt on the screen, or every prompt of a file as a line of JSON."""
+    check_sampling(args)
     run, file = Run(args.run, args.device), args.prompt.startswith("@")
     for prompt in read_prompts(Path(args.prompt[1:])) if file else [args.prompt]:
         memory, why = picked(run, prompt, args.module)
@@ -792,9 +803,11 @@ def read_prompts(path):
 
 def chat(args):
     """A conversation. Each answer is made of all that was said, so that the module can change at any time."""
+    check_sampling(args)
     run = Run(args.run, args.device)
     template, messages, name = ChatTemplate.from_folder(run.folder / "backbone"), [], args.module
-    picked(run, "", name) if name else None
+    if name:
+        run.module(name)
     print(f"/domain {'|'.join([*run.names, 'auto'])}, /reset, /quit", file=sys.stderr)
     while True:
         try:
@@ -813,14 +826,16 @@ def chat(args):
             print(f"[{line} is no command, or {run.folder} has no such module]", file=sys.stderr)
         elif line:
             messages.append({"role": "user", "content": line})
-            memory, why = picked(run, "\n".join(m["content"] for m in messages if m["role"] == "user"), name)
-            print(f"[module: {why}]", file=sys.stderr)
-            answer = ""
+            said, answer = "\n".join(m["content"] for m in messages if m["role"] == "user"), ""
+            # A base model has no template: it gets lines of text.
+            text = template(messages, answer=True) if template else "".join(m["content"] + "\n" for m in messages)
             try:
-                for piece in stream(run, conversation(messages, template), memory, args):
+                memory, why = picked(run, said, name)
+                print(f"[module: {why}]", file=sys.stderr)
+                for piece in stream(run, text, memory, args):
                     print(piece, end="", flush=True)
                     answer += piece
-            except BadInput as error:  # longer than the context
+            except BadInput as error:  # longer than the context, or nothing that the vocabulary has
                 print(f"[{error} /reset begins again.]", file=sys.stderr)
                 messages.pop()
                 continue
@@ -828,21 +843,16 @@ def chat(args):
             messages.append({"role": "assistant", "content": answer})
 
 
-def conversation(messages, template):
-    """What the model continues: the conversation in its template; a base model, which has none, gets lines of text."""
-    return template(messages, answer=True) if template else "".join(m["content"] + "\n" for m in messages)
-
-
 # The modules of a run ------------------------------------------------------------------------------------------------
 
 
 def list_modules(args):
-    run, rows = Run(args.run, "cpu"), {}
+    run = Run(args.run, "cpu")
+    s, rows = run.settings, {}
     for name, blocks in run.modules.items():
-        one, size = next(iter(blocks.values())), koff.ledger(0, 0, {name: blocks})["one_module"]
-        rank = len(next(iter(one.lora.values()))[0]) if one.lora else 0
-        shape = [str(rank), str(one.length), f"{min(blocks)} to {max(blocks)}", f"{size:,}"]
-        rows[name] = [*shape, str(run.router.paths.get(name, run.settings.data))]
+        size = sum(t.numel() for t in checkpoint.tensors_of(blocks).values())
+        shape = [str(s.rank), str(s.kv_tokens), f"{min(blocks)} to {max(blocks)}", f"{size:,}"]
+        rows[name] = [*shape, str(run.router.paths.get(name, s.data))]
     print(table("", ["LoRA rank", "KV tokens", "blocks", "parameters", "text"], rows))
 
 
@@ -878,7 +888,7 @@ def change_module(args):
 def export(args):
     """Write a run as other libraries read it, read it again, and compare it with the run before it gets its name."""
     run = Run(args.run, "cpu", torch.float32)
-    small, kind = run.backbone, "-".join([args.form, *([args.module] if args.module else [])])
+    small, kind = run.backbone, f"{args.form}-{args.module}" if args.module else args.form
     if (out := args.out or run.folder / "export" / kind).exists():
         raise BadInput(f"{out} is there already; remove it or name another --out.")
     kept = koff.kept_channels(run.gates(small)[1], small.config, run.settings.first(len(small.layers))[0], "cpu")
@@ -966,12 +976,7 @@ def parse(argv):
     option("--shots", type=int, help=f"examples before a question [{usual}]")
     option("--fresh", action="store_true", help="begin again, whatever RUN/bench/*.jsonl holds")
     option("--out", type=Path, help="folder of the results [RUN/bench; out/bench/NAME for a model]")
-    command(
-        "plot",
-        "draw what a run or a sweep has saved in its folder (needs matplotlib)",
-        lambda a: plot(a.run),
-        device=False,
-    )
+    command("plot", "draw what a run or sweep has saved (needs matplotlib)", lambda a: plot(a.run), device=False)
     for name, what, work, tokens in (
         ("generate", "continue a prompt, or those of a file", continue_text, 64),
         ("chat", "a conversation, whose module can change in the middle", chat, 256),

@@ -241,7 +241,7 @@ class Memory(nn.Module):
     def init_from_text(self, model, tokens):
         """Keys and values become what the frozen model computes on `tokens` [M] of the domain's own text."""
         cache = Cache(0)
-        model.run(model.embed_tokens(tokens[None]), 0, model.config.num_hidden_layers, cache=cache)
+        model.hidden(tokens[None], cache=cache)
         for j, kept in enumerate((self.keys, self.values)):
             kept.copy_(torch.stack([cache.layers[i][j][0] for i in range(self.first, model.config.num_hidden_layers)]))
 

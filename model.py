@@ -364,7 +364,10 @@ class Model(nn.Module):
         """Hidden states [..., D] after the last block -> float32 logits [..., V]."""
         return F.linear(self.norm(x), self.head).float()
 
+    def hidden(self, tokens, gates=None, memory=None, cache=None):
+        """tokens [B, T] -> hidden states [B, T, D] after the last block, before its norm."""
+        return self.run(self.embed_tokens(tokens), 0, len(self.layers), gates, memory, cache)
+
     def forward(self, tokens, gates=None, memory=None, cache=None):
         """tokens [B, T] -> logits [B, T, V]."""
-        x = self.run(self.embed_tokens(tokens), 0, len(self.layers), gates, memory, cache)
-        return self.logits(x)
+        return self.logits(self.hidden(tokens, gates, memory, cache))

@@ -146,21 +146,24 @@ def rows_of(path):
             yield f"{path}:{n if whole else line}", row
 
 
+def subject_of(path):
+    """The task in a file of BIG-bench: strategyqa.json, or strategyqa/task.json."""
+    return next((part for part in (path.stem, *reversed(path.parts)) if part in LITE), path.stem)
+
+
 def read(task, rows, patterns, examples=False):
     """Every `Item` in the files of `rows` that meet the first pattern that any does; `rows` may be a file."""
     at, files = Path(rows), []
     if at.is_file():
         at, files = at.parent, [] if examples else [at]
-    for pattern in patterns:
-        for path in () if files else sorted(at.glob(pattern)):
-            names = {path.stem, *path.relative_to(at).parts}
-            files += [path] if task != "bbl" or names & set(LITE) else []
+    for pattern in () if files else patterns:
+        files = files or [path for path in sorted(at.glob(pattern)) if task != "bbl" or subject_of(path) in LITE]
     if not files:
         raise BadInput(f"{at} has no {' or '.join(patterns)}; name the folder that has, or get it: {TASKS[task][3]}.")
     items = []
     for path in files:
-        name = next((part for part in path.parts if part in LITE), path.stem) if path.stem == "task" else path.stem
-        items += [item_of(task, where, name if task in ("bbh", "bbl") else task, row) for where, row in rows_of(path)]
+        name = {"bbl": subject_of(path), "bbh": path.stem}.get(task, task)
+        items += [item_of(task, where, name, row) for where, row in rows_of(path)]
     return items
 
 

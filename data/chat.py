@@ -54,7 +54,8 @@ class ChatTemplate:
             raise BadInput(f"the model's chat template refuses this conversation: {error}.") from None
 
     def by_hand(self, messages, answer):
-        if "<|im_start|>" in self.source:  # ChatML: Qwen, SmolLM2, with the system's message that the template has
+        if "<|im_start|>" in self.source and "<think>" not in self.source:
+            # ChatML: Qwen2, SmolLM2, with the system's message that the template has
             usual = re.search(r"<\|im_start\|>system(?:\n|\\n)([^<{}'\"]+)<\|im_end\|>", self.source)
             if usual and messages[0]["role"] != "system":
                 messages = [{"role": "system", "content": usual[1].replace("\\n", "\n")}, *messages]

@@ -55,6 +55,8 @@ def read_documents(path, template=None):
         return [text for file in files for text in read_documents(file, template)[0]], False
     if path.suffix == ".txt":
         return [read_text(path)], True
+    if path.suffix != ".jsonl":
+        raise BadInput(f"{path} is neither a .txt nor a .jsonl; rename it or give a folder of them.")
     documents = []
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if line.strip():

@@ -107,7 +107,7 @@ def plot(folder):
         text = path.read_text(encoding="utf-8")
         try:
             draw(pyplot, [json.loads(x) for x in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text))
-        except (ValueError, LookupError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise BadInput(f"{path} is not what this version saves ({error!r}); make it again.") from None
         with atomic(path.with_name(f"{name}.png")) as partial:
             pyplot.savefig(partial, format="png", dpi=150, bbox_inches="tight")

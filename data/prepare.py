@@ -98,7 +98,10 @@ def collect(rows, sort, wanted, out, names):
         for row in rows:
             if min(have.values()) == wanted:
                 break
-            name, text = sort(row) or (None, "")
+            try:
+                name, text = sort(row) or (None, "")
+            except (LookupError, TypeError, AttributeError) as error:
+                raise BadInput(f"{', '.join(names)}: a row is not laid out as expected ({error!r}).") from None
             if text.strip() and have[name] < wanted and (key := digest(text)) not in seen:
                 seen.add(key)
                 have[name] += 1

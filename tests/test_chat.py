@@ -199,3 +199,10 @@ def test_generate_answers_a_file_of_prompts(run, tmp_path, capsys):
     for wrong in f"@{tmp_path / 'p.jsonl'}", "@nowhere", "":
         assert evaluation.main([*given, wrong]) == 2
         assert capsys.readouterr().err.splitlines()[-1].startswith("eval.py: ")
+
+
+def test_without_jinja2_a_template_that_thinks_is_refused(monkeypatch):
+    for name in "jinja2", "jinja2.sandbox":
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(BadInput, match="pip install jinja2"):  # Qwen3's puts <think> into what is plain in Qwen2's
+        ChatTemplate("{{ '<|im_start|>' }}{{ '<think>' }}")([{"role": "user", "content": "Hallo"}])
