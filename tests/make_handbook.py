@@ -1,9 +1,10 @@
 """Make the six-language corpus in data/handbook/ from the Debian package `debian-handbook`.
 
-    python tests/make_handbook.py [HTML_FOLDER]
+    python tests/make_handbook.py
+    python tests/make_handbook.py norwegian FILE       another translation, for train.py --add
 
-Without HTML_FOLDER the package is fetched with apt-get and unpacked with dpkg-deb. One paragraph a line, in the order of
-the English book's table of contents in every language, so that the last 5% of each file covers the same chapters.
+The package is fetched with apt-get and unpacked with dpkg-deb. One paragraph a line, in the order of the English book's
+table of contents in every language, so that the last 5% of each file covers the same chapters.
 """
 
 import json
@@ -134,11 +135,16 @@ def main(html):
             print(f"{name}: {len(lines)} paragraphs for the router's test")
 
 
+def another(html, language, path):
+    english = set(paragraphs(html / "en-US", pages := reading_order(html / "en-US"), set()))
+    lines = [line for line in paragraphs(html / OTHERS[language], pages, english) if not looks_english(line)]
+    with atomic(path) as partial:
+        partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
 if __name__ == "__main__":
-    if len(sys.argv) == 2:
-        main(Path(sys.argv[1]))
-    else:
-        with tempfile.TemporaryDirectory() as tmp:
-            subprocess.run(["apt-get", "download", "-qq", "debian-handbook"], cwd=tmp, check=True)
-            subprocess.run(["dpkg-deb", "-x", str(next(Path(tmp).glob("*.deb"))), tmp], check=True)
-            main(Path(tmp, "usr/share/doc/debian-handbook/html"))
+    with tempfile.TemporaryDirectory() as tmp:
+        subprocess.run(["apt-get", "download", "-qq", "debian-handbook"], cwd=tmp, check=True)
+        subprocess.run(["dpkg-deb", "-x", str(next(Path(tmp).glob("*.deb"))), tmp], check=True)
+        html = Path(tmp, "usr/share/doc/debian-handbook/html")
+        another(html, *sys.argv[1:]) if sys.argv[1:] else main(html)
