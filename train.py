@@ -42,10 +42,9 @@ from data.tokenizer import Tokenizer
 
 
 def pick_device(name):
+    usual = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        found = torch.empty(
-            0, device=("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-        ).device
+        found = torch.empty(0, device=usual if name == "auto" else name).device
     except (RuntimeError, AssertionError):  # torch has no device of that name or number
         found = None
     if found is None or found.type not in ("cpu", "cuda"):
