@@ -78,7 +78,8 @@ class Router:
     @classmethod
     def load(cls, path):
         tensors, metadata = read_tensors(path, "np")
-        if "domains" not in metadata:
-            raise BadInput(f"{path} is not a router; name a run that train.py has finished.")
-        paths = dict(json.loads(metadata["domains"]))
+        try:
+            paths = dict(json.loads(metadata["domains"]))
+        except (LookupError, ValueError):
+            raise BadInput(f"{path} is not a router of this version; train the run again.") from None
         return cls(paths, tensors["weight"], tensors["threshold"], {name: path for name, path in paths.items() if path})

@@ -166,3 +166,10 @@ def test_a_report_is_made_where_evaluation_failed_and_where_a_text_or_a_module_c
     assert evaluation.main(["report", str(run)]) == 0
     again = json.loads((run / "results.json").read_text())
     assert again["perplexity"]["koff"] == {d: results["perplexity"]["koff"][d] for d in ("french", "dutch")}
+
+
+def test_a_router_of_an_earlier_version_is_one_sentence(run, capsys):
+    saved = load_file(run / "router.safetensors")
+    save_file(saved, run / "router.safetensors", {"domains": json.dumps(["french", "german"])})
+    assert evaluation.main(["modules", str(run)]) == 2
+    assert "is not a router of this version; train the run again." in capsys.readouterr().err
