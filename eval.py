@@ -222,16 +222,16 @@ def perplexities(run, base, domains):
         x = windows(split.heldout, s.eval_len, s.eval_windows)
         nll = losses(variants, torch.from_numpy(x).to(run.device), first)
         nll = {name: values.cpu().numpy() for name, values in nll.items()}
-        chosen = [name if name in run.modules else None for name in run.router.route(x)]
+        chosen = [name if name in run.names else None for name in run.router.route(x)]
 
         def ppl(values, x=x):
             return math.exp(float(np.sum(values)) / (x.shape[0] * (x.shape[1] - 1)))
 
         table["unpruned"][domain], table["backbone"][domain] = ppl(nll[""]), ppl(nll[None])
-        if run.modules:
+        if run.names:
             table["koff"][domain] = ppl(nll[domain])
             table["routed"][domain] = ppl([nll[name][i] for i, name in enumerate(chosen)])
-            swap[domain] = {name: ppl(nll[name]) for name in run.modules}
+            swap[domain] = {name: ppl(nll[name]) for name in run.names}
     return table, swap
 
 
@@ -850,8 +850,7 @@ def list_modules(args):
     run = Run(args.run, "cpu")
     s, rows = run.settings, {}
     for name, blocks in run.modules.items():
-        size = sum(t.numel() for t in checkpoint.tensors_of(blocks).values())
-        shape = [str(s.rank), str(s.kv_tokens), f"{min(blocks)} to {max(blocks)}", f"{size:,}"]
+        shape = [str(s.rank), str(s.kv_tokens), f"{min(blocks)} to {max(blocks)}", f"{koff.parameters_of(blocks):,}"]
         rows[name] = [*shape, str(run.router.paths.get(name, s.data))]
     print(table("", ["LoRA rank", "KV tokens", "blocks", "parameters", "text"], rows))
 

@@ -448,11 +448,16 @@ def merge(model, blocks):
             linear.weight = nn.Parameter(linear.weight + b @ a, requires_grad=False)
 
 
+def parameters_of(blocks):
+    """How many parameters a module {block: BlockMemory} has."""
+    return sum(t.numel() for t in tensors_of(blocks).values())
+
+
 def ledger(total, removed, modules):
     """What left the model against what the modules hold, in parameters; `modules` {domain: {block: BlockMemory}}."""
-    sizes = {d: sum(t.numel() for t in tensors_of(m).values()) for d, m in modules.items()}
-    one = max(sizes.values(), default=0)
-    share, every = one / max(1, removed), sum(sizes.values())
+    sizes = [parameters_of(blocks) for blocks in modules.values()]
+    one = max(sizes, default=0)
+    share, every = one / max(1, removed), sum(sizes)
     return dict(total=total, removed=removed, one_module=one, all_modules=every, one_module_share=share)
 
 
