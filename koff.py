@@ -13,9 +13,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from data import BadInput
-from data.checkpoint import tensors_of
-from model import BlockMemory, Cache, Model, matrix, widen
+from model import BlockMemory, Cache, Model, matrix
 
 # Hard Concrete gates (Louizos et al. 2018, arXiv 1712.01312) on the output channels of k, v, gate, up and down -------
 
@@ -146,12 +144,6 @@ class Gates(nn.Module):
 
         found = reach(mask)
         return found if multiple == 1 else reach(lambda closed: mask(closed) | {"neuron": found["neuron"]})
-
-    def check_target(self, target, count):
-        most = self.sparsity({name: torch.zeros(a.shape) for name, a in self.log_alpha.items()}, count).item()
-        if not 0 <= target < most:
-            what = f"the gated parameters are {most:.3f} of the model by the {count} count"
-            raise BadInput(f"sparsity {target} cannot be reached: {what}; lower --sparsity or gate more --blocks.")
 
     @torch.no_grad()
     def spread(self, score, centre=3.0, half=2.0):
@@ -413,117 +405,3 @@ def laid_out(blocks, kept, lay):
 def compact_memory(blocks, kept):
     """{block: BlockMemory} for the model that `compact` makes. Differentiable."""
     return laid_out(blocks, kept, lambda t, dim, index, _: t.index_select(dim, index))
-
-
-@torch.no_grad()
-def expand(small, kept):
-    """The inverse of `compact`: a model of the pretrained shapes, zeros for what is closed, for other libraries."""
-    c = small.config
-    raw = {name: value for name, value in c.raw.items() if not name.startswith("koff_")}
-    state = {name: t for name, t in small.state_dict().items() if not name.endswith("_kept")}
-    for i, index in kept.items():
-        for name, (rows, _) in c.shapes.items():
-            for own in (f"{matrix(i, name)}.weight", f"{matrix(i, name)}.bias"):
-                if own in state:
-                    state[own] = widen(state[own], index[name], rows, 0)
-        down = f"{matrix(i, 'down')}.weight"
-        state[down] = widen(state[down], index["neuron"], c.intermediate_size, 1)
-    with torch.device("meta"):
-        model = Model(replace(c, kept=(), raw=raw))
-    model.load_state_dict(state, assign=True)
-    return model.requires_grad_(False)
-
-
-def expand_memory(blocks, kept, config):
-    """The inverse of `compact_memory`: {block: BlockMemory} for the model that `expand` makes."""
-    return laid_out(blocks, kept, lambda t, dim, index, name: widen(t, index, config.shapes[name][0], dim))
-
-
-@torch.no_grad()
-def merge(model, blocks):
-    """Add the LoRA of {block: BlockMemory} to the weights of `model`, which it may share with another."""
-    for i, m in blocks.items():
-        for name, (a, b) in m.lora.items():
-            linear = model.get_submodule(matrix(i, name))
-            linear.weight = nn.Parameter(linear.weight + b @ a, requires_grad=False)
-
-
-def parameters_of(blocks):
-    """How many parameters a module {block: BlockMemory} has."""
-    return sum(t.numel() for t in tensors_of(blocks).values())
-
-
-def ledger(total, removed, modules):
-    """What left the model against what the modules hold, in parameters; `modules` {domain: {block: BlockMemory}}."""
-    sizes = [parameters_of(blocks) for blocks in modules.values()]
-    one = max(sizes, default=0)
-    share, every = one / max(1, removed), sum(sizes)
-    return dict(total=total, removed=removed, one_module=one, all_modules=every, one_module_share=share)
-
-
-# Analyses: what a mask closes, and what the backbone alone still is --------------------------------------------------
-
-
-def lape(counts, tokens, share=0.01, percentile=0.95):
-    """Language Activation Probability Entropy (Tang et al. 2024, arXiv 2402.16438), as their code has it, in float64.
-
-    counts [languages, N, F]: tokens with silu(gate) > 0, of tokens [languages]. Returns the entropy [N, F] in nats of a
-    neuron's activation probabilities scaled to one (0 if it is never active, which makes it look specific), and bool
-    [languages, N, F], the language-specific neurons. These are the `share` of lowest entropy among neurons whose
-    probability exceeds the `percentile` of all probabilities in some language; they belong to each such language.
-    """
-    p = counts.double() / tokens.double().view(-1, 1, 1)
-    entropy = torch.special.entr((p / p.sum(0)).nan_to_num(0.0)).sum(0)
-    often = p > p.flatten().kthvalue(max(1, round(percentile * p.numel()))).values
-    order = entropy.masked_fill(~often.any(0), math.inf).flatten().argsort(stable=True)
-    chosen = torch.zeros(len(order), dtype=torch.bool)
-    chosen[order[: round(share * len(order))]] = True
-    return entropy, often & chosen.view_as(entropy)
-
-
-def closed_by_entropy(entropy, mask, share=0.15):
-    """{"gate", "up", "either": {"specific", "general", "all": P(closed)}} for the neurons of the gated blocks.
-
-    entropy [N, F]; mask {name: bool [N, F]}, True where open; a gate on a neuron is both its gate's and its up's.
-    "specific" are the `share` of lowest entropy, "general" of highest, "all" the local sparsity. Entropy alone decides,
-    without the filter of `lape`, so that a neuron that is never active (0) is specific; of equals the earlier block and
-    neuron counts as lower, so that the two groups never overlap.
-    """
-    order = entropy.flatten().argsort(stable=True)
-    n = round(share * len(order))
-    groups = {"specific": order[:n], "general": order[len(order) - n :], "all": order}
-    closed = {name: ~mask["neuron" if "neuron" in mask else name].flatten() for name in ("gate", "up")}
-    closed["either"] = closed["gate"] | closed["up"]
-    return {name: {g: c[i].double().mean().item() for g, i in groups.items()} for name, c in closed.items()}
-
-
-def cka(x, y):
-    """Linear CKA of x [n, D] and y [n, E] (Kornblith et al. 2019, arXiv 1905.00414), 0 to 1: 1 if they are the same but
-    for rotation, scale and shift. With fewer texts than dimensions it is near 1 by itself."""
-    x, y = (t.double() - t.double().mean(0) for t in (x, y))
-    return ((x.T @ y).square().sum() / ((x.T @ x).norm() * (y.T @ y).norm())).item()
-
-
-def knn_overlap(x, y, k):
-    """Share of the k < n nearest neighbours by cosine that x [n, D] and y [n, E] have in common, mean over the n points
-    (mutual kNN of Huh et al. 2024, arXiv 2405.07987). By chance it is k / (n - 1)."""
-    x, y = (nn.functional.normalize(t.double(), dim=1) for t in (x, y))
-    common = 0
-    for rows in torch.arange(len(x)).split(1024):  # n x n cosines of many texts would fill the memory
-        near = []
-        for t in (x, y):
-            cosine = t[rows] @ t.T
-            cosine[torch.arange(len(rows)), rows] = -math.inf  # nobody is his own neighbour
-            near.append(cosine.topk(k).indices)
-        common += (near[0].unsqueeze(2) == near[1].unsqueeze(1)).sum().item()
-    return common / (k * len(x))
-
-
-def centroid_cosine(x, y, labels):
-    """[classes]: cosine between a class's mean in x [n, D] and in y [n, D], both less the mean of all n points.
-
-    Without that centring the direction that all hidden states of a model share brings every cosine close to 1.
-    """
-    x, y = (t.double() - t.double().mean(0) for t in (x, y))
-    means = [torch.stack([t[labels == c].mean(0) for c in labels.unique()]) for t in (x, y)]
-    return nn.functional.cosine_similarity(*means, dim=1)

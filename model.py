@@ -18,8 +18,6 @@ import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 
-from data import BadInput
-
 # Configuration: sizes come from config.json, never from a table ------------------------------------------------------
 
 
@@ -47,57 +45,6 @@ class Config:
     eos_token_ids: tuple[int, ...]
     kept: tuple[dict | None, ...] = ()  # {"k", "v", "neuron", "down", ...} -> channels left, None: an untouched block
     raw: dict = field(default_factory=dict, repr=False, compare=False)
-
-    @classmethod
-    def from_dict(cls, raw, where="config.json"):
-        """Read old and new spellings. Raises BadInput for anything that this file does not implement, by its name."""
-        kind = raw.get("model_type")
-        if kind not in ("llama", "qwen2", "qwen3"):
-            raise BadInput(f"{where}: model_type {kind!r} is not implemented; use llama, qwen2 or qwen3.")
-        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-        rope_type = rope.get("rope_type", rope.get("type", "default"))
-        sliding = raw.get("use_sliding_window") or "sliding_attention" in (raw.get("layer_types") or ())
-        partial = {**raw, **rope}.get("partial_rotary_factor", 1)
-        for what, refused in {
-            f"RoPE scaling {rope_type!r}": rope_type not in ("default", "llama3"),
-            "partial rotary embedding": partial != 1,
-            "sliding-window attention": sliding or (kind == "llama" and raw.get("sliding_window")),
-            f"activation {raw.get('hidden_act')!r}": raw.get("hidden_act", "silu") != "silu",
-            "a quantised checkpoint": raw.get("quantization_config") is not None,
-        }.items():
-            if refused:
-                raise BadInput(f"{where}: {what} is not implemented; choose a model without it.")
-        bias = kind == "qwen2" or raw.get("attention_bias", False)  # Qwen2 always has it, without a key for it
-        eos = raw.get("eos_token_id")
-        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        for key in sizes:
-            if type(raw.get(key)) is not int or raw[key] < 1:
-                raise BadInput(f"{where}: {key} is missing or not a size; take the checkpoint's own config.json.")
-        heads = raw["num_attention_heads"]
-        groups, head_dim = raw.get("num_key_value_heads") or heads, raw.get("head_dim") or raw["hidden_size"] // heads
-        if heads % groups or head_dim % 2:
-            raise BadInput(f"{where}: {heads} heads of {head_dim} in {groups} groups do not fit; mend config.json.")
-        keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        if rope_type == "llama3" and not all(isinstance(rope.get(key), int | float) for key in keys):
-            raise BadInput(f"{where}: llama3 RoPE scaling needs the numbers {', '.join(keys)}; mend config.json.")
-        return cls(
-            model_type=kind,
-            **{key: raw[key] for key in sizes},
-            num_key_value_heads=groups,
-            head_dim=head_dim,
-            rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
-            rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 10_000.0),
-            rope_scaling=dict(rope) if rope_type == "llama3" else None,
-            max_position_embeddings=raw.get("max_position_embeddings", 2048),
-            tie_word_embeddings=raw.get("tie_word_embeddings", False),
-            qkv_bias=bias,
-            o_bias=bias and kind != "qwen2",
-            mlp_bias=kind == "llama" and raw.get("mlp_bias", False),
-            qk_norm=kind == "qwen3",
-            eos_token_ids=tuple(eos if isinstance(eos, list) else [] if eos is None else [eos]),
-            kept=tuple(raw.get("koff_kept", ())),
-            raw=raw,
-        )
 
     @property
     def shapes(self):
@@ -371,3 +318,38 @@ class Model(nn.Module):
     def forward(self, tokens, gates=None, memory=None, cache=None):
         """tokens [B, T] -> logits [B, T, V]."""
         return self.logits(self.hidden(tokens, gates, memory, cache))
+
+
+# Generation ----------------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def generate(model, tokens, steps, vocab_size, eos=(), temperature=0.0, top_p=1.0, memory=None, generator=None):
+    """Continue tokens [B, T] (rows of equal length); yield one [B] per step until every row has met an id of `eos`.
+
+    temperature 0 is greedy; `top_p` keeps the smallest set of tokens with that probability. Rows of the vocabulary from
+    `vocab_size` on are padding and never sampled. A finished row repeats its eos id.
+    """
+    (B, T), limit = tokens.shape, model.config.max_position_embeddings
+    M = max((block.length for block in (memory or {}).values()), default=0)
+    if M + T + steps > limit:
+        have = f"{M} memory tokens, {T} of the prompt and {steps} new ones"
+        raise ValueError(f"{have} exceed the model's context of {limit}; shorten the prompt or ask for less.")
+    cache, stop = Cache(steps), torch.tensor(list(eos), dtype=tokens.dtype, device=tokens.device)
+    done, last = torch.zeros(B, dtype=torch.bool, device=tokens.device), tokens[:, -1]
+    x = tokens
+    for _ in range(steps):
+        x = model.hidden(x, memory=memory, cache=cache)
+        logits = model.logits(x[:, -1])[:, :vocab_size]  # [B, V]
+        if temperature == 0:
+            new = logits.argmax(-1)
+        else:
+            p, order = (logits / temperature).softmax(-1).sort(dim=-1, descending=True)
+            p[:, 1:] = p[:, 1:].masked_fill((p.cumsum(-1) - p)[:, 1:] >= top_p, 0)  # the first token always stays
+            new = order.gather(1, torch.multinomial(p, 1, generator=generator))[:, 0]
+        last = torch.where(done, last, new)
+        done = done | torch.isin(last, stop)
+        yield last
+        if done.all():
+            return
+        x = last[:, None]

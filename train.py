@@ -12,11 +12,8 @@ saves; the same command continues. The loop is `loop`, one step of it is `Traine
 
 import argparse
 import contextlib
-import ctypes
-import hashlib
 import json
 import math
-import re
 import shutil
 import signal
 import sys
@@ -26,46 +23,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 
+import eval as evaluation
 import koff
-from data import BadInput, atomic, discard, read_tensors, run_script
-from data.chat import ChatTemplate
-from data.checkpoint import load, read_config, save_backbone, save_gates, save_module
+from data import BadInput, atomic, discard, run_script
+from data.checkpoint import load, save_backbone, save_gates, save_module
 from data.corpus import batch, domain_name, find_domains, load_text
 from data.download import located
-from data.recipes import HERE, PRESETS, SWEEPS, Settings
+from data.dryrun import dry_run
 from data.router import Router
+from data.run import Run, finished, fitting, keep_pages, pick_device, pick_dtype, reading
+from data.settings import HERE, PRESETS, Settings
+from data.sweeps import SWEEPS, Answers, sweep
 from data.tokenizer import Tokenizer
-
-
-def pick_device(name):
-    usual = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        found = torch.empty(0, device=usual if name == "auto" else name).device
-    except (RuntimeError, AssertionError):  # torch has no device of that name or number
-        found = None
-    if found is None or found.type not in ("cpu", "cuda"):
-        raise BadInput(f"--device {name!r} is not there; give cpu, or cuda where torch finds a GPU.")
-    return found
-
-
-def pick_dtype(name, device):
-    if name != "auto":
-        return getattr(torch, name)
-    cpu_has_it = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    return torch.bfloat16 if device.type == "cuda" or (device.type == "cpu" and cpu_has_it()) else torch.float32
-
-
-def keep_pages():
-    """Keep freed memory in the process: large short-lived tensors cost Linux more in page faults than in arithmetic."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # not glibc: nothing to do
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no private mappings
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: do not give the heap back
-
 
 # One step ------------------------------------------------------------------------------------------------------------
 
@@ -87,24 +59,6 @@ def on_device(ids, device):
     """numpy ids of any shape -> tensor; a GPU takes them from pinned memory when it gets there."""
     tokens = torch.from_numpy(ids)
     return tokens.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tokens.to(device)
-
-
-class Answers:
-    """The teacher's answers on disk, each computed once for all runs of a sweep that meet the same tokens."""
-
-    def __init__(self, folder, s, dtype):
-        self.folder, self.about = Path(folder), f"{s.model} {dtype} {s.top}"
-
-    def __call__(self, tokens, compute):
-        digest = hashlib.sha256(self.about.encode() + tokens.cpu().numpy().tobytes()).hexdigest()
-        path = self.folder / f"{digest[:24]}.safetensors"
-        if not path.exists():
-            index, log_p, rest = compute()
-            with atomic(path) as partial:
-                save_file({"index": index.int(), "log_p": log_p, "rest": rest}, partial)
-            return index, log_p, rest
-        saved, _ = read_tensors(path, device=tokens.device)
-        return saved["index"].long(), saved["log_p"], saved["rest"]
 
 
 class Trainer:
@@ -250,24 +204,6 @@ class Trainer:
 # The loop ------------------------------------------------------------------------------------------------------------
 
 
-def reading(out, tokenizer, config, folder):
-    """How a run reads text: one token cache beside the run folders; an eos id ends each document; conversations become
-    text as the model in `folder` has it."""
-    template, ends = ChatTemplate.from_folder(folder), (*config.eos_token_ids, None)
-    return dict(tokenizer=tokenizer, cache=out.parent / ".tokens", separator=ends[0], template=template)
-
-
-def fitting(s):
-    """(config, gates) of the model; BadInput where --blocks or --sparsity ask for more than it has."""
-    config = read_config(s.model)
-    if min(first := s.first(config.num_hidden_layers)) < 0:
-        most = max(s.blocks, s.memory_blocks)
-        raise BadInput(f"--blocks is {most}, but {s.model} has {config.num_hidden_layers} blocks; give fewer.")
-    gates = koff.Gates(config, first[0], s.granularity, gated=s.gated)
-    gates.check_target(s.sparsity, s.count)
-    return config, gates
-
-
 def open_run(s, out, answers=None, paths=None):
     """Check everything that a run needs, before anything is written. Returns (trainer, {domain: ids}, general ids).
 
@@ -314,8 +250,6 @@ def train(s, out, fresh=False, answers=None):
         return False
     save(trainer, text, out)
     del trainer  # what follows needs the memory
-    import eval as evaluation  # eval.py reads what `save` wrote, as it would for any finished run
-
     evaluation.evaluate(out, begun, s.device)
     (out / "checkpoint.pt").unlink(missing_ok=True)  # with its optimizer state it is larger than all that is left
     return True
@@ -361,6 +295,7 @@ def loop(trainer, text, general, out, begun):
         partial.write_text("".join(line for line in lines if json.loads(line)["step"] < start))
     board = board_in(out / "tensorboard", start)
     stop, shown, bar = [], None, tqdm(total=last, initial=start, desc=out.name, mininterval=1)
+    resumed = time.time()
     before = signal.signal(signal.SIGINT, lambda *_: stop.append(True))  # never in the middle of an optimizer step
     try:
         for index in range(start, last):
@@ -380,7 +315,7 @@ def loop(trainer, text, general, out, begun):
             saving = stop or (index + 1) % s.save_every == 0 or index + 1 == last
             if shown and (index % 10 == 9 or saving):
                 line = record(log, board, index - index % 10, shown())
-                rate, shown = s.batch * s.seq_len * (bar.n - bar.initial) / bar.format_dict["elapsed"], None
+                rate, shown = s.batch * s.seq_len * (index + 1 - start) / (time.time() - resumed), None
                 sparsity = f"sparsity {line['physical']:.3f} physical, {line['paper']:.3f} paper"
                 bar.set_postfix_str(f"loss {line['loss']:.3f}, {sparsity}, {rate:,.0f} tokens/s", refresh=False)
             if saving:
@@ -426,10 +361,8 @@ def add(path, out, given, fresh=False):
 
     Router, report and its results change, no other file. `given`: the settings that differ from the run's, of `LATER`.
     """
-    import eval as evaluation  # it imports this file
-
     device = given.get("device", Settings.from_file(out / "settings.json").device)
-    run, name = evaluation.Run(out, device), domain_name(path)
+    run, name = Run(out, device), domain_name(path)
     if wrong := [flag for flag in given if flag not in LATER]:
         flag = "--" + wrong[0].replace("_", "-")
         raise BadInput(f"{flag} cannot differ from that of {out}; with --add give only {', '.join(LATER)}.")
@@ -465,52 +398,6 @@ def add(path, out, given, fresh=False):
 # One run or many -----------------------------------------------------------------------------------------------------
 
 
-def finished(s, out, fresh=False):
-    """Is the run `s` in `out` complete? BadInput if the folder holds something else."""
-    ours = out / "settings.json"
-    if out.exists() and not ours.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise BadInput(f"{out} holds something that is not a run; name another folder with --out.")
-    if fresh or not ours.exists():
-        return False
-    old = asdict(Settings.from_file(ours))
-    if changed := [name for name, value in asdict(s).items() if old[name] != value]:
-        flag = "--" + changed[0].replace("_", "-")
-        raise BadInput(f"{out} holds another run ({flag} differs); name another --out, or say --fresh.")
-    return (out / "results.json").exists()
-
-
-def sweep(name, given, out, fresh):
-    """Train every run of a sweep that is not finished, with its table in sweep.md and sweep.json after each.
-
-    They share data order, seeds and the teacher's answers. A run's own settings win over the command line, and that
-    over those of the sweep. Returns False if Ctrl-C stopped it.
-    """
-    import eval as evaluation  # it imports this file
-
-    if (out / "settings.json").exists():
-        raise BadInput(f"{out} is a run, not a sweep; name another folder with --out.")
-    (common, rows, seeds), first = SWEEPS[name], given.get("seed", 0)
-    runs, done = {}, {}
-    for label, own in rows.items():
-        for seed in range(first, first + seeds.get(label, 1)):
-            folder = out / f"{re.sub(r'[^a-z0-9.]+', '-', label.lower()).strip('-')}-seed{seed}"
-            s = runs.setdefault(label, {})[folder] = Settings(**{**common, **given, **own, "seed": seed})
-            fitting(s)  # what cannot work shows before hours are spent
-            finished(s, folder, fresh)
-    if fresh:
-        discard(out / ".teacher")
-    for label, members in runs.items():
-        for folder, s in members.items():
-            if not finished(s, folder, fresh):
-                print(f"\n{label}, seed {s.seed}")
-                if not train(s, folder, fresh, out / ".teacher"):
-                    return False
-        done[label] = list(members)
-        evaluation.save_sweep(out, name, done)
-    print(f"\n{(out / 'sweep.md').read_text()}")
-    return True
-
-
 def parse(argv):
     """Command line -> (settings, run folder, {"given", "flags", "sweep", "add", "fresh", "dry_run"})."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -538,14 +425,12 @@ def parse(argv):
 def run(argv):
     s, out, do = parse(argv)
     if do["dry_run"]:
-        import eval as evaluation  # it imports this file
-
-        return evaluation.dry_run(s)
+        return dry_run(s, Trainer)
     keep_pages()
     if do["add"]:
         return 0 if add(do["add"], out, do["flags"], do["fresh"]) else 130
     if do["sweep"]:
-        return 0 if sweep(do["sweep"], do["given"], out, do["fresh"]) else 130
+        return 0 if sweep(do["sweep"], do["given"], out, do["fresh"], train) else 130
     if finished(s, out, do["fresh"]):
         print(f"{(out / 'report.md').read_text()}\n{out} is finished; --fresh trains it again")
         return 0

@@ -14,15 +14,66 @@ from safetensors.torch import save_file
 
 from data import BadInput, atomic, read_tensors
 from data.download import BESIDE, INDEX, SINGLE, checkpoint_names, located
-from model import BlockMemory, Config, Model, matrix
+from model import BlockMemory, Config, Model
 
 # Pretrained models ---------------------------------------------------------------------------------------------------
+
+
+def parse_config(raw, where="config.json"):
+    """Read old and new spellings. Raises BadInput for anything that this file does not implement, by its name."""
+    kind = raw.get("model_type")
+    if kind not in ("llama", "qwen2", "qwen3"):
+        raise BadInput(f"{where}: model_type {kind!r} is not implemented; use llama, qwen2 or qwen3.")
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    sliding = raw.get("use_sliding_window") or "sliding_attention" in (raw.get("layer_types") or ())
+    partial = {**raw, **rope}.get("partial_rotary_factor", 1)
+    for what, refused in {
+        f"RoPE scaling {rope_type!r}": rope_type not in ("default", "llama3"),
+        "partial rotary embedding": partial != 1,
+        "sliding-window attention": sliding or (kind == "llama" and raw.get("sliding_window")),
+        f"activation {raw.get('hidden_act')!r}": raw.get("hidden_act", "silu") != "silu",
+        "a quantised checkpoint": raw.get("quantization_config") is not None,
+    }.items():
+        if refused:
+            raise BadInput(f"{where}: {what} is not implemented; choose a model without it.")
+    bias = kind == "qwen2" or raw.get("attention_bias", False)  # Qwen2 always has it, without a key for it
+    eos = raw.get("eos_token_id")
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    for key in sizes:
+        if type(raw.get(key)) is not int or raw[key] < 1:
+            raise BadInput(f"{where}: {key} is missing or not a size; take the checkpoint's own config.json.")
+    heads = raw["num_attention_heads"]
+    groups, head_dim = raw.get("num_key_value_heads") or heads, raw.get("head_dim") or raw["hidden_size"] // heads
+    if heads % groups or head_dim % 2:
+        raise BadInput(f"{where}: {heads} heads of {head_dim} in {groups} groups do not fit; mend config.json.")
+    keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    if rope_type == "llama3" and not all(isinstance(rope.get(key), int | float) for key in keys):
+        raise BadInput(f"{where}: llama3 RoPE scaling needs the numbers {', '.join(keys)}; mend config.json.")
+    return Config(
+        model_type=kind,
+        **{key: raw[key] for key in sizes},
+        num_key_value_heads=groups,
+        head_dim=head_dim,
+        rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
+        rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 10_000.0),
+        rope_scaling=dict(rope) if rope_type == "llama3" else None,
+        max_position_embeddings=raw.get("max_position_embeddings", 2048),
+        tie_word_embeddings=raw.get("tie_word_embeddings", False),
+        qkv_bias=bias,
+        o_bias=bias and kind != "qwen2",
+        mlp_bias=kind == "llama" and raw.get("mlp_bias", False),
+        qk_norm=kind == "qwen3",
+        eos_token_ids=tuple(eos if isinstance(eos, list) else [] if eos is None else [eos]),
+        kept=tuple(raw.get("koff_kept", ())),
+        raw=raw,
+    )
 
 
 def read_config(folder):
     path = located(folder, weights=False) / "config.json"
     try:
-        return Config.from_dict(json.loads(path.read_text(encoding="utf-8")), path)
+        return parse_config(json.loads(path.read_text(encoding="utf-8")), path)
     except (FileNotFoundError, NotADirectoryError):
         raise BadInput(f"{path} does not exist; give the folder of a Hugging Face checkpoint.") from None
     except (ValueError, TypeError, AttributeError) as error:
@@ -147,53 +198,3 @@ def load_gates(path, gates):
     tensors, _ = read_tensors(path)
     gates.load_state_dict({name: t for name, t in tensors.items() if name.startswith("log_alpha.")})
     return {n.removeprefix("mask."): t.bool() for n, t in tensors.items() if n.startswith("mask.")}
-
-
-# For other libraries -------------------------------------------------------------------------------------------------
-
-
-def save_lora(folder, blocks, base):
-    """Write the LoRA of {block: BlockMemory} as an adapter that peft attaches to the dense model in `base`."""
-    state, names = {}, sorted({f"{name}_proj" for m in blocks.values() for name in m.lora})
-    for i, m in blocks.items():
-        for name, (a, b) in m.lora.items():
-            own = f"base_model.model.model.{matrix(i, name)}"
-            state |= {f"{own}.lora_A.weight": a.contiguous(), f"{own}.lora_B.weight": b.contiguous()}
-    rank = len(next(iter(state.values())))
-    save_adapter(folder, state, dict(
-        peft_type="LORA", base_model_name_or_path=str(base), r=rank, lora_alpha=rank,  # the scale is in B already
-        target_modules=names, layers_to_transform=list(blocks), layers_pattern="layers",
-    ))  # fmt: skip
-
-
-def save_cartridge(folder, blocks, base):
-    """Write the KV memory of all blocks as peft's CARTRIDGE: [M, (block, keys or values, head, channel)]."""
-    pairs = [t for i in sorted(blocks) for t in (blocks[i].keys, blocks[i].values)]  # each [G, M, hd]
-    (G, M, hd), rows = pairs[0].shape, torch.stack(pairs).permute(2, 0, 1, 3)
-    save_adapter(folder, {"prompt_embeddings": rows.reshape(M, -1).contiguous()}, dict(
-        peft_type="CARTRIDGE", base_model_name_or_path=str(base), num_virtual_tokens=M, num_frozen_tokens=0,
-        num_layers=len(blocks), num_attention_heads=G, token_dim=G * hd,
-    ))  # fmt: skip
-
-
-def save_adapter(folder, state, config):
-    folder.mkdir(parents=True)
-    save_file(state, folder / "adapter_model.safetensors", {"format": "pt"})
-    config |= dict(task_type="CAUSAL_LM", inference_mode=True)
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-
-
-def load_adapter(folder, blocks):
-    """What `save_lora` or `save_cartridge` wrote, as {block: BlockMemory} with the shapes that `blocks` has."""
-    state, _ = read_tensors(folder / "adapter_model.safetensors")
-    if "prompt_embeddings" in state:
-        G, M, hd = blocks[0].keys.shape
-        pairs = state["prompt_embeddings"].view(M, len(blocks), 2, G, hd).permute(1, 2, 3, 0, 4)
-        return {i: BlockMemory({}, *pair) for i, pair in zip(sorted(blocks), pairs, strict=True)}
-    out = {i: BlockMemory({}) for i in blocks}
-    for name, a in state.items():
-        own, _, half = name.partition(".lora_")
-        _, _, _, _, i, _, projection = own.split(".")
-        if half == "A.weight":
-            out[int(i)].lora[projection.removesuffix("_proj")] = a, state[f"{own}.lora_B.weight"]
-    return out

@@ -34,17 +34,20 @@ import koff
 from data import BadInput
 from data.benchmarks import encode, load_items
 from data.checkpoint import load, load_module, read_config, save_module
+from data.run import pick_dtype
+from data.scoring import answers
+from data.settings import Settings
+from data.tables import table
 from data.tokenizer import Tokenizer
-from eval import answers, table
 from model import Cache, Model
-from train import Settings, Trainer, pick_dtype
+from train import Trainer
 
 STEP = dict(blocks=18, sparsity=0.12, batch=2, seq_len=512)
 SIZES = {64: dict(rank=64, alpha=64.0, kv_tokens=64), 256: dict(rank=256, alpha=128.0, kv_tokens=256)}
 DTYPE = pick_dtype("auto", torch.device("cpu"))
 # BBH tasks with short prompts: on the others, transformers takes an hour for 100 questions.
 SHORT = ["disambiguation_qa", "hyperbaton", "movie_recommendation", "ruin_names", "snarks"]
-KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}  # what `train.keep_pages` asks for
+KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}  # what `run.keep_pages` asks for
 
 
 def operations(config, s):

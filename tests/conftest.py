@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from model import Config, Model
+from data.checkpoint import parse_config
+from model import Model
 
 SHAPE = dict(
     model_type="llama", vocab_size=131, hidden_size=24, intermediate_size=40, num_hidden_layers=3,
@@ -14,7 +15,7 @@ SHAPE = dict(
 
 def random_model(**more):
     torch.manual_seed(1)
-    model = Model(Config.from_dict({**SHAPE, **more}))
+    model = Model(parse_config({**SHAPE, **more}))
     for p in model.parameters():
         torch.nn.init.normal_(p, mean=float(p.ndim == 1), std=0.2)
     return model.requires_grad_(False)

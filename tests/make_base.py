@@ -21,10 +21,10 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
 from data import BadInput, atomic
-from data.checkpoint import checkpoint_name
+from data.checkpoint import checkpoint_name, parse_config
 from data.corpus import batch, find_domains, load_text, read_documents, split_text, windows
 from data.tokenizer import Tokenizer
-from model import Config, Model
+from model import Model
 
 CONFIG = dict(
     architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=4096, hidden_size=256, intermediate_size=768,
@@ -66,7 +66,7 @@ def main(minutes, size=16, length=256, peak=3e-3):
     domains = {name: load_text(path, tokenizer=tokenizer, cache="out/tokens") for name, path in paths.items()}
     ids = np.concatenate([split.train for split in domains.values()])
     torch.manual_seed(0)
-    model = Model(Config.from_dict(CONFIG))
+    model = Model(parse_config(CONFIG))
     for name, p in model.named_parameters():
         if p.ndim == 2:
             torch.nn.init.normal_(

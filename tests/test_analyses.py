@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 import eval as evaluation
-import koff
 import train
+from data import analyses
 from data.checkpoint import save_backbone
 from test_train import flags, world  # noqa: F401 (a fixture)
 
@@ -20,7 +20,7 @@ from test_train import flags, world  # noqa: F401 (a fixture)
 
 
 def entropies(counts, tokens):
-    """As `koff.lape` defines them, neuron by neuron in numpy's float64."""
+    """As `analyses.lape` defines them, neuron by neuron in numpy's float64."""
     out = np.zeros(counts.shape[1:])
     for place in np.ndindex(*out.shape):
         p = counts[(slice(None), *place)].astype(np.float64) / tokens
@@ -41,7 +41,7 @@ def random_counts():
 
 def test_entropies_of_lape():
     counts, tokens = random_counts()
-    entropy, _ = koff.lape(counts, tokens)
+    entropy, _ = analyses.lape(counts, tokens)
     assert entropy.dtype == torch.float64
     assert np.allclose(entropy.numpy(), entropies(counts.numpy(), tokens.numpy()), rtol=1e-12, atol=1e-12)
     assert entropy[1, 7] == 0 and entropy[2, 3] == 0 and entropy[3, 9] == pytest.approx(np.log(3))
@@ -49,7 +49,7 @@ def test_entropies_of_lape():
 
 def test_language_specific_neurons_are_the_lowest_of_those_above_the_percentile():
     counts, tokens = random_counts()
-    entropy, specific = koff.lape(counts, tokens, share=0.05)
+    entropy, specific = analyses.lape(counts, tokens, share=0.05)
     p = counts.double() / tokens[:, None, None]
     bar = sorted(p.flatten().tolist())[round(0.95 * p.numel()) - 1]
     often = [place for place in np.ndindex(4, 50) if any(p[(d, *place)] > bar for d in range(3))]
@@ -58,7 +58,7 @@ def test_language_specific_neurons_are_the_lowest_of_those_above_the_percentile(
     assert {(d, *place) for place in lowest for d in range(3) if p[(d, *place)] > bar} == {
         tuple(place) for place in specific.nonzero().tolist()
     }
-    _, specific = koff.lape(counts, tokens, share=1.0)
+    _, specific = analyses.lape(counts, tokens, share=1.0)
     assert torch.equal(specific, p > bar) and specific.sum() == 30  # 5% of 600 probabilities
 
 
@@ -75,7 +75,7 @@ def test_activations_are_those_that_transformers_has(tiny, tmp_path, kind):
         layer.mlp.act_fn = type(layer.mlp.act_fn)()  # one module each, or the hooks of all meet in a shared one
         layer.mlp.act_fn.register_forward_hook(lambda module, x, y: expected.append((y > 0).sum((0, 1))))
     theirs(tokens)
-    counts = evaluation.activations(model, tokens, "", size=2)
+    counts = analyses.activations(model, tokens, "", size=2)
     assert torch.equal(counts, torch.stack(expected)) and counts.float().std() > 0
     assert not any(block.mlp.gate_proj._forward_hooks for block in model.layers)
 
@@ -85,11 +85,11 @@ def test_closed_by_entropy_on_a_mask_made_by_hand():
     gate, up = torch.ones(2, 10, dtype=torch.bool), torch.ones(2, 10, dtype=torch.bool)
     gate[1, 8:] = False  # two of the three most specific
     up[1, 7] = up[0, 0] = False  # the third, and one of the three most general
-    found = koff.closed_by_entropy(entropy, {"gate": gate, "up": up, "down": gate[:, :3]})
+    found = analyses.closed_by_entropy(entropy, {"gate": gate, "up": up, "down": gate[:, :3]})
     assert found["gate"] == pytest.approx({"specific": 2 / 3, "general": 0, "all": 2 / 20})
     assert found["up"] == pytest.approx({"specific": 1 / 3, "general": 1 / 3, "all": 2 / 20})
     assert found["either"] == pytest.approx({"specific": 1, "general": 1 / 3, "all": 4 / 20})
-    found = koff.closed_by_entropy(entropy, {"neuron": gate})
+    found = analyses.closed_by_entropy(entropy, {"neuron": gate})
     assert (
         found["gate"] == found["up"] == found["either"] == pytest.approx({"specific": 2 / 3, "general": 0, "all": 0.1})
     )
@@ -98,7 +98,7 @@ def test_closed_by_entropy_on_a_mask_made_by_hand():
 def test_of_equal_entropies_the_earlier_is_more_specific_and_groups_do_not_overlap():
     closed = torch.zeros(2, 10, dtype=torch.bool)
     closed[0, :3] = True
-    found = koff.closed_by_entropy(torch.zeros(2, 10, dtype=torch.float64), {"neuron": ~closed})
+    found = analyses.closed_by_entropy(torch.zeros(2, 10, dtype=torch.float64), {"neuron": ~closed})
     assert found["gate"] == pytest.approx({"specific": 1, "general": 0, "all": 0.15})
 
 
@@ -121,12 +121,12 @@ def test_cka_is_the_hsic_of_gram_matrices_and_knows_no_rotation_scale_or_shift()
         return torch.trace(centre @ a @ a.T @ centre @ b @ b.T)
 
     expected = (hsic(x, y) / (hsic(x, x) * hsic(y, y)).sqrt()).item()
-    assert koff.cka(x, y) == pytest.approx(expected, rel=1e-10) and 0.1 < expected < 0.9
-    assert koff.cka(x, x) == pytest.approx(1)
-    assert koff.cka(x, 3 * x @ rotation() + 5) == pytest.approx(1)
-    assert koff.cka(x @ rotation() / 7 - 2, y) == pytest.approx(expected)
+    assert analyses.cka(x, y) == pytest.approx(expected, rel=1e-10) and 0.1 < expected < 0.9
+    assert analyses.cka(x, x) == pytest.approx(1)
+    assert analyses.cka(x, 3 * x @ rotation() + 5) == pytest.approx(1)
+    assert analyses.cka(x @ rotation() / 7 - 2, y) == pytest.approx(expected)
     corners = torch.tensor([[1.0, 0], [-1, 0], [0, 1], [0, -1]])  # of a square; against one of its sides: 1 / sqrt 2
-    assert koff.cka(corners, corners[:, :1]) == pytest.approx(0.5**0.5)
+    assert analyses.cka(corners, corners[:, :1]) == pytest.approx(0.5**0.5)
 
 
 def test_knn_overlap_by_hand_and_by_chance():
@@ -136,31 +136,31 @@ def test_knn_overlap_by_hand_and_by_chance():
     near = {0: {1, 2}, 1: {0, 2}, 2: {0, 1}, 3: {4, 5}, 4: {3, 5}, 5: {3, 4}}
     then = {0: {1, 3}, 1: {0, 3}, 2: {4, 5}, 3: {0, 1}, 4: {2, 5}, 5: {2, 4}}
     expected = sum(len(near[i] & then[i]) for i in near) / 12
-    assert koff.knn_overlap(x, swapped, 2) == pytest.approx(expected) and koff.knn_overlap(x, x, 2) == 1
+    assert analyses.knn_overlap(x, swapped, 2) == pytest.approx(expected) and analyses.knn_overlap(x, x, 2) == 1
     x, y = cloud(), cloud() + cloud(seed=1)
-    overlap = koff.knn_overlap(x, y, 5)
-    assert 0.2 < overlap < 0.9 and overlap == koff.knn_overlap(3 * x @ rotation(), y / 2, 5)
-    assert overlap == koff.knn_overlap(x * torch.rand(40, 1), y, 5)  # by cosine: lengths do not count
+    overlap = analyses.knn_overlap(x, y, 5)
+    assert 0.2 < overlap < 0.9 and overlap == analyses.knn_overlap(3 * x @ rotation(), y / 2, 5)
+    assert overlap == analyses.knn_overlap(x * torch.rand(40, 1), y, 5)  # by cosine: lengths do not count
     x, y = cloud(1500), cloud(1500) + cloud(1500, seed=1)  # more than are compared at once
     near = [t / t.norm(dim=1, keepdim=True) for t in (x, y)]
     near = [(t @ t.T - 9 * torch.eye(1500)).argsort(1)[:, -5:].tolist() for t in near]
     expected = np.mean([len(set(a) & set(b)) / 5 for a, b in zip(*near, strict=True)])
-    assert koff.knn_overlap(x, y, 5) == pytest.approx(expected)
-    by_chance = np.mean([koff.knn_overlap(cloud(60, seed=i), cloud(60, seed=i + 100), 10) for i in range(40)])
+    assert analyses.knn_overlap(x, y, 5) == pytest.approx(expected)
+    by_chance = np.mean([analyses.knn_overlap(cloud(60, seed=i), cloud(60, seed=i + 100), 10) for i in range(40)])
     assert by_chance == pytest.approx(10 / 59, abs=0.01)
 
 
 def test_centroid_cosine_by_hand_and_what_does_not_change_it():
     label = torch.arange(4).repeat_interleave(10)
     x, y = cloud() + cloud(4, seed=5)[label], cloud(seed=1) + cloud(4, seed=5)[label]
-    cosine = koff.centroid_cosine(x, y, label)
+    cosine = analyses.centroid_cosine(x, y, label)
     a, b = x[label == 2].mean(0) - x.mean(0), y[label == 2].mean(0) - y.mean(0)
     assert cosine.shape == (4,) and cosine[2].item() == pytest.approx((a @ b / a.norm() / b.norm()).item())
     assert (cosine < 0.99).any()
-    assert torch.allclose(koff.centroid_cosine(x, x, label), torch.ones(4, dtype=torch.float64))
-    assert torch.allclose(koff.centroid_cosine(2 * x @ rotation() + 3, 5 * y @ rotation() - 1, label), cosine)
+    assert torch.allclose(analyses.centroid_cosine(x, x, label), torch.ones(4, dtype=torch.float64))
+    assert torch.allclose(analyses.centroid_cosine(2 * x @ rotation() + 3, 5 * y @ rotation() - 1, label), cosine)
     within = torch.cat([torch.randperm(10) + 10 * c for c in range(4)])
-    assert torch.allclose(koff.centroid_cosine(x, y[within], label), cosine)
+    assert torch.allclose(analyses.centroid_cosine(x, y[within], label), cosine)
 
 
 # Commands -----------------------------------------------------------------------------------------------------------
@@ -174,11 +174,11 @@ def test_commands_on_a_finished_run(world, granularity, capsys):  # noqa: F811
     capsys.readouterr()
     assert evaluation.main(["lape", str(out), "--tokens", "320"]) == 0
     saved, found = load_file(out / "lape.safetensors"), json.loads((out / "lape.json").read_text())
-    entropy, specific = koff.lape(saved["counts"], saved["tokens"])
+    entropy, specific = analyses.lape(saved["counts"], saved["tokens"])
     assert np.allclose(entropy.numpy(), entropies(saved["counts"].numpy(), saved["tokens"].numpy()), atol=1e-12)
     assert found["domains"]["german"] == {"tokens": 320, "specific": int(specific[1].sum())}
     masks = {n[5:]: m.bool() for n, m in load_file(out / "gates.safetensors").items() if n.startswith("mask.")}
-    assert found["closed"] == koff.closed_by_entropy(entropy[1:], masks)
+    assert found["closed"] == analyses.closed_by_entropy(entropy[1:], masks)
     assert (out / "lape.md").read_text() in capsys.readouterr().out
 
     assert evaluation.main(["probes", str(out), "--texts", "12"]) == 0
@@ -227,7 +227,7 @@ def test_lape_of_smollm2_on_the_handbook(tmp_path, capsys):
     assert evaluation.main(["lape", str(tmp_path / "run"), "--tokens", "256"]) == 0
     saved = load_file(tmp_path / "run/lape.safetensors")
     assert saved["counts"].shape == (6, 30, 1536) and (saved["tokens"] == 256).all() and saved["counts"].max() <= 256
-    entropy, specific = koff.lape(saved["counts"], saved["tokens"])
+    entropy, specific = analyses.lape(saved["counts"], saved["tokens"])
     assert np.allclose(entropy.numpy(), entropies(saved["counts"].numpy(), saved["tokens"].numpy()), atol=1e-12)
     assert specific.any(0).sum() == round(0.01 * 30 * 1536)
 

@@ -13,12 +13,13 @@ import torch
 from safetensors.torch import save_file
 
 import eval as evaluation
+import model as decoder
 import train
-from data import BadInput
+from data import BadInput, router, scoring
 from data.benchmarks import LITE, TASKS, encode, load_items, number
-from data.checkpoint import checkpoint_name, load
+from data.checkpoint import checkpoint_name, load, parse_config
 from data.tokenizer import Tokenizer
-from model import Config, Model
+from model import Model
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL = Path(os.environ.get("KOFF_ROWS", ROOT / "../shared/data/benchmarks"))
@@ -54,7 +55,7 @@ def world(tmp_path):
     base, rows, rng = tmp_path / "base", tmp_path / "rows", np.random.default_rng(0)
     base.mkdir()
     torch.manual_seed(0)
-    model = Model(Config.from_dict(CONFIG))
+    model = Model(parse_config(CONFIG))
     state = {checkpoint_name(n): torch.randn_like(p) * 0.4 + (p.ndim == 1) for n, p in model.named_parameters()}
     save_file(state, base / "model.safetensors")
     (base / "config.json").write_text(json.dumps(CONFIG))
@@ -161,7 +162,7 @@ def test_log_likelihoods_are_those_of_one_plain_pass_per_option_ours_and_transfo
     prompts, tokenizer = prompts_of(world, task)
     model = load(world / "base")
     peer = transformers.AutoModelForCausalLM.from_pretrained(world / "base", dtype=torch.float32)
-    found = [pair for part in evaluation.answers(model, tokenizer, prompts) for pair in part]
+    found = [pair for part in scoring.answers(model, tokenizer, prompts) for pair in part]
     assert {p.key for p, _ in found} == {p.key for p in prompts} and len(found) == len(prompts)
     asked = [(p, line) for p, line in found if p.options]
     assert len(asked) >= 4
@@ -182,9 +183,9 @@ def test_a_shared_prefix_changes_nothing_with_a_module_attached_and_saves_work(w
     prompts, tokenizer = prompts_of(world, "mmlu")
     model = load(world / "base")
     ids = prompts[3].own[:5]
-    memory = {i: m for i, m in evaluation.remember(model, ids).items() if i}  # as a KV memory: not in every block
+    memory = {i: m for i, m in scoring.remember(model, ids).items() if i}  # as a KV memory: not in every block
     memory[2].lora = {"k": (torch.randn(2, 24), torch.randn(16, 2) * 0.1)}
-    together = {p.key: x for part in evaluation.answers(model, tokenizer, prompts, memory) for p, x in part}
+    together = {p.key: x for part in scoring.answers(model, tokenizer, prompts, memory) for p, x in part}
     for p in prompts:
         hidden = model.run(model.embed_tokens(torch.tensor([p.ids])), 0, 3, memory=memory)
         plain = model.logits(hidden[0, -1]).log_softmax(-1)[[o[0] for o in p.options]]
@@ -193,7 +194,7 @@ def test_a_shared_prefix_changes_nothing_with_a_module_attached_and_saves_work(w
     monkeypatch.setattr(
         model, "run", lambda x, *a, **k: seen.append(x.shape[:2].numel()) or Model.run(model, x, *a, **k)
     )
-    list(evaluation.answers(model, tokenizer, prompts))
+    list(scoring.answers(model, tokenizer, prompts))
     assert sum(seen) < sum(len(p.ids) for p in prompts) / 3
 
 
@@ -201,9 +202,9 @@ def test_generated_text_ends_at_the_next_question_and_equals_generation_alone(wo
     prompts, tokenizer = prompts_of(world, "gsm8k", shots=2)
     model = load(world / "base")
     long, prompts = prompts, [replace(p, item=replace(p.item, steps=12)) for p in prompts]
-    for part in evaluation.answers(model, tokenizer, prompts):
+    for part in scoring.answers(model, tokenizer, prompts):
         for p, line in part:
-            alone = list(evaluation.generate(model, torch.tensor([p.ids]), 12, tokenizer.vocab_size, eos=(0,)))
+            alone = list(decoder.generate(model, torch.tensor([p.ids]), 12, tokenizer.vocab_size, eos=(0,)))
             text = tokenizer.decode([t.item() for t in alone if t.item()])
             assert line["text"] == text.strip() and not line["correct"]
     written = tokenizer.encode(" 5\n#### 1,000\n\nQuestion: and") + [7] * 500
@@ -211,8 +212,8 @@ def test_generated_text_ends_at_the_next_question_and_equals_generation_alone(wo
     def scripted(model, tokens, steps, *_, **__):
         yield from (torch.full((len(tokens),), token) for token in written[:steps])
 
-    monkeypatch.setattr(evaluation, "generate", scripted)
-    lines = {p.item.id: x for part in evaluation.answers(model, tokenizer, long) for p, x in part}
+    monkeypatch.setattr(scoring, "generate", scripted)
+    lines = {p.item.id: x for part in scoring.answers(model, tokenizer, long) for p, x in part}
     assert all(x["text"] == "5\n#### 1,000" and x["choice"] == "1000" for x in lines.values())
     assert [lines[i]["correct"] for i in range(4)] == [True, False, False, False]
 
@@ -250,7 +251,7 @@ def test_a_crash_at_row_900_of_1000_loses_no_finished_row_and_changes_no_result(
     write(world / "rows/mmlu_test.jsonl", [mmlu(rng, "astronomy", 12) for _ in range(1000)])
     assert command(world, "mmlu", "--shots", 1) == 0
     whole, results = samples(world, "mmlu-unpruned"), json.loads((world / "out/mmlu-unpruned.json").read_text())
-    scores, done = evaluation.scores, []
+    scores, done = scoring.scores, []
 
     def failing(model, part, *rest):
         if sum(done) + len(part) > 900:
@@ -259,7 +260,7 @@ def test_a_crash_at_row_900_of_1000_loses_no_finished_row_and_changes_no_result(
         return scores(model, part, *rest)
 
     shutil.rmtree(world / "out")
-    monkeypatch.setattr(evaluation, "scores", failing)
+    monkeypatch.setattr(scoring, "scores", failing)
     with pytest.raises(MemoryError):
         command(world, "mmlu", "--shots", 1)
     path = world / "out/mmlu-unpruned.jsonl"
@@ -267,7 +268,7 @@ def test_a_crash_at_row_900_of_1000_loses_no_finished_row_and_changes_no_result(
     assert not path.with_suffix(".json").exists()
     path.write_bytes(path.read_bytes()[:-40])  # the last line was cut as well
     finished, asked = sum(done) - 1, []
-    monkeypatch.setattr(evaluation, "scores", lambda m, part, *r: asked.append(len(part)) or scores(m, part, *r))
+    monkeypatch.setattr(scoring, "scores", lambda m, part, *r: asked.append(len(part)) or scores(m, part, *r))
     assert command(world, "mmlu", "--shots", 1) == 0
     assert 1000 - finished <= sum(asked) < 1000 - finished + done[-1]
     assert samples(world, "mmlu-unpruned") == whole
@@ -297,7 +298,7 @@ def test_a_run_is_measured_with_all_its_parts_and_routed_by_the_question_alone(w
         seen.append(ids[0].tolist())
         return [("french", "german", None)[len(seen) % 3]]
 
-    monkeypatch.setattr(evaluation.Router, "route", route)
+    monkeypatch.setattr(router.Router, "route", route)
     assert command(world, "mmlu", "--on", "unpruned", "backbone", "routed", "german", run="run") == 0
     found = {name: samples(world, f"mmlu-{name}") for name in ("unpruned", "backbone", "routed", "german")}
     prompts, _ = prompts_of(world, "mmlu")
@@ -382,7 +383,7 @@ def test_damaged_samples_are_refused_and_ctrl_c_says_that_it_continues(world, ca
     def stopped(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(evaluation, "scores", stopped)
+    monkeypatch.setattr(scoring, "scores", stopped)
     assert command(world, "arc", "--fresh") == 130 and "the same command continues" in capsys.readouterr().err
 
 
@@ -409,7 +410,7 @@ def test_a_real_model_answers_as_transformers_does():
     model, tokenizer = load(folder), Tokenizer.from_folder(folder)
     prompts = [encode(item, tokenizer, 2048) for item in load_items("mmlu", REAL, ["astronomy"])[:4]]
     assert [len(option) for p in prompts for option in p.options] == [1] * 16
-    for part in evaluation.answers(model, tokenizer, prompts):
+    for part in scoring.answers(model, tokenizer, prompts):
         for p, line in part:
             with torch.no_grad():
                 theirs = peer(torch.tensor([p.ids])).logits[0, -1].log_softmax(-1)

@@ -9,10 +9,12 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 import eval as evaluation
+import model as decoder
 import train
 from data import BadInput
-from data.chat import ChatTemplate
+from data.chat_template import ChatTemplate
 from data.corpus import read_documents
+from data.run import Run
 from test_train import ROOT, flags, world  # noqa: F401 (a fixture)
 
 SMOLLM2 = """{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system
@@ -150,10 +152,10 @@ def talk(run, lines, monkeypatch, capsys, *more):
 
 def fresh(run, messages, module):
     """Greedy, in one call: the module on the whole conversation."""
-    whole = evaluation.Run(run)
+    whole = Run(run)
     ids = whole.tokenizer.encode(ChatTemplate(SMOLLM2)(messages, answer=True))
     memory = whole.module(module)
-    new = evaluation.generate(whole.backbone, torch.tensor([ids]), 12, whole.tokenizer.vocab_size, memory=memory)
+    new = decoder.generate(whole.backbone, torch.tensor([ids]), 12, whole.tokenizer.vocab_size, memory=memory)
     return whole.tokenizer.decode([token.item() for token in new])
 
 

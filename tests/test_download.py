@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 
 import train
 from data import BadInput, download
-from data.checkpoint import load
+from data.checkpoint import load, parse_config
 from data.tokenizer import Tokenizer
-from model import Config, Model
+from model import Model
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -97,7 +97,7 @@ class Handler(BaseHTTPRequestHandler):
 def hub(tmp_path, monkeypatch):
     """A model of two shards on the Hub, with another in a file that is not ours; the cache is in tmp_path/hf."""
     torch.manual_seed(0)
-    state = {f"model.{n}": torch.randn_like(p) for n, p in Model(Config.from_dict(CONFIG)).named_parameters()}
+    state = {f"model.{n}": torch.randn_like(p) for n, p in Model(parse_config(CONFIG)).named_parameters()}
     names, files = sorted(state), {}
     parts = {"model-00001-of-00002.safetensors": names[:10], "model-00002-of-00002.safetensors": names[10:]}
     for file, some in parts.items():

@@ -11,8 +11,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import eval as evaluation
 import koff
 import train
-from data.checkpoint import load
-from model import BlockMemory, Config, Model
+from data import export
+from data.checkpoint import load, parse_config
+from data.run import Run
+from model import BlockMemory, Model
 from test_train import CONFIG, flags, world  # noqa: F401 (a fixture)
 
 KINDS = {
@@ -28,7 +30,7 @@ def finished(where, kind="llama", **more):
     """A finished run on another random base model whose LoRA has been moved away from zero by a high rate."""
     torch.manual_seed(2)
     config = CONFIG | KINDS[kind]
-    model = Model(Config.from_dict(config))
+    model = Model(parse_config(config))
     names = {n: n if n.startswith("lm_head") else f"model.{n}" for n, _ in model.named_parameters()}
     state = {names[n]: torch.randn_like(p) * 0.2 + (p.ndim == 1) for n, p in model.named_parameters()}
     save_file(state, where / "base/model.safetensors")
@@ -39,7 +41,7 @@ def finished(where, kind="llama", **more):
 
 def masked(where, out):
     """tokens -> logits of the pretrained model under the run's final mask, and with a memory: the reference."""
-    base, run = load(where / "base"), evaluation.Run(out, "cpu", torch.float32)
+    base, run = load(where / "base"), Run(out, "cpu", torch.float32)
     gates, mask = run.gates(base)
     z = gates.by_block({name: m.float() for name, m in mask.items()}, torch.float32)
     return run, lambda tokens, memory=None: base(tokens, gates=z, memory=memory)
@@ -84,7 +86,7 @@ def whole_modules(where, run, lora_only=False):
     """{domain: its memory for the masked model, which has all channels}."""
     base = load(where / "base")
     kept = koff.kept_channels(run.gates(base)[1], base.config, run.settings.first(len(base.layers))[0], "cpu")
-    whole = {name: koff.expand_memory(blocks, kept, base.config) for name, blocks in run.modules.items()}
+    whole = {name: export.expand_memory(blocks, kept, base.config) for name, blocks in run.modules.items()}
     return {n: {i: BlockMemory(m.lora) if lora_only else m for i, m in blocks.items()} for n, blocks in whole.items()}
 
 
@@ -106,7 +108,7 @@ def test_keys_and_values_in_all_blocks_are_a_cartridge_and_a_merged_lora_makes_i
 
 
 def test_an_export_that_differs_is_not_kept_and_a_folder_is_not_overwritten(world, capsys, monkeypatch):  # noqa: F811
-    out, expand = finished(world), koff.expand
+    out, expand = finished(world), export.expand
     assert evaluation.main(["export", str(out), "hf", "--module", "dutch"]) == 2
     assert "no module 'dutch'" in capsys.readouterr().err
 
@@ -116,7 +118,7 @@ def test_an_export_that_differs_is_not_kept_and_a_folder_is_not_overwritten(worl
         return dense
 
     for form in "hf", "peft":
-        monkeypatch.setattr(koff, "expand", wrong)
+        monkeypatch.setattr(export, "expand", wrong)
         assert evaluation.main(["export", str(out), form]) == 2
         err = capsys.readouterr().err
         assert "differs from the run by" in err and err.count("\n") == 1 and not (out / "export" / form).exists()

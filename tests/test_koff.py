@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import koff
-from data import BadInput
+from data import BadInput, tables
 from data.checkpoint import load, load_module, save_backbone, save_module
 from data.router import Router
 
@@ -175,11 +175,6 @@ def test_a_lagrangian_lands_on_its_target_from_both_sides_and_a_hinge_waits_beyo
     assert land("lagrangian", -3.0) == pytest.approx(0.3, abs=0.03)
     assert land("hinge", 3.0) > 0.29
     assert land("hinge", -3.0, steps=20) > 0.85  # nothing but the small cost pulls it back
-
-
-def test_unreachable_target_is_refused(tiny):
-    with pytest.raises(BadInput, match="cannot be reached"):
-        koff.Gates(tiny().config, 2, "neuron").check_target(0.9, "physical")
 
 
 def test_fisher_score_is_the_squared_gradient_of_each_sequence(tiny):
@@ -426,6 +421,6 @@ def test_ledger_counts_the_saved_tensors(tiny):
     model = tiny()
     blocks = random_memory(model, 1).by_block(torch.float32)
     one = 2 * (3 * (16 + 24) * 2 + 3 * (40 + 24) * 3 + 2 * 5 * 2 * 8)
-    assert koff.ledger(10_000, 4_000, {"a": blocks, "b": blocks}) == {
+    assert tables.ledger(10_000, 4_000, {"a": blocks, "b": blocks}) == {
         "total": 10_000, "removed": 4_000, "one_module": one, "all_modules": 2 * one, "one_module_share": one / 4_000,
     }  # fmt: skip

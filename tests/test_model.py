@@ -9,8 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from data import BadInput
 from data.checkpoint import load
-from eval import generate
-from model import Cache, attend, causal_lower_right
+from model import Cache, attend, causal_lower_right, generate
 
 transformers = pytest.importorskip("transformers")
 

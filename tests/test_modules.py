@@ -10,8 +10,11 @@ from safetensors.torch import load_file, save_file
 
 import eval as evaluation
 import train
+from data import tables
+from data.checkpoint import parse_config
 from data.router import Router
-from model import Config, Model
+from data.run import Run
+from model import Model
 from test_train import CONFIG, ROOT, ctrl_c_in_step_5, flags, world  # noqa: F401 (a fixture)
 
 
@@ -43,9 +46,7 @@ def test_a_later_module_leaves_all_others_and_the_backbone_as_they_are(run):
     assert list(results["swap"]) == ["french", "german", "italian"] == list(results["swap"]["italian"])
     later = Router.load(run / "router.safetensors")
     assert np.array_equal(later.weight[:2], router.weight) and np.array_equal(later.threshold[:2], router.threshold)
-    assert later.route(np.array([evaluation.Run(run).tokenizer.encode("Il nucleo della distribuzione è stato")])) != [
-        "german"
-    ]
+    assert later.route(np.array([Run(run).tokenizer.encode("Il nucleo della distribuzione è stato")])) != ["german"]
 
 
 def test_a_later_module_recovers_what_pruning_cost_its_domain(tmp_path):
@@ -61,7 +62,7 @@ def test_a_later_module_recovers_what_pruning_cost_its_domain(tmp_path):
 
 
 def ratios(out):
-    return evaluation.ratios(json.loads((out / "results.json").read_text()))
+    return tables.ratios(json.loads((out / "results.json").read_text()))
 
 
 def test_a_later_module_that_was_stopped_goes_on_and_is_the_same(run, monkeypatch, capsys):
@@ -104,7 +105,7 @@ def test_a_wide_bfloat16_run_takes_another_module(tmp_path):
     """Positions of open channels beyond 256 are not exact in bfloat16: they are no weights."""
     config = CONFIG | dict(hidden_size=320, num_attention_heads=4, intermediate_size=64)
     (base := tmp_path / "base").mkdir()
-    model = Model(Config.from_dict(config))
+    model = Model(parse_config(config))
     save_file(
         {f"model.{n}": torch.randn_like(p) * 0.1 for n, p in model.named_parameters()}, base / "model.safetensors"
     )

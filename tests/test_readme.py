@@ -13,14 +13,6 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_every_pointer_into_the_code_meets_its_line():
-    pointers = re.findall(r"`([^`]+)` \(\[([\w./]+):(\d+)\]\(([\w./]+)#L(\d+)\)\)", README)
-    assert len(pointers) >= 15 and len(pointers) == README.count("#L")
-    for name, file, line, target, anchor in pointers:
-        text = (ROOT / file).read_text(encoding="utf-8").splitlines()[int(line) - 1]
-        assert name in text and (file, line) == (target, anchor), f"{name} is not on line {line} of {file}"
-
-
 def test_every_training_command_parses():
     commands = re.findall(r"python train\.py([^;#\n`|]*)", README)
     assert len(commands) >= 5

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 
 import eval as evaluation
 import train
-from data.chat import ChatTemplate
+from data.chat_template import ChatTemplate
+from data.run import Run
 from test_export import close, masked, whole_modules
 from test_train import ROOT
 
@@ -52,7 +53,7 @@ def test_a_conversation_whose_module_changes_in_the_middle_equals_a_fresh_run(ru
     said = ["/domain german", "Was ist ein Paket?", "/domain english", "And in one sentence?"]
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(said) + "\n"))
     assert evaluation.main(["chat", str(run), "--tokens", "16"]) == 0
-    shown, its, messages, answers = capsys.readouterr(), evaluation.Run(run), [], []
+    shown, its, messages, answers = capsys.readouterr(), Run(run), [], []
     template = ChatTemplate.from_folder(os.environ["KOFF_SMOLLM2"])
     for line, module in ((said[1], "german"), (said[3], "english")):
         messages.append({"role": "user", "content": line})

@@ -6,14 +6,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import eval as evaluation
 import train
-from data import recipes
-from data.recipes import SWEEPS, Settings
+from data import run, settings, sweeps, tables
+from data.settings import Settings
+from data.sweeps import SWEEPS
 from test_train import flags, outputs, trainer_of, world  # noqa: F401 (a fixture)
 from train import Trainer
 
-SMALL = (dict(steps=6), {"pruning only": recipes.PRUNED, "both": {}, "+ KV": dict(rank=0)}, {"both": 2})
+SMALL = (dict(steps=6), {"pruning only": sweeps.PRUNED, "both": {}, "+ KV": dict(rank=0)}, {"both": 2})
 
 
 @pytest.mark.parametrize("name", SWEEPS)
@@ -23,7 +23,7 @@ def test_every_run_of_every_sweep_can_be_made(name):
     made = [Settings(**{**common, **own}) for own in rows.values()]
     assert len(set(made)) == len(made)  # no row twice
     for s in made:
-        train.fitting(s)
+        run.fitting(s)
 
 
 def test_the_papers_table_of_ablations_has_all_its_rows_and_seeds():
@@ -68,7 +68,7 @@ def test_annealing_and_the_constraints(world):  # noqa: F811
         betas.append(trainer.gates.beta)
     assert betas == pytest.approx([2.0, 1.625, 1.25, 0.875])
     targets = {
-        kind: trainer_of(world, constraint=kind, ramp=0.5, fix_mask=0.5)[0].target(0) for kind in recipes.CONSTRAINTS
+        kind: trainer_of(world, constraint=kind, ramp=0.5, fix_mask=0.5)[0].target(0) for kind in settings.CONSTRAINTS
     }
     assert targets == pytest.approx({"progressive": 0.0125, "hinge": 0.05, "lagrangian": 0.0125})
     lagrangian, _ = trainer_of(world, constraint="lagrangian")
@@ -99,7 +99,7 @@ def test_the_teachers_answers_are_computed_once_and_change_nothing(world):  # no
     assert {p: p.stat().st_mtime_ns for p in folder.iterdir()} == files
     assert outputs(world / "runs/alone") == outputs(world / "runs/first") == outputs(world / "runs/second")
     trainer, _ = trainer_of(world)
-    trainer.answers = train.Answers(folder, trainer.s, torch.float64)  # another teacher: not these
+    trainer.answers = sweeps.Answers(folder, trainer.s, torch.float64)  # another teacher: not these
     trainer.step(torch.arange(32).view(2, 16), "german", 0)
     assert len(list(folder.iterdir())) == 9
 
@@ -163,10 +163,10 @@ def test_the_curve_of_a_run_has_one_line_every_ten_steps_also_after_a_kill(world
     }
     results = json.loads((world / "runs/one/results.json").read_text())
     reached = next(line["step"] for line in lines if line["physical"] >= 0.95 * results["sparsity"]["physical"])
-    assert reached == 10 and evaluation.summary(world / "runs/one")["settled"] is None  # that was the mask
+    assert reached == 10 and tables.summary(world / "runs/one")["settled"] is None  # that was the mask
     results["settings"]["fix_mask"] = 0.0  # as if these had been the gates
     (world / "runs/one/results.json").write_text(json.dumps(results))
-    assert evaluation.summary(world / "runs/one")["settled"] == reached
+    assert tables.summary(world / "runs/one")["settled"] == reached
 
 
 def test_without_memories_no_step_follows_the_fixed_mask(world, monkeypatch):  # noqa: F811

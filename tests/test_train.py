@@ -25,9 +25,11 @@ import eval as evaluation
 import koff
 import model as decoder
 import train
-from data.recipes import PRESETS
-from model import Cache, Config, Model
-from train import Settings, Trainer
+from data import corpus, run, settings
+from data.checkpoint import parse_config
+from data.settings import PRESETS, Settings
+from model import Cache, Model
+from train import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = dict(
@@ -43,7 +45,7 @@ def world(tmp_path):
     base, data = tmp_path / "base", tmp_path / "data"
     base.mkdir(), data.mkdir()
     torch.manual_seed(0)
-    model = Model(Config.from_dict(CONFIG))
+    model = Model(parse_config(CONFIG))
     save_file({f"model.{n}": torch.randn_like(p) * 0.2 + (p.ndim == 1) for n, p in model.named_parameters()},
               base / "model.safetensors")  # fmt: skip
     (base / "config.json").write_text(json.dumps(CONFIG))
@@ -90,7 +92,7 @@ def test_a_step_moves_gates_and_its_own_module_only(world):
     trainer, text = trainer_of(world)
     trainer.initialise(text)
     weights = {n: p.clone() for n, p in trainer.model.named_parameters()}
-    tokens = torch.from_numpy(train.batch(text["german"], 0, 2, 16, 0))
+    tokens = torch.from_numpy(corpus.batch(text["german"], 0, 2, 16, 0))
     for index in range(3):  # after the first, AdamW would move a module with zero gradients by its momentum
         trainer.step(tokens, "french", index)
     before, french = trainer.gates.state_dict(), trainer.memory("french").state_dict()
@@ -107,7 +109,7 @@ def test_a_step_moves_gates_and_its_own_module_only(world):
 def test_retention_moves_gates_only_and_the_fixed_mask_stops_them(world):
     trainer, text = trainer_of(world)
     trainer.initialise(text)
-    tokens = torch.from_numpy(train.batch(text["german"], 0, 2, 16, 0))
+    tokens = torch.from_numpy(corpus.batch(text["german"], 0, 2, 16, 0))
     before = tensors(trainer)
     trainer.step(tokens, "german", 0, retention=True)
     after = tensors(trainer)
@@ -123,7 +125,7 @@ def test_retention_moves_gates_only_and_the_fixed_mask_stops_them(world):
 
 def test_lambda_grows_while_behind_and_shrinks_while_not(world):
     trainer, text = trainer_of(world)
-    tokens = torch.from_numpy(train.batch(text["german"], 0, 2, 16, 0))
+    tokens = torch.from_numpy(corpus.batch(text["german"], 0, 2, 16, 0))
     for a in trainer.gates.log_alpha.values():
         a.data.fill_(9.0)
     trainer.step(tokens, "german", 7)
@@ -235,9 +237,9 @@ def fake_cuda(world, monkeypatch):
     mask = lambda T, S: torch.ones(T, S, dtype=torch.bool, device="cuda").tril(S - T)  # noqa: E731
     monkeypatch.setattr(decoder, "causal_lower_right", mask)
     s, _, _ = train.parse(flags(world))
-    trainer = Trainer(Model(Config.from_dict(CONFIG)), s, ["german", "french"])
+    trainer = Trainer(Model(parse_config(CONFIG)), s, ["german", "french"])
     kept = [None, None, {"k": 8, "v": 9, "neuron": 30, "down": 20}]
-    trainer.small = Model(Config.from_dict({**CONFIG, "koff_kept": kept})).to(torch.bfloat16)  # a compact backbone
+    trainer.small = Model(parse_config({**CONFIG, "koff_kept": kept})).to(torch.bfloat16)  # a compact backbone
     trainer.model.to(torch.bfloat16)
     modules = (trainer.model, trainer.small, trainer.gates, trainer.memories)
     parts = [(part, part.state_dict()) for part in modules]
@@ -286,7 +288,7 @@ def test_on_a_fake_gpu_a_cpu_index_is_noticed(fake_cuda):
 
 def meta_step(world, **more):
     with torch.device("meta"):
-        model = Model(Config.from_dict(CONFIG)).requires_grad_(False)
+        model = Model(parse_config(CONFIG)).requires_grad_(False)
     s, _, _ = train.parse(flags(world, **more))
     trainer = Trainer(model, s, ["german", "french"])
     tokens = torch.zeros(2, 16, dtype=torch.int64, device="meta")
@@ -504,7 +506,7 @@ def test_settings_are_the_command_line(world):
     s, out, do = train.parse(["--preset", "best", "--rank", "8", "--no-memory", "--dry-run"])
     assert (s.blocks, s.rank, s.memory, out) == (18, 8, False, Path("out/best"))
     assert (do["sweep"], do["fresh"], do["dry_run"]) == (None, False, True)
-    assert train.parse([])[0] == Settings() and replace(s, rank=64, memory=True) == Settings(**train.PRESETS["best"])
+    assert train.parse([])[0] == Settings() and replace(s, rank=64, memory=True) == Settings(**settings.PRESETS["best"])
 
 
 class Operations(TorchDispatchMode):
@@ -583,7 +585,7 @@ def test_offloading_moves_one_memory_in_and_the_last_one_out(world, monkeypatch)
 
 def test_the_recent_loss_follows_the_domains_own_steps(world):
     trainer, text = trainer_of(world)
-    tokens = torch.from_numpy(train.batch(text["german"], 0, 2, 16, 0))
+    tokens = torch.from_numpy(corpus.batch(text["german"], 0, 2, 16, 0))
     loss = trainer.step(tokens, "german", 7)
     trainer.step(tokens, "german", 7, retention=True)
     assert torch.equal(trainer.recent, loss * torch.tensor([0.0, 0.2])) and trainer.domains == ["french", "german"]
@@ -591,10 +593,10 @@ def test_the_recent_loss_follows_the_domains_own_steps(world):
 
 def test_batches_cover_an_epoch_once_and_follow_from_their_number():
     ids = np.arange(1000)
-    rows = np.concatenate([train.batch(ids, i, 4, 10, seed=0) for i in range(24)])
+    rows = np.concatenate([corpus.batch(ids, i, 4, 10, seed=0) for i in range(24)])
     assert len({row[0] for row in rows}) == 96 and (np.diff(rows, axis=1) == 1).all()
-    assert (train.batch(ids, 30, 4, 10, 0) == train.batch(ids, 30, 4, 10, 0)).all()
-    assert not (train.batch(ids, 0, 4, 10, 0) == train.batch(ids, 0, 4, 10, 1)).all()
+    assert (corpus.batch(ids, 30, 4, 10, 0) == corpus.batch(ids, 30, 4, 10, 0)).all()
+    assert not (corpus.batch(ids, 0, 4, 10, 0) == corpus.batch(ids, 0, 4, 10, 1)).all()
 
 
 # Sizes before a run -------------------------------------------------------------------------------------------------
@@ -633,7 +635,7 @@ def preset(request, tmp_path, monkeypatch):
 @pytest.mark.parametrize("preset", SHAPES, indirect=True)
 def test_a_preset_fits_its_model(preset):
     s, _, parameters = preset
-    config, gates = train.fitting(s)
+    config, gates = run.fitting(s)
     with torch.device("meta"):
         memory = koff.Memory(config, s.first(config.num_hidden_layers)[1], s.rank, s.alpha, s.kv_tokens)
     assert gates.total == pytest.approx(parameters, rel=0.02)
@@ -652,7 +654,7 @@ def test_a_dry_run_knows_sizes_and_operations_from_the_config_alone(preset, requ
     assert name not in PAPERS or abs(number(r"([\d,]+) parameters a module") - PAPERS[name]) < 0.5e6
     assert number(r"([\d.]+) GB  peak memory") < 80
     first, fixed = number(r"steps of ([\d.]+)"), number(r"is fixed, ([\d.]+) TFLOP")
-    by_formula = sum(bench.operations(Config.from_dict(config), s)) / 1e12
+    by_formula = sum(bench.operations(parse_config(config), s)) / 1e12
     assert first == pytest.approx(by_formula, rel=0.6 if s.checkpointing else 0.05) and 0.5 * first < fixed < first
     every = s.steps * ((1 - s.fix_mask) * first + s.fix_mask * fixed) / 1e3
     assert number(r"([\d.,e+]+) PFLOP to train") == pytest.approx(every, rel=0.02)

@@ -1,5 +1,4 @@
-"""What a run can be told: every setting with its default; presets, which are named settings; sweeps, which are named
-sets of runs. To try something new, add a line to one of them."""
+"""What a run can be told: every setting with its default, and presets, which are named settings."""
 
 import json
 from dataclasses import dataclass, field, fields
@@ -9,6 +8,7 @@ from data import BadInput
 from koff import GATED
 
 CONSTRAINTS = ("progressive", "hinge", "lagrangian")
+
 HERE = Path(__file__).resolve().parent.parent
 
 
@@ -109,14 +109,17 @@ class Settings:
 
 
 BEST = dict(blocks=18, sparsity=0.12, kv_tokens=64, steps=1350, focus=5, batch=2, lora_rate=2e-3, eval_len=512)
+
 PAPER = dict(  # 150M tokens; what it leaves open (start of log alpha, scaling of lambda, final mask) is as by default
     blocks=16, sparsity=0.12, count="paper", granularity="projection", gate_init="constant", multiple=1, beta=2.0,
     constraint="hinge", fix_mask=0.0, rank=256, alpha=128.0, kv_tokens=256, kv_init="normal", tail="renormalise",
     steps=146_500, batch=2, seq_len=512, lora_rate=1e-5, gate_rate=1e-2, kv_rate=1e-2, decay=0.0, eval_len=512,
 )  # fmt: skip
+
 LARGE = BEST | dict(  # the paper's module and batch; steps and LoRA's rate are a guess: none of these was run here
     blocks=16, rank=256, alpha=128.0, kv_tokens=256, seq_len=512, steps=20_000, lora_rate=2e-4
 )  # fmt: skip
+
 PRESETS = {
     "handbook": {},
     "quick": dict(steps=30, eval_windows=2, fisher_sequences=12),
@@ -131,58 +134,3 @@ PRESETS = {
     "llama-3.2-3b": LARGE | dict(model="meta-llama/Llama-3.2-3B"),
     "llama-3.1-8b": LARGE | dict(model="meta-llama/Llama-3.1-8B", batch=1, checkpointing=True),
 }
-
-# The paper's protocol on whatever model, text, share of it, steps and module size a sweep is given.
-SIZES = ("blocks", "sparsity", "rank", "alpha", "kv_tokens", "steps", "batch", "seq_len", "eval_len")
-MATCHED = {name: value for name, value in PRESETS["paper-matched"].items() if name not in SIZES} | dict(focus=0)
-PRUNED = dict(memory=False, fix_mask=0.0)  # gates that learn to the last step: the stronger baseline
-PARTS = {
-    "pruning only": PRUNED,
-    "pruning + LoRA": dict(kv_tokens=0),
-    "pruning + KV": dict(rank=0),
-    "both": {},
-    "prune first, recover afterwards": dict(order="prune-first"),
-}
-
-
-def each(setting, *values, **more):
-    """{row: settings}, one row for each value of a setting."""
-    return {f"{setting.replace('_', ' ')} {value}": {setting: value, **more} for value in values}
-
-
-# sweep: (settings of all its runs, {row: its own settings}, {row: how many seeds, where not one})
-SWEEPS = {
-    "ablations": (  # the paper's table
-        dict(steps=200, eval_windows=6),
-        PARTS | {"memory in all layers": dict(memory_blocks=-1), "both, with retention": dict(retention="domains")},
-        dict.fromkeys(PARTS, 3),
-    ),
-    "paper": (  # the ablations that carry a claim, the paper's protocol, and sparsity against quality
-        dict(eval_windows=4),
-        PARTS | {"paper-matched, pruning only": MATCHED | dict(memory=False), "paper-matched": MATCHED}
-        | each("sparsity", 0.05, 0.2, 0.3),
-        {},
-    ),
-    "sparsity": ({}, each("sparsity", 0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3), {}),
-    "choices": (
-        {},
-        {"both": {}, "no training, text KV attached": dict(steps=0), "beta 2 to 0.5": dict(beta=2.0, beta_end=0.5)}
-        | each("beta", 2.0) | each("objective", "next-token", "blend") | each("constraint", "hinge", "lagrangian")
-        | each("gated", *GATED[:2], sparsity=0.02) | each("gated", GATED[3]) | each("granularity", "projection")
-        | each("gate_init", "constant") | each("kv_init", "normal") | each("tail", "renormalise", "drop"),
-        {},
-    ),
-    "convergence": (  # how many steps a set of gates takes to its target, under a constant lambda
-        dict(constraint="hinge", scaled=False, gate_init="constant", granularity="projection", fix_mask=0.0),
-        each("gated", *GATED, sparsity=0.02),
-        {},
-    ),
-    "domains": ({}, each("domains", "1", "2", "3", "4", "5", "6"), {}),
-    "text": ({}, each("text", 0.1, 0.25, 0.5, 1.0), {}),
-    "retention": (
-        dict(retention="domains"),
-        {f"every {n}, batch {b}": dict(retention_every=n, retention_batch=b) for n in (20, 50, 100) for b in (1, 2, 4)},
-        {},
-    ),
-    "lambda": (dict(scaled=False, constraint="hinge"), each("penalty", 15.0, 40.0, 60.0, 80.0, 120.0), {}),
-}  # fmt: skip
