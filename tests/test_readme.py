@@ -1,33 +1,254 @@
-"""The README points into the code line by line and gives commands: both have to stay true."""
+"""What the documents say has to stay true: commands, pointers into the code, links, tables, and what can be run."""
 
+import ast
+import json
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import eval as evaluation
+import make_results
 import train
+from data.run import Run
+from data.tables import saved_results
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README = ROOT / "README.md"
+DOCUMENTS = [README, ROOT / "data/README.md", ROOT / "data/RESULTS.md", ROOT / "data/PAPER.md", ROOT / "tests/SPEED.md"]
+
+each_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+
+
+def text_of(path):
+    return path.read_text(encoding="utf-8")
+
+
+def commands(script):
+    """The arguments of every `python SCRIPT ...` in the documents."""
+    found = []
+    for path in DOCUMENTS:
+        for line in re.findall(rf"python {re.escape(script)}([^;#\n`|]*)", text_of(path)):
+            found.append(shlex.split(line.replace("$s", "0")))
+    return found
+
+
+def block_with(words):
+    """The code block of the README in which these words stand."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```$", text_of(README), re.DOTALL | re.MULTILINE)
+    (block,) = [block for block in blocks if words in block]
+    return block
+
+
+# What stands there ---------------------------------------------------------------------------------------------------
+
+
+def test_the_readme_is_short():
+    assert len(text_of(README).splitlines()) <= 200
+    assert len(text_of(README).split()) <= 2000
+
+
+def test_the_command_that_the_continuous_integration_takes_from_the_readme():
+    assert re.search(r"^```\npip install -r requirements-test.txt && python -m pytest\n```$", text_of(README), re.M)
 
 
 def test_every_training_command_parses():
-    commands = re.findall(r"python train\.py([^;#\n`|]*)", README)
-    assert len(commands) >= 5
-    for command in commands:
-        if "--help" not in command:
-            train.parse(shlex.split(command.replace("$s", "0")))
+    found = [arguments for arguments in commands("train.py") if "--help" not in arguments]
+    assert len(found) >= 20
+    for arguments in found:
+        train.parse(arguments)
 
 
 def test_every_evaluation_command_parses():
-    commands = re.findall(r"python eval\.py([^;#\n`|]*)", README)
-    assert len(commands) >= 8
-    for command in commands:
-        assert evaluation.parse(shlex.split(command))
+    found = commands("eval.py")
+    assert len(found) >= 15
+    for arguments in found:
+        assert evaluation.parse(arguments)
+
+
+def test_every_sweep_and_preset_stands_in_the_documents():
+    found = commands("train.py")
+    assert {a[a.index("--sweep") + 1] for a in found if "--sweep" in a} == set(train.SWEEPS)
+    presets = text_of(ROOT / "data/RESULTS.md")
+    assert all(f"`{name}`" in presets for name, settings in train.PRESETS.items() if "/" in settings.get("model", ""))
+
+
+def names_in(path):
+    """What a file defines, as a pointer names it: `function`, `Class`, `Class.method`, `CONSTANT`."""
+    names = set()
+    for node in ast.parse(text_of(path)).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            names |= {f"{node.name}.{inner.name}" for inner in node.body if isinstance(inner, ast.FunctionDef)}
+        if isinstance(node, ast.Assign):
+            names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+    return names
+
+
+def test_every_pointer_into_the_code_is_found():
+    """A pointer is written `name` ([file.py](way/to/file.py)); a line break may stand in it."""
+    pointers = []
+    for path in DOCUMENTS:
+        before = len(pointers)
+        for name, shown, link in re.findall(r"`([\w.]+)`\s+\(\[([^\]]+\.py)\]\(([^)]+)\)\)", text_of(path)):
+            pointers.append((path.parent / link, shown, name))
+        # None is written in another way.
+        assert len(re.findall(r"\(\[[^\]]+\.py\]", text_of(path))) == len(pointers) - before
+    assert len(pointers) >= 25
+    for path, shown, name in pointers:
+        assert path.name == shown and name in names_in(path), f"{name} is not in {shown}"
+
+
+@each_document
+def test_every_link_leads_to_a_file(path):
+    for link in re.findall(r"\]\(([^)\s]+)\)", text_of(path)):
+        if "://" not in link:
+            assert (path.parent / link.split("#")[0]).exists(), link
+
+
+def test_every_file_of_the_data_folder_is_described_below_those_that_it_imports():
+    """data/README.md promises this order: a reader meets nothing that was not there before."""
+    described = re.findall(r"^\| `(\w+)\.py` \|", text_of(ROOT / "data/README.md"), re.M)
+    assert sorted(described) == sorted(path.stem for path in (ROOT / "data").glob("*.py"))
+    for i, name in enumerate(described):
+        for node in ast.walk(ast.parse(text_of(ROOT / f"data/{name}.py"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("data."):
+                assert node.module.removeprefix("data.") in described[:i], f"{name}.py imports {node.module}"
+
+
+# Tables --------------------------------------------------------------------------------------------------------------
+
+
+def test_every_table_says_what_its_json_says():
+    assert make_results.main(["--check"]) == 0
+
+
+def test_every_json_is_shown_and_says_where_it_comes_from():
+    shown = {name for path in make_results.DOCUMENTS for _, name, _ in make_results.MARKED.findall(text_of(path))}
+    assert shown == {path.stem for path in make_results.RESULTS.glob("*.json")}
+    for name in shown:
+        result = make_results.read(name)
+        assert {"command", "commit", "machine", "columns", "rows"} <= result.keys()
+
+
+def test_a_table_that_was_changed_by_hand_is_found_and_mended(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(make_results, "ROOT", tmp_path)
+    monkeypatch.setattr(make_results, "DOCUMENTS", [tmp_path / "RESULTS.md"])
+    right = text_of(ROOT / "data/RESULTS.md")
+    (tmp_path / "RESULTS.md").write_text(right.replace("| unpruned ", "| pruned   ", 1))
+    assert make_results.main(["--check"]) == 1
+    assert "RESULTS.md" in capsys.readouterr().out
+    assert make_results.main([]) == 0
+    assert text_of(tmp_path / "RESULTS.md") == right
+
+
+# What the README runs ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder in which out/handbook is a run of the shipped model, on little text and for a few steps."""
+    folder = tmp_path_factory.mktemp("home")
+    (folder / "text").mkdir()
+    for name in ("german", "french"):
+        lines = text_of(ROOT / f"data/handbook/{name}.txt").splitlines()
+        (folder / f"text/{name}.txt").write_text("\n".join(lines[:150]) + "\n", encoding="utf-8")
+    short = shlex.split("--steps 4 --batch 1 --seq-len 32 --fisher-sequences 4 --eval-windows 2 --eval-len 32")
+    assert train.main([*short, "--data", str(folder / "text"), "--out", str(folder / "out/handbook")]) == 0
+    return folder
+
+
+def test_the_python_example_runs(home, monkeypatch, capsys):
+    monkeypatch.chdir(home)
+    exec(compile(block_with("from data.run import Run"), "README.md", "exec"), {})
+    assert len([line for line in capsys.readouterr().out.splitlines() if line.strip()]) >= 3
+
+
+def test_what_a_colleague_gets_is_a_run_with_one_module(home, monkeypatch, capsys):
+    monkeypatch.chdir(home)
+    subprocess.run(["bash", "-ec", block_with("mkdir -p german/modules")], check=True)
+    assert Run("german").names == ["german"]
+    assert evaluation.main(["generate", "german", "Der Kernel ist", "--tokens", "3", "--module", "german"]) == 0
+    assert "Der Kernel ist" in capsys.readouterr().out
+    assert evaluation.main(["generate", "german", "Der Kernel ist", "--tokens", "3", "--module", "french"]) == 2
 
 
 def test_the_script_that_made_the_base_model_still_starts():
     done = subprocess.run([sys.executable, "tests/make_base.py", "--help"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith("usage:"), done.stderr
+
+
+# Runs become JSON ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def imported(tmp_path, monkeypatch):
+    """Import into an empty folder; returns a function that gives the result with a name."""
+    monkeypatch.setattr(make_results, "ROOT", tmp_path)
+    monkeypatch.setattr(make_results, "RESULTS", tmp_path)
+
+    def run(name, *arguments):
+        origin = ["--command", "python train.py", "--machine", "two cores", "--commit", "1a2b3c4"]
+        assert make_results.main(["import", name, *map(str, arguments), *origin]) == 0
+
+    return run
+
+
+def test_a_report_becomes_the_tables_that_it_shows(home, imported):
+    run = home / "out/handbook"
+    imported("default", run, "--report")
+    report = text_of(run / "report.md")
+    for part in ("perplexity", "swap", "holds"):
+        assert make_results.render_table(make_results.read(f"default-{part}")) in report
+    ledger = saved_results(run)["ledger"]
+    assert f"{ledger['one_module']:,}" in make_results.render_table(make_results.read("default-ledger"))
+    assert make_results.render(make_results.read("default-router")).endswith(
+        "`python train.py`, commit 1a2b3c4, two cores."
+    )
+
+
+def test_several_runs_become_what_compare_shows(home, imported, capsys):
+    run = home / "out/handbook"
+    imported("default", run)
+    capsys.readouterr()
+    evaluation.main(["compare", str(run)])
+    assert make_results.render_table(make_results.read("default")) in capsys.readouterr().out
+
+
+def test_pruning_stands_beside_what_has_modules(home, imported, tmp_path):
+    run = home / "out/handbook"
+    results = saved_results(run)
+    (tmp_path / "pruned").mkdir()
+    results["settings"]["fix_mask"] = 0.0
+    results["perplexity"] |= {"koff": {}, "routed": {}}
+    (tmp_path / "pruned/results.json").write_text(json.dumps(results))
+    imported("summary", run, "--pruned", tmp_path / "pruned")
+    rows = make_results.read("summary")["rows"]
+    assert rows["unpruned"][1:] == [1.0, 1.0]
+    assert rows["pruning only, gates learn to the end"] == rows["backbone alone"]
+
+
+def test_a_sweep_and_a_printed_table_become_json(imported, tmp_path):
+    (tmp_path / "sweep").mkdir()
+    both = {"runs": ["a", "b"], "physical": [0.25, 0.25], "koff": [1.1, 1.2], "settled": None}
+    (tmp_path / "sweep/sweep.json").write_text(json.dumps({"sweep": "x", "rows": {"both": both}}))
+    imported("sweep", tmp_path / "sweep")
+    result = make_results.read("sweep")
+    assert result["columns"] == ["physical", "koff"] and result["rows"] == {"both": [0.25, "1.150 +/- 0.071"]}
+
+    printed = make_results.render_table(result)
+    (tmp_path / "printed.md").write_text(f"# One\n\n| a | b |\n|---|--:|\n| c | 1 |\n\n# Two\n\n{printed}\n")
+    imported("printed", tmp_path / "printed.md", "--title", "Two")
+    again = make_results.read("printed")
+    assert again["rows"] == result["rows"] and make_results.render_table(again) == printed
+
+
+def test_a_new_name_needs_its_command(tmp_path, monkeypatch):
+    monkeypatch.setattr(make_results, "RESULTS", tmp_path)
+    (tmp_path / "printed.md").write_text("| a | b |\n|---|--:|\n| c | 1 |\n")
+    with pytest.raises(SystemExit, match="--command"):
+        make_results.main(["import", "new", str(tmp_path / "printed.md"), "--machine", "two cores"])

@@ -1,0 +1,305 @@
+"""The tables of the documents, made from the JSON files in data/results/.
+
+    python tests/make_results.py                      write every table into its place
+    python tests/make_results.py --check              exit 1 if a table is not what its JSON says
+
+A table stands between `<!-- results: NAME -->` and `<!-- /results -->` and is made of data/results/NAME.json:
+
+    {"command": lines, "commit": "1a2b3c4", "machine": "two cores of ...", "note": a sentence or two (may be missing),
+     "columns": [names], "rows": {label: [numbers, texts or null]}, "corner": what the labels are (may be missing),
+     "format": "{:.2f}" for every number, or a list with one for each column (may be missing),
+     "star": true where the lowest number of a row gets a star (may be missing)}
+
+`import` makes such files. SOURCE is one of these:
+
+    ... import NAME RUN [RUN ...]                     what `eval.py compare` shows of finished runs
+    ... import NAME SWEEP                             the table of a sweep's folder
+    ... import NAME FILE.md [--title WORDS]           a table that was printed, the first one after these words
+    ... import NAME RUN --report                      NAME-perplexity, -swap, -holds, -ledger and -router of one run
+    ... import NAME RUN [RUN ...] --pruned RUN ...    one run or several seeds beside runs with --no-memory
+
+Each needs --machine, and --command where NAME.json does not exist yet. The commit is the present one.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from data.tables import ratios, saved_results, spread, table, together
+
+DOCUMENTS = (ROOT / "README.md", ROOT / "data/RESULTS.md", ROOT / "tests/SPEED.md")
+RESULTS = ROOT / "data/results"
+MARKED = re.compile(r"(<!-- results: (\S+) -->\n).*?(<!-- /results -->)", re.DOTALL)
+
+# JSON -> Markdown ----------------------------------------------------------------------------------------------------
+
+
+def shown(value, template):
+    if value is None:
+        return "-"
+    if isinstance(value, str):
+        return value
+    return template.format(value)
+
+
+def render_table(result):
+    """The table itself."""
+    columns = result["columns"]
+    formats = result.get("format", "{}")
+    if isinstance(formats, str):
+        formats = [formats] * len(columns)
+    rows = {}
+    for label, values in result["rows"].items():
+        rows[label] = [shown(value, template) for value, template in zip(values, formats, strict=True)]
+        if result.get("star"):
+            lowest = values.index(min(values))
+            rows[label] = [f"{text}{'*' if i == lowest else ' '}" for i, text in enumerate(rows[label])]
+    return table(result.get("corner", ""), columns, rows)
+
+
+def render(result):
+    """The table with where it comes from: command, commit, machine, note."""
+    origin = f"commit {result['commit']}, {result['machine']}."  # goes on from the command
+    commands = result["command"].split("\n")
+    if len(commands) == 1:
+        text = f"{render_table(result)}\n\n`{commands[0]}`, {origin}"
+    else:
+        text = f"```\n{result['command']}\n```\n\n{render_table(result)}\n\nC{origin[1:]}"
+    if "note" in result:
+        text += f" {result['note']}"
+    return text
+
+
+def read(name):
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def with_tables(path):
+    """The text of a document as it should be."""
+
+    def replaced(match):
+        begin, name, end = match.groups()
+        # The README has no room for more than the table. Its command and machine stand in RESULTS.md.
+        text = render_table(read(name)) if path.name == "README.md" else render(read(name))
+        return f"{begin}{text}\n{end}"
+
+    return MARKED.sub(replaced, path.read_text(encoding="utf-8"))
+
+
+def write(check):
+    """Write the tables. Or only look: 1 if some document is not as it should be."""
+    status = 0
+    for path in DOCUMENTS:
+        text = with_tables(path)
+        if text == path.read_text(encoding="utf-8"):
+            continue
+        if check:
+            print(f"{path.relative_to(ROOT)} has a table that is not what its JSON says: run tests/make_results.py")
+            status = 1
+        else:
+            path.write_text(text, encoding="utf-8")
+    return status
+
+
+# Results -> JSON -----------------------------------------------------------------------------------------------------
+
+
+def mean_of(values):
+    """One number, or the mean and deviation of several seeds as text."""
+    mean, deviation = spread(values)
+    if deviation < 0.0005:
+        return mean
+    return f"{mean:.3f} +/- {deviation:.3f}"
+
+
+def from_runs(folders):
+    """What `eval.py compare` shows; or the table of one sweep."""
+    sweep = folders[0] / "sweep.json"
+    if sweep.exists():
+        found = json.loads(sweep.read_text(encoding="utf-8"))["rows"]
+        for row in found.values():
+            del row["runs"]
+    else:
+        found = {str(folder): together([folder]) for folder in folders}
+        settings = [{**saved_results(folder)["settings"], "seed": None} for folder in folders]
+        if len(folders) > 1 and settings.count(settings[0]) == len(folders):
+            found["mean +/- std"] = together(folders)
+    columns = []
+    for row in found.values():
+        columns += [name for name, values in row.items() if values and name not in columns]
+    rows = {}
+    for label, row in found.items():
+        rows[label] = [mean_of(row[name]) if row.get(name) else None for name in columns]
+    return {"columns": columns, "rows": rows, "format": "{:.3f}"}
+
+
+def from_report(folder):
+    """{part: table} of one run's results.json."""
+    results = saved_results(folder)
+    perplexity = results["perplexity"]
+    swap = results["swap"]
+    ledger = results["ledger"]
+    router = results["router"]
+    domains = list(perplexity["unpruned"])
+
+    labels = {
+        "unpruned": "unpruned",
+        "backbone": "backbone alone",
+        "koff": "KOFF, matching module",
+        "routed": "KOFF, routed module",
+        "pruned": "pruning only",
+    }
+    rows = {}
+    for variant, ratio in ratios(results).items():
+        rows[labels[variant]] = [*perplexity[variant].values(), float(np.mean(ratio)), max(ratio)]
+    formats = ["{:.2f}"] * len(domains) + ["{:.3f} x"] * 2
+    parts = {"perplexity": {"columns": [*domains, "mean ratio", "worst"], "rows": rows, "format": formats}}
+
+    rows = {domain: list(row.values()) for domain, row in swap.items()}
+    parts["swap"] = {"columns": list(swap), "rows": rows, "format": "{:.2f}", "star": True}
+
+    rows = {}
+    for domain, row in swap.items():
+        others = [value for module, value in row.items() if module != domain]
+        own = [perplexity["unpruned"][domain], row[domain], perplexity["backbone"][domain]]
+        rows[domain] = [*own, float(np.mean(others)), max(others)]
+    columns = ["unpruned", "own module", "no module", "others, mean", "others, worst"]
+    parts["holds"] = {"columns": columns, "rows": rows, "format": "{:.2f}"}
+
+    rows = {"unpruned": [ledger["total"], None, None]}
+    for name, label in (("removed", "removed"), ("one_module", "one module"), ("all_modules", "all modules")):
+        rows[label] = [ledger[name], ledger[f"{name}_bytes"], ledger[name] / ledger["removed"]]
+    columns = ["parameters", "bytes", "of what was removed"]
+    parts["ledger"] = {"columns": columns, "rows": rows, "format": ["{:,}", "{:,}", "{:.0%}"]}
+
+    columns = ["accuracy", "windows", "unsure", "unsure, other languages", "windows", "wrong module costs"]
+    keys = ("accuracy", "windows", "unsure", "unsure_other_languages", "other_windows", "wrong_route_cost")
+    formats = ["{:.4f}", "{:,}", "{:.1%}", "{:.1%}", "{:,}", "{:.3f} x"]
+    parts["router"] = {"columns": columns, "rows": {"router": [router.get(k) for k in keys]}, "format": formats}
+    return parts
+
+
+def from_runs_and_pruned(folders, pruned):
+    """What the README shows: the same runs whole, as a backbone, with modules, and runs that are only pruned."""
+    results = [saved_results(folder) for folder in folders]
+    ledger = results[0]["ledger"]
+    backbone = ledger["total"] - ledger["removed"]
+    ours = {
+        "unpruned": ("unpruned", ledger["total"]),
+        "backbone alone": ("backbone", backbone),
+        "KOFF: backbone and the text's own module": ("koff", backbone + ledger["one_module"]),
+    }
+    rows = {}
+
+    def add(label, parameters, some, variant):
+        found = [ratios(one)[variant] for one in some]
+        means = [float(np.mean(ratio)) for ratio in found]
+        worst = [max(ratio) for ratio in found]
+        rows[label] = [parameters / 1e6, mean_of(means), mean_of(worst)]
+
+    for label, (variant, parameters) in ours.items():
+        add(label, parameters, results, variant)
+    others = [saved_results(folder) for folder in pruned]
+    for fixed in (True, False):  # a pruned model may learn its gates to the last step: the stronger baseline
+        some = [one for one in others if (one["settings"]["fix_mask"] > 0) == fixed]
+        if some:
+            how = "KOFF's schedule" if fixed else "gates learn to the end"
+            size = some[0]["ledger"]["total"] - some[0]["ledger"]["removed"]
+            add(f"pruning only, {how}", size, some, "backbone")
+    columns = ["parameters at work", "perplexity / unpruned", "worst language"]
+    return {"columns": columns, "rows": rows, "format": ["{:.2f}M", "{:.3f}", "{:.3f}"]}
+
+
+def from_markdown(text, title):
+    """The first table after `title`. A column of plain numbers becomes numbers, and its format what they look like."""
+    if title not in text:
+        raise SystemExit(f"no {title!r} there")
+    lines = []
+    for line in text[text.index(title) :].splitlines():
+        if line.startswith("|"):
+            lines.append([cell.strip() for cell in line.strip("|").split("|")])
+        elif lines:
+            break
+    head, _, *body = lines
+    corner, *columns = head
+    rows = {row[0]: row[1:] for row in body}
+    formats = []
+    for i in range(len(columns)):
+        matches = {label: re.fullmatch(r"(-?[\d,]*\d)(\.\d+)?( x|%)?", row[i]) for label, row in rows.items()}
+        looks = {(len(match[2] or ".") - 1, match[3] or "") for match in matches.values() if match}
+        formats.append("{}")
+        for label, row in rows.items():
+            if row[i] == "-":
+                row[i] = None
+            elif matches[label] and len(looks) == 1:
+                digits, unit = looks.copy().pop()
+                formats[i] = f"{{:,.{digits}f}}{unit}" if digits == 0 else f"{{:.{digits}f}}{unit}"
+                number = row[i].removesuffix(unit).replace(",", "")
+                row[i] = float(number) if digits else int(number)
+    return {"corner": corner, "columns": columns, "rows": rows, "format": formats}
+
+
+def save(name, result, args):
+    """Write NAME.json. What no option says is as it was."""
+    path = RESULTS / f"{name}.json"
+    old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    command = "\n".join(args.command) if args.command else old.get("command")
+    if not command:
+        raise SystemExit(f"{name} is new: say with --command how it was made")
+    origin = {"command": command, "commit": args.commit, "machine": args.machine}
+    if args.note:
+        origin["note"] = args.note
+    text = json.dumps({**origin, **result}, indent=1, ensure_ascii=False)
+    # One row a line: a list of numbers needs no line for each of them.
+    text = re.sub(r"\[[^\[\]]*\]", lambda match: re.sub(r"\s*\n\s*", " ", match[0]), text)
+    path.write_text(text.replace("[ ", "[").replace(" ]", "]") + "\n", encoding="utf-8")
+    print(path.relative_to(ROOT))
+
+
+def import_results(args):
+    folder = args.source[0]
+    if folder.suffix == ".md":
+        save(args.name, from_markdown(folder.read_text(encoding="utf-8"), args.title), args)
+    elif args.report:
+        for part, result in from_report(folder).items():
+            save(f"{args.name}-{part}", result, args)
+    elif args.pruned:
+        save(args.name, from_runs_and_pruned(args.source, args.pruned), args)
+    else:
+        save(args.name, from_runs(args.source), args)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    commands = parser.add_subparsers(dest="what")
+    one = commands.add_parser("import")
+    one.add_argument("name")
+    one.add_argument("source", nargs="+", type=Path)
+    one.add_argument("--report", action="store_true")
+    one.add_argument("--pruned", nargs="+", type=Path, default=[])
+    one.add_argument("--title", default="")
+    one.add_argument("--command", action="append", help="a line of it; give it again for the next line")
+    one.add_argument("--machine", required=True)
+    one.add_argument("--note")
+    one.add_argument("--commit", help="[the present one]")
+    args = parser.parse_args(argv)
+    if args.what is None:
+        return write(args.check)
+    if args.commit is None:
+        done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+        args.commit = done.stdout.strip()
+    import_results(args)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
