@@ -1,6 +1,16 @@
-"""A run as other libraries read it: a dense checkpoint for transformers, adapters for peft."""
+"""A run as other libraries read it, made by `python eval.py export RUN hf` or `python eval.py export RUN peft`.
 
-import json
+A run is saved without its closed channels (`koff.materialise`), and no other library knows such matrices. An export
+puts zeros where they were (`expand`), so that every matrix has the pretrained shape again:
+
+    hf      a dense checkpoint for transformers; with --module that module's LoRA is added to its weights (`merge`)
+    peft    adapters, to be attached to the dense checkpoint: for each module one of kind LORA and, where all blocks
+            have keys and values, one of kind CARTRIDGE
+
+An export gets its name after two checks: what will be written has the logits of the run (`check_logits`), and what was
+written is just that, bit for bit (`check_tensors`). What the libraries make of it, tests/test_export.py asks them.
+"""
+
 from dataclasses import replace
 
 import torch
@@ -8,146 +18,206 @@ from safetensors.torch import save_file
 from torch import nn
 
 import koff
-from data import BadInput, atomic, checkpoint, read_tensors
-from data.checkpoint import load
+from data import BadInput, atomic, read_tensors
+from data.checkpoint import load, save_backbone
 from data.run import Run
-from model import BlockMemory, Model, matrix, widen
+from data.tables import save
+from model import Memory, Model, matrix_name
+
+# From the smaller shapes back to the pretrained ones -----------------------------------------------------------------
+
+
+def with_zeros(tensor, index, width, dim):
+    """A zero tensor that is `width` wide in dimension `dim`, with the slices of `tensor` at `index` [len]."""
+    shape = list(tensor.shape)
+    shape[dim] = width
+    return tensor.new_zeros(shape).index_copy(dim, index, tensor)
 
 
 @torch.no_grad()
 def expand(small, kept):
-    """The inverse of `compact`: a model of the pretrained shapes, zeros for what is closed, for other libraries."""
-    c = small.config
-    raw = {name: value for name, value in c.raw.items() if not name.startswith("koff_")}
-    state = {name: t for name, t in small.state_dict().items() if not name.endswith("_kept")}
+    """The inverse of `koff.materialise`: a model of the pretrained shapes, zeros for what `kept` leaves out.
+
+    kept: {block: {projection: int64}}, from `koff.kept_channels`.
+    """
+    config = small.config
+    state = dict(small.state_dict())
     for i, index in kept.items():
-        for name, (rows, _) in c.shapes.items():
-            for own in (f"{matrix(i, name)}.weight", f"{matrix(i, name)}.bias"):
-                if own in state:
-                    state[own] = widen(state[own], index[name], rows, 0)
-        down = f"{matrix(i, 'down')}.weight"
-        state[down] = widen(state[down], index["neuron"], c.intermediate_size, 1)
+        for name, (channels, _) in config.shapes.items():
+            matrix = matrix_name(i, name)
+            state.pop(f"{matrix}.kept", None)  # all channels will be there again
+            for key in (f"{matrix}.weight", f"{matrix}.bias"):
+                if key in state:
+                    state[key] = with_zeros(state[key], index[name], channels, dim=0)
+        # A neuron is a row of gate and of up, but a column of down.
+        down = f"{matrix_name(i, 'down')}.weight"
+        state[down] = with_zeros(state[down], index["neuron"], config.intermediate_size, dim=1)
+    raw = dict(config.raw)
+    raw.pop("koff_kept")  # the loader would expect the smaller shapes
     with torch.device("meta"):
-        model = Model(replace(c, kept=(), raw=raw))
-    model.load_state_dict(state, assign=True)
-    return model.requires_grad_(False)
+        dense = Model(replace(config, kept=(), raw=raw))
+    dense.load_state_dict(state, assign=True)
+    return dense.requires_grad_(False)
 
 
-def expand_memory(blocks, kept, config):
-    """The inverse of `compact_memory`: {block: BlockMemory} for the model that `expand` makes."""
-    return koff.laid_out(blocks, kept, lambda t, dim, index, name: widen(t, index, config.shapes[name][0], dim))
+def expand_module(module, kept, config):
+    """The inverse of `koff.materialise_module`: {block: Memory} for the model that `expand` makes."""
+    dense = dict(module)  # a block that has no gates keeps its memory as it is
+    for i in module.keys() & kept.keys():
+        lora = {}
+        for name, (a, b) in module[i].lora.items():
+            if name == "down":
+                a = with_zeros(a, kept[i]["neuron"], config.intermediate_size, dim=1)
+            channels, _ = config.shapes[name]
+            lora[name] = (a, with_zeros(b, kept[i][name], channels, dim=0))
+        dense[i] = replace(module[i], lora=lora)
+    return dense
 
 
 @torch.no_grad()
-def merge(model, blocks):
-    """Add the LoRA of {block: BlockMemory} to the weights of `model`, which it may share with another."""
-    for i, m in blocks.items():
-        for name, (a, b) in m.lora.items():
-            linear = model.get_submodule(matrix(i, name))
-            linear.weight = nn.Parameter(linear.weight + b @ a, requires_grad=False)
+def merge(model, module):
+    """Add the LoRA of {block: Memory} to the weights of `model`: W + B A."""
+    for i, memory in module.items():
+        for name, (a, b) in memory.lora.items():
+            projection = model.get_submodule(matrix_name(i, name))
+            # A new tensor: the old one may belong to another model too, which must stay as it is.
+            projection.weight = nn.Parameter(projection.weight + b @ a, requires_grad=False)
 
 
-def save_lora(folder, blocks, base):
-    """Write the LoRA of {block: BlockMemory} as an adapter that peft attaches to the dense model in `base`."""
-    state, names = {}, sorted({f"{name}_proj" for m in blocks.values() for name in m.lora})
-    for i, m in blocks.items():
-        for name, (a, b) in m.lora.items():
-            own = f"base_model.model.model.{matrix(i, name)}"
-            state |= {f"{own}.lora_A.weight": a.contiguous(), f"{own}.lora_B.weight": b.contiguous()}
-    rank = len(next(iter(state.values())))
-    save_adapter(folder, state, dict(
-        peft_type="LORA", base_model_name_or_path=str(base), r=rank, lora_alpha=rank,  # the scale is in B already
-        target_modules=names, layers_to_transform=list(blocks), layers_pattern="layers",
-    ))  # fmt: skip
+# Adapters, as peft writes them ---------------------------------------------------------------------------------------
 
 
-def save_cartridge(folder, blocks, base):
-    """Write the KV memory of all blocks as peft's CARTRIDGE: [M, (block, keys or values, head, channel)]."""
-    pairs = [t for i in sorted(blocks) for t in (blocks[i].keys, blocks[i].values)]  # each [G, M, hd]
-    (G, M, hd), rows = pairs[0].shape, torch.stack(pairs).permute(2, 0, 1, 3)
-    save_adapter(folder, {"prompt_embeddings": rows.reshape(M, -1).contiguous()}, dict(
-        peft_type="CARTRIDGE", base_model_name_or_path=str(base), num_virtual_tokens=M, num_frozen_tokens=0,
-        num_layers=len(blocks), num_attention_heads=G, token_dim=G * hd,
-    ))  # fmt: skip
+def save_lora(folder, module, rank, base):
+    """Write the LoRA of {block: Memory} as an adapter of kind LORA for the dense model in `base`."""
+    tensors = {}
+    for i, memory in module.items():
+        for name, (a, b) in memory.lora.items():
+            matrix = f"base_model.model.model.{matrix_name(i, name)}"
+            tensors[f"{matrix}.lora_A.weight"] = a  # [r, fan-in]
+            tensors[f"{matrix}.lora_B.weight"] = b  # [channels, r]
+    config = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": rank,  # peft multiplies by lora_alpha / r, which is in our B already
+        "target_modules": [f"{name}_proj" for name in koff.LORA],
+        "layers_to_transform": list(module),
+        "layers_pattern": "layers",
+    }
+    save_adapter(folder, tensors, config, base)
 
 
-def save_adapter(folder, state, config):
-    folder.mkdir(parents=True)
-    save_file(state, folder / "adapter_model.safetensors", {"format": "pt"})
-    config |= dict(task_type="CAUSAL_LM", inference_mode=True)
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+def save_cartridge(folder, module, base):
+    """Write the keys and values of all blocks as an adapter of kind CARTRIDGE for the dense model in `base`."""
+    pairs = [torch.stack([module[i].keys, module[i].values]) for i in range(len(module))]
+    memory = torch.stack(pairs)
+    L, _, G, M, hd = memory.shape  # blocks, keys and values, heads, tokens, channels
+    rows = memory.permute(3, 0, 1, 2, 4).reshape(M, -1)  # one row for each memory token, as peft has it
+    config = {
+        "peft_type": "CARTRIDGE",
+        "num_virtual_tokens": M,
+        "num_frozen_tokens": 0,
+        "num_layers": L,
+        "num_attention_heads": G,
+        "token_dim": G * hd,
+    }
+    save_adapter(folder, {"prompt_embeddings": rows}, config, base)
 
 
-def load_adapter(folder, blocks):
-    """What `save_lora` or `save_cartridge` wrote, as {block: BlockMemory} with the shapes that `blocks` has."""
-    state, _ = read_tensors(folder / "adapter_model.safetensors")
-    if "prompt_embeddings" in state:
-        G, M, hd = blocks[0].keys.shape
-        pairs = state["prompt_embeddings"].view(M, len(blocks), 2, G, hd).permute(1, 2, 3, 0, 4)
-        return {i: BlockMemory({}, *pair) for i, pair in zip(sorted(blocks), pairs, strict=True)}
-    out = {i: BlockMemory({}) for i in blocks}
-    for name, a in state.items():
-        own, _, half = name.partition(".lora_")
-        _, _, _, _, i, _, projection = own.split(".")
-        if half == "A.weight":
-            out[int(i)].lora[projection.removesuffix("_proj")] = a, state[f"{own}.lora_B.weight"]
-    return out
+def save_adapter(folder, tensors, config, base):
+    """Write an adapter as peft lays it out, and read its tensors again.
+
+    Bit for bit is as strong as comparing logits once more: the module that they were taken from has the run's logits.
+    """
+    config |= {"task_type": "CAUSAL_LM", "inference_mode": True, "base_model_name_or_path": str(base)}
+    save(folder, {"adapter_config.json": config})
+    file = folder / "adapter_model.safetensors"
+    save_file(tensors, file, {"format": "pt"})
+    written, _ = read_tensors(file)
+    check_tensors(file, written, tensors)
+
+
+# The command ---------------------------------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
 def export(args):
-    """Write a run as other libraries read it, read it again, and compare it with the run before it gets its name."""
+    """Write the run in the folder `args.run` for another library (`args.form`: hf or peft).
+
+    args.module: hf: merge this module; peft: only this one. args.out: the folder to make. Raises BadInput where that is
+    there already, and where the result differs from the run.
+    """
     run = Run(args.run, "cpu", torch.float32)
-    small, kind = run.backbone, f"{args.form}-{args.module}" if args.module else args.form
-    if (out := args.out or run.folder / "export" / kind).exists():
+    kind = f"{args.form}-{args.module}" if args.module else args.form
+    out = args.out or run.folder / "export" / kind
+    if out.exists():
         raise BadInput(f"{out} is there already; remove it or name another --out.")
-    kept = koff.kept_channels(run.gates(small)[1], small.config, run.settings.first(len(small.layers))[0], "cpu")
-    write = export_dense if args.form == "hf" else export_adapters
+    gates, mask = run.gates(run.backbone)
+    kept = koff.kept_channels(mask, run.backbone.config, gates.first, "cpu")
+    dense = expand(run.backbone, kept)
     with atomic(out) as partial:
-        write(partial, run, expand(small, kept), kept, args.module)
-    on = "" if args.form == "hf" else f"; for the model that eval.py export {run.folder} hf writes"
-    print(f"{out}, read again and compared with the run{on}")
+        if args.form == "hf":
+            export_dense(partial, run, dense, kept, args.module)
+        else:
+            export_adapters(partial, run, dense, kept, [args.module] if args.module else run.names)
+    print(f"{out}, read again and compared with the run")
 
 
-def export_dense(folder, run, dense, kept, module):
-    """The `dense` model with zeros for the channels that are not `kept`; a `module`'s LoRA is merged."""
-    lora = {i: BlockMemory(m.lora) for i, m in run.module(module).items()} if module else None
-    if lora:
-        merge(dense, expand_memory(lora, kept, dense.config))
-    check("the dense model", run, lora, dense)
-    dense = dense.to(getattr(torch, run.backbone.config.raw["dtype"]))
-    checkpoint.save_backbone(folder, dense, run.folder / "backbone")
-    again = load(folder, dense.head.dtype).state_dict()
-    if any(not torch.equal(again[name], t) for name, t in dense.state_dict().items()):
-        raise BadInput(f"{folder} was not written as it is; check the disk and try again.")
-    if lora and run.settings.kv_tokens:
-        print(f"{module}: a checkpoint has no place for its keys and values; what is merged is LoRA.")
+def export_dense(folder, run, dense, kept, name):
+    """Write the `dense` model of the run as a checkpoint, with the LoRA of the module `name` merged, if it is given."""
+    lora = None
+    if name:
+        # Nothing but LoRA: it is all that can be merged, so it is also all that the run may be compared with.
+        lora = {i: Memory(memory.lora) for i, memory in run.module(name).items()}
+        merge(dense, expand_module(lora, kept, dense.config))
+    check_logits("the dense model", run, lora, dense)
+    # The check was in float32; a checkpoint has the dtype that the pretrained one had.
+    dense = dense.to(getattr(torch, dense.config.raw["dtype"]))
+    save_backbone(folder, dense, run.folder / "backbone")
+    check_tensors(folder, load(folder, dense.head.dtype).state_dict(), dense.state_dict())
+    if name and run.settings.kv_tokens:
+        print(f"{name}: a checkpoint has no place for its keys and values; what is merged is LoRA.")
 
 
-def export_adapters(folder, run, dense, kept, module):
-    """For each module, or one `module`, a folder of its LoRA and one of its keys and values if all blocks have them."""
-    s, base, layers = run.settings, (run.folder / "export/hf").resolve(), len(dense.layers)
-    for name in [module] if module else run.names:
-        blocks, parts = run.module(name), {}
-        if s.rank:
-            parts[name] = save_lora, {i: BlockMemory(m.lora) for i, m in blocks.items()}
-        if s.kv_tokens and len(blocks) == layers:
-            kv = {i: BlockMemory({}, m.keys, m.values) for i, m in blocks.items()}
-            parts[f"{name}-kv"] = save_cartridge, kv
-        elif s.kv_tokens:
-            there = f"{s.kv_tokens} keys and values in {len(blocks)} of {layers} blocks"
+def export_adapters(folder, run, dense, kept, names):
+    """Write the modules `names` as adapters for the `dense` model: NAME with its LoRA, NAME-kv with keys and values."""
+    base = (run.folder / "export/hf").resolve()
+    rank = run.settings.rank
+    tokens = run.settings.kv_tokens
+    blocks = len(dense.layers)
+    for name in names:
+        module = expand_module(run.module(name), kept, dense.config)
+        check_logits(name, run, run.module(name), dense, module)
+        # LoRA and keys and values are an adapter each: peft has no kind that holds both.
+        if rank:
+            save_lora(folder / name, module, rank, base)
+        if tokens and len(module) == blocks:
+            save_cartridge(folder / f"{name}-kv", module, base)
+        elif tokens:
+            # Zero keys for the other blocks would not do: a query attends to them as to any others.
+            there = f"{tokens} keys and values in {len(module)} of {blocks} blocks"
             print(f"{name}: peft attaches keys and values to all blocks or none; {there} stay here.")
-        for part, (write, memory) in parts.items():
-            write(folder / part, expand_memory(memory, kept, dense.config), base)
-            check(part, run, memory, dense, load_adapter(folder / part, memory))
     if not folder.exists():
         raise BadInput(f"{run.folder} has nothing that peft could attach; export hf is all that there is.")
 
 
-def check(what, run, blocks, model, memory=None):
-    """BadInput unless `model` with `memory` has the logits of the run with `blocks`, to 1e-4 in float32."""
+# The two checks ------------------------------------------------------------------------------------------------------
+
+
+def check_logits(what, run, module, dense, dense_module=None):
+    """BadInput unless `dense` with `dense_module` has the logits of the run with `module`.
+
+    Both are in float32 and add the same numbers in another order: 1e-4 of the largest logit may differ.
+    """
     tokens = torch.randint(run.tokenizer.vocab_size, (2, 64), generator=torch.Generator().manual_seed(0))
-    ours, theirs = run.backbone(tokens, memory=blocks), model(tokens, memory=memory)
-    worst, size = (ours - theirs).abs().max().item(), ours.abs().max().item()
-    if not worst <= 1e-4 * max(1.0, size):
-        raise BadInput(f"{what} differs from the run by {worst:.2g} in a logit of {size:.2g}; it was not kept.")
+    expected = run.backbone(tokens, module=module)
+    size = expected.abs().max()
+    difference = (dense(tokens, module=dense_module) - expected).abs().max()
+    if not difference <= 1e-4 * size:  # "not" and "<=": a difference that is NaN is refused as well
+        raise BadInput(f"{what} differs from the run by {difference:.2g} in a logit of {size:.2g}; it was not kept.")
+
+
+def check_tensors(path, found, expected):
+    """BadInput unless the tensors `found` in a file are those that were `expected` there, bit for bit."""
+    for name, tensor in expected.items():
+        if not torch.equal(found[name], tensor):
+            raise BadInput(f"{path} was not written as it is; check the disk and try again.")

@@ -1,4 +1,8 @@
-"""The modules of a run: list, rename, remove."""
+"""The modules of a finished run: `python eval.py modules RUN`, `... rename RUN OLD NEW` and `... remove RUN NAME`.
+
+A module is there if its file and its row of the router are there. Both commands below change the router between writing
+and deleting files: wherever they are interrupted, each module has exactly one name.
+"""
 
 from data import BadInput, atomic
 from data.corpus import domain_name
@@ -7,34 +11,55 @@ from data.tables import parameters_of, table
 
 
 def list_modules(args):
+    """Print a table of the modules: their shape, their size and the text that they were trained on."""
     run = Run(args.run, "cpu")
-    s, rows = run.settings, {}
-    for name, blocks in run.modules.items():
-        shape = [str(s.rank), str(s.kv_tokens), f"{min(blocks)} to {max(blocks)}", f"{parameters_of(blocks):,}"]
-        rows[name] = [*shape, str(run.router.paths.get(name, s.data))]
+    settings = run.settings
+    rows = {}
+    for name, module in run.modules.items():
+        blocks = f"{min(module)} to {max(module)}"
+        text = run.router.paths.get(name, settings.data)  # the router knows the text of a domain that came later
+        rows[name] = [str(settings.rank), str(settings.kv_tokens), blocks, f"{parameters_of(module):,}", str(text)]
     print(table("", ["LoRA rank", "KV tokens", "blocks", "parameters", "text"], rows))
 
 
-def change_module(args):
-    """Remove a module, or give it another name.
+def remove_module(args):
+    """Delete the module `args.module`."""
+    run = Run(args.run, "cpu")
+    run.module(args.module)  # BadInput if the run has none of this name
+    if len(run.names) == 1:
+        raise BadInput(f"{args.module} is the only module of {run.folder}; delete the folder instead.")
+    run.router.remove(args.module)
+    finish(run, args.module)
 
-    A module is one whose file and whose row of the router are there: wherever this is interrupted, it has one name.
-    """
-    run, old, new = Run(args.run, "cpu"), args.module, args.name if args.command == "rename" else None
-    path, router = run.module_path(old), run.router
+
+def rename_module(args):
+    """Give the module `args.module` the name `args.name`."""
+    run = Run(args.run, "cpu")
+    old = args.module
+    new = args.name
+    router = run.router
     run.module(old)
-    if new is None:
-        if len(run.names) == 1:
-            raise BadInput(f"{old} is the only module of {run.folder}; delete the folder instead.")
-        router.remove(old)
+    path = run.module_path(new)
+    # domain_name refuses what can be no file name; "../x" is one, but of another folder.
+    if domain_name(path) != new or new in router.domains:
+        raise BadInput(f"{run.folder} cannot have another module {new!r}; give a new name.")
+    # The text is still called as the domain was: from now on only the router knows where to find it.
+    router.paths[new] = str(texts_of(run)[old].resolve())
+    router.domains[router.domains.index(old)] = new
+    with atomic(path) as partial:
+        partial.write_bytes(run.module_path(old).read_bytes())
+    finish(run, old)
+
+
+def finish(run, old):
+    """Save the changed router, then delete the file of the module `old`, which it knows no longer."""
+    run.router.save(run.folder / "router.safetensors")
+    run.module_path(old).unlink()
+    print(f"{run.folder} holds {', '.join(run.router.domains)}; eval.py report {run.folder} makes its tables again.")
+
+
+def change_module(args):  # goes when eval.py calls the two functions by their names
+    if args.command == "rename":
+        rename_module(args)
     else:
-        renamed = run.module_path(new)
-        if domain_name(renamed) != new or new in router.domains:
-            raise BadInput(f"{run.folder} cannot have another module {new!r}; give a new name.")
-        router.paths[new] = router.paths.pop(old, None) or str(texts_of(run)[old].resolve())
-        router.domains[router.domains.index(old)] = new
-        with atomic(renamed) as partial:
-            partial.write_bytes(path.read_bytes())
-    router.save(run.folder / "router.safetensors")
-    path.unlink()
-    print(f"{run.folder} holds {', '.join(router.domains)}; eval.py report {run.folder} makes its tables again.")
+        remove_module(args)

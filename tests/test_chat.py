@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 import eval as evaluation
 import model as decoder
 import train
-from data import BadInput
+from data import BadInput, chat
 from data.chat_template import ChatTemplate
 from data.corpus import read_documents
 from data.run import Run
@@ -154,8 +155,8 @@ def fresh(run, messages, module):
     """Greedy, in one call: the module on the whole conversation."""
     whole = Run(run)
     ids = whole.tokenizer.encode(ChatTemplate(SMOLLM2)(messages, answer=True))
-    memory = whole.module(module)
-    new = decoder.generate(whole.backbone, torch.tensor([ids]), 12, whole.tokenizer.vocab_size, memory=memory)
+    attached = whole.module(module)
+    new = decoder.generate(whole.backbone, torch.tensor([ids]), 12, whole.tokenizer.vocab_size, module=attached)
     return whole.tokenizer.decode([token.item() for token in new])
 
 
@@ -190,17 +191,60 @@ def test_generate_answers_a_file_of_prompts(run, tmp_path, capsys):
         assert evaluation.main([*given, prompt]) == 0
         single.append(capsys.readouterr().out)
     for name, text in {
-        "p.txt": "\n".join(prompts),
+        "p.txt": "\n\n".join(prompts) + "\n",
         "p.jsonl": "\n".join(json.dumps({"prompt": p}) for p in prompts),
     }.items():
         (tmp_path / name).write_text(text)
         assert evaluation.main([*given, f"@{tmp_path / name}"]) == 0
         lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
         assert [line["prompt"] + line["text"] + "\n" for line in lines] == single
-    (tmp_path / "p.jsonl").write_text('{"text": 1}\n')
-    for wrong in f"@{tmp_path / 'p.jsonl'}", "@nowhere", "":
+    for line in '{"text": 1}', '{"prompt": 3}', '["prompt"]', "{":
+        (tmp_path / "p.jsonl").write_text('{"prompt": "Der Kernel"}\n' + line)
+        assert evaluation.main([*given, f"@{tmp_path / 'p.jsonl'}"]) == 2
+        shown = capsys.readouterr()
+        assert "p.jsonl:2 has no" in shown.err and not shown.out  # nothing is answered before all prompts are read
+    for wrong in "@nowhere", "":
         assert evaluation.main([*given, wrong]) == 2
         assert capsys.readouterr().err.splitlines()[-1].startswith("eval.py: ")
+
+
+class Bytes:
+    """A tokenizer whose tokens are bytes."""
+
+    vocab_size = 256
+
+    def encode(self, text, bos=False):
+        return list(text.encode())
+
+    def decode_bytes(self, ids):
+        return bytes(ids)
+
+
+def test_a_character_is_shown_when_its_last_token_has_come(monkeypatch):
+    ends = SimpleNamespace(eos_token_ids=(0,))
+    written = [torch.tensor([byte]) for byte in [*"aé€".encode(), 0xC3, 0]]
+    monkeypatch.setattr(chat, "generate", lambda *given: iter(written))
+    run = SimpleNamespace(tokenizer=Bytes(), device="cpu", backbone=SimpleNamespace(config=ends))
+    args = SimpleNamespace(seed=0, tokens=9, temperature=0.0, top_p=1.0)
+    assert list(chat.stream(run, "x", None, args)) == ["a", "", "é", "", "", "€", "", "\N{REPLACEMENT CHARACTER}"]
+    with pytest.raises(BadInput, match="the prompt is empty"):
+        list(chat.stream(run, "", None, args))
+
+
+def test_which_module_answers():
+    router = SimpleNamespace(route=lambda ids: ["french"], best=lambda ids: ("french", 0.75))
+    run = SimpleNamespace(tokenizer=Bytes(), router=router, names=["french"], module=lambda name: {0: name})
+    assert chat.pick_module(run, "x") == ({0: "french"}, "french, the router's choice (75.0%)")
+    assert chat.pick_module(run, "", "german") == ({0: "german"}, "german")
+    with pytest.raises(BadInput, match="the prompt is empty"):
+        chat.pick_module(run, "")
+    unsure = (None, "none, the router is unsure (french would be the first choice)")
+    run.names = ["german"]  # the module of the router's choice was deleted
+    assert chat.pick_module(run, "x") == unsure
+    router.route = lambda ids: [None]
+    assert chat.pick_module(run, "x") == unsure
+    run.names = []
+    assert chat.pick_module(run, "x") == (None, "none in this run")
 
 
 def test_without_jinja2_a_template_that_thinks_is_refused(monkeypatch):

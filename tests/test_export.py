@@ -1,6 +1,8 @@
 """What other libraries make of an export: transformers the masked model's logits, peft those of each module."""
 
+import copy
 import json
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ import train
 from data import export
 from data.checkpoint import load, parse_config
 from data.run import Run
-from model import BlockMemory, Model
+from model import Memory, Model, matrix_name
 from test_train import CONFIG, flags, world  # noqa: F401 (a fixture)
 
 KINDS = {
@@ -40,11 +42,11 @@ def finished(where, kind="llama", **more):
 
 
 def masked(where, out):
-    """tokens -> logits of the pretrained model under the run's final mask, and with a memory: the reference."""
+    """tokens -> logits of the pretrained model under the run's final mask, and with a module: the reference."""
     base, run = load(where / "base"), Run(out, "cpu", torch.float32)
     gates, mask = run.gates(base)
     z = gates.by_block({name: m.float() for name, m in mask.items()}, torch.float32)
-    return run, lambda tokens, memory=None: base(tokens, gates=z, memory=memory)
+    return run, lambda tokens, module=None: base(tokens, z=z, module=module)
 
 
 def close(a, b):
@@ -83,11 +85,12 @@ def test_transformers_and_peft_give_the_logits_of_the_run(world, kind, shape, ca
 
 
 def whole_modules(where, run, lora_only=False):
-    """{domain: its memory for the masked model, which has all channels}."""
+    """{domain: its module for the masked model, which has all channels}."""
     base = load(where / "base")
-    kept = koff.kept_channels(run.gates(base)[1], base.config, run.settings.first(len(base.layers))[0], "cpu")
-    whole = {name: export.expand_memory(blocks, kept, base.config) for name, blocks in run.modules.items()}
-    return {n: {i: BlockMemory(m.lora) if lora_only else m for i, m in blocks.items()} for n, blocks in whole.items()}
+    gates, mask = run.gates(base)
+    kept = koff.kept_channels(mask, base.config, gates.first, "cpu")
+    whole = {name: export.expand_module(module, kept, base.config) for name, module in run.modules.items()}
+    return {n: {i: Memory(m.lora) if lora_only else m for i, m in module.items()} for n, module in whole.items()}
 
 
 @torch.no_grad()
@@ -98,30 +101,132 @@ def test_keys_and_values_in_all_blocks_are_a_cartridge_and_a_merged_lora_makes_i
     assert evaluation.main(["export", str(out), "hf"]) == 0
     assert evaluation.main(["export", str(out), "hf", "--module", "french"]) == 0
     whole = whole_modules(world, run)["french"]
-    kv = {i: BlockMemory({}, m.keys, m.values) for i, m in whole.items()}
-    for base, memory in ("hf", kv), ("hf-french", whole):
+    kv = {i: Memory(keys=m.keys, values=m.values) for i, m in whole.items()}
+    for base, module in ("hf", kv), ("hf-french", whole):
         theirs = AutoModelForCausalLM.from_pretrained(out / "export" / base, dtype=torch.float32)
         adapted = PeftModel.from_pretrained(theirs, out / "export/peft/french-kv").eval()
-        assert close(adapted(TOKENS).logits, reference(TOKENS, memory))
+        assert close(adapted(TOKENS).logits, reference(TOKENS, module))
         assert not close(adapted(TOKENS).logits, theirs(TOKENS).logits)
-    assert close(theirs(TOKENS).logits, reference(TOKENS, {i: BlockMemory(m.lora) for i, m in whole.items()}))
+    assert close(theirs(TOKENS).logits, reference(TOKENS, {i: Memory(m.lora) for i, m in whole.items()}))
 
 
 def test_an_export_that_differs_is_not_kept_and_a_folder_is_not_overwritten(world, capsys, monkeypatch):  # noqa: F811
-    out, expand = finished(world), export.expand
+    out = finished(world)
+    expand, expand_module = export.expand, export.expand_module
+    save, back = export.save_file, export.save_backbone
     assert evaluation.main(["export", str(out), "hf", "--module", "dutch"]) == 2
     assert "no module 'dutch'" in capsys.readouterr().err
 
-    def wrong(small, kept):
+    def other_weight(small, kept):
         dense = expand(small, kept)
         dense.layers[1].self_attn.v_proj.weight[0] += 0.1
         return dense
 
-    for form in "hf", "peft":
-        monkeypatch.setattr(export, "expand", wrong)
-        assert evaluation.main(["export", str(out), form]) == 2
+    def other_module(module, kept, config):
+        dense = expand_module(module, kept, config)
+        dense[2].lora["up"][1].add_(0.1)
+        return dense
+
+    def other_file(tensors, path, metadata):
+        name = max(tensors)
+        save(tensors | {name: tensors[name] + 1e-3}, path, metadata)
+
+    def other_checkpoint(folder, dense, source):
+        back(folder, copy.deepcopy(dense).half(), source)
+
+    for given, name, fault, words in (
+        (["hf"], "expand", other_weight, "differs from the run by"),
+        (["peft"], "expand", other_weight, "differs from the run by"),
+        (["hf", "--module", "french"], "expand_module", other_module, "differs from the run by"),
+        (["peft"], "expand_module", other_module, "differs from the run by"),
+        (["peft"], "save_file", other_file, "was not written as it is"),
+        (["hf"], "save_backbone", other_checkpoint, "was not written as it is"),
+    ):
+        monkeypatch.setattr(export, name, fault)
+        assert evaluation.main(["export", str(out), *given]) == 2
         err = capsys.readouterr().err
-        assert "differs from the run by" in err and err.count("\n") == 1 and not (out / "export" / form).exists()
+        assert words in err and err.count("\n") == 1 and not list((out / "export").iterdir())
         monkeypatch.undo()
+    for form in "hf", "peft":
         assert evaluation.main(["export", str(out), form]) == 0
         assert evaluation.main(["export", str(out), form]) == 2 and "is there already" in capsys.readouterr().err
+
+
+# The arithmetic, on a tiny model ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class Scaled(Memory):
+    """What a fork may make of a memory: a field of its own."""
+
+    scale: float = 1.0
+
+
+def closed(model):
+    """`kept_channels` with 3 closed neurons and 2 closed rows of k and of down in the upper two of three blocks."""
+    torch.manual_seed(4)
+    mask = {}
+    for name, channels, count in ("k", 16, 2), ("down", 24, 2), ("neuron", 40, 3):
+        mask[name] = torch.ones(2, channels, dtype=torch.bool)
+        for row in mask[name]:
+            row[torch.randperm(channels)[:count]] = False
+    return koff.kept_channels(mask, model.config, 1, "cpu"), mask
+
+
+def random_module(model):
+    """LoRA of rank 2 in every block: also in the lowest, which has no gates."""
+    module = {}
+    for i in range(3):
+        lora = {}
+        for name in koff.LORA:
+            channels, fan_in = model.config.shapes[name]
+            lora[name] = (torch.randn(2, fan_in), torch.randn(channels, 2))
+        module[i] = Scaled(lora, torch.randn(2, 5, 8), torch.randn(2, 5, 8), scale=2.0 + i)
+    return module
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_expanding_is_the_inverse_of_materialising_bit_for_bit(tiny, kind):
+    model = tiny(**KINDS[kind])
+    kept, mask = closed(model)
+    small = koff.materialise(model, kept)
+    dense = export.expand(small, kept)
+    assert dense.state_dict().keys() == model.state_dict().keys() and not dense.config.kept
+    for (name, theirs), ours in zip(model.state_dict().items(), dense.state_dict().values(), strict=True):
+        expected = theirs.clone()
+        for i in (1, 2):
+            for part, rows in ("k", "k"), ("down", "down"), ("gate", "neuron"), ("up", "neuron"):
+                if name.startswith(matrix_name(i, part)):
+                    expected[~mask[rows][i - 1]] = 0
+            if name == f"{matrix_name(i, 'down')}.weight":
+                expected[:, ~mask["neuron"][i - 1]] = 0
+        assert torch.equal(ours, expected)
+    again = koff.materialise(dense, kept)
+    assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in small.state_dict().items())
+
+    module = koff.materialise_module(random_module(model), kept)
+    whole = export.expand_module(module, kept, model.config)
+    assert [memory.scale for memory in whole.values()] == [2.0, 3.0, 4.0] and whole[0] is module[0]
+    assert (whole[1].lora["up"][1][~mask["neuron"][0]] == 0).all()
+    assert (whole[2].lora["down"][0][:, ~mask["neuron"][1]] == 0).all()
+    back = koff.materialise_module(whole, kept)
+    for i, memory in module.items():
+        for name, (a, b) in memory.lora.items():
+            assert torch.equal(back[i].lora[name][0], a) and torch.equal(back[i].lora[name][1], b)
+        assert back[i].keys is memory.keys and back[i].values is memory.values
+
+
+def test_merging_adds_ba_and_leaves_the_run_as_it_is(tiny):
+    model = tiny()
+    kept, _ = closed(model)
+    small = koff.materialise(model, kept)
+    before = {name: tensor.clone() for name, tensor in small.state_dict().items()}
+    whole = export.expand_module(koff.materialise_module(random_module(model), kept), kept, model.config)
+    dense, merged = export.expand(small, kept), export.expand(small, kept)
+    export.merge(merged, whole)
+    for i, memory in whole.items():
+        for name, (a, b) in memory.lora.items():
+            weight = f"{matrix_name(i, name)}.weight"
+            assert torch.equal(merged.state_dict()[weight], dense.state_dict()[weight] + b @ a)
+    # The lowest block has no gates: its weights are the run's own tensors.
+    assert all(torch.equal(small.state_dict()[name], tensor) for name, tensor in before.items())

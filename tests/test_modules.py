@@ -119,7 +119,7 @@ def test_a_wide_bfloat16_run_takes_another_module(tmp_path):
     given = flags(tmp_path, dtype="bfloat16", gated="kv+mlp", steps=2)
     assert train.main(given) == 0
     state = load_file(tmp_path / "runs/one/backbone/model.safetensors")
-    assert max(t.max() for n, t in state.items() if n.endswith("down_kept")) > 256
+    assert max(t.max() for n, t in state.items() if n.endswith("down_proj.kept")) > 256
     assert add(tmp_path / "runs/one") == 0
 
 
