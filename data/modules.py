@@ -56,10 +56,3 @@ def finish(run, old):
     run.router.save(run.folder / "router.safetensors")
     run.module_path(old).unlink()
     print(f"{run.folder} holds {', '.join(run.router.domains)}; eval.py report {run.folder} makes its tables again.")
-
-
-def change_module(args):  # goes when eval.py calls the two functions by their names
-    if args.command == "rename":
-        rename_module(args)
-    else:
-        remove_module(args)
