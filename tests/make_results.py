@@ -67,12 +67,12 @@ def render_table(result):
 
 def render(result):
     """The table with where it comes from: command, commit, machine, note."""
-    origin = f"commit {result['commit']}, {result['machine']}."  # goes on from the command
+    origin = f"commit {result['commit']}, {result['machine']}."
     commands = result["command"].split("\n")
     if len(commands) == 1:
-        text = f"{render_table(result)}\n\n`{commands[0]}`, {origin}"
+        text = f"{render_table(result)}\n\n`{commands[0]}` at {origin}"
     else:
-        text = f"```\n{result['command']}\n```\n\n{render_table(result)}\n\nC{origin[1:]}"
+        text = f"```\n{result['command']}\n```\n\n{render_table(result)}\n\nAt {origin}"
     if "note" in result:
         text += f" {result['note']}"
     return text
