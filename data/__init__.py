@@ -12,15 +12,19 @@ from safetensors import SafetensorError, safe_open
 
 def check_versions(python=sys.version_info, torch=torch.__version__):
     """Python 3.10 and torch 2.6 are needed: else exit with 2 and one sentence."""
-    old = [f"Python {python[0]}.{python[1]} is too old; install Python 3.10"] if tuple(python[:2]) < (3, 10) else []
-    if tuple(int(x) for x in torch.split(".")[:2]) < (2, 6):
-        old += [f"torch {torch} is too old; install torch 2.6"]
-    if old:
-        print(f"{old[0]} or newer.", file=sys.stderr)
-        sys.exit(2)
+    major, minor = torch.split(".")[:2]
+    if tuple(python[:2]) < (3, 10):
+        wrong = f"Python {python[0]}.{python[1]} is too old; install Python 3.10 or newer."
+    elif (int(major), int(minor)) < (2, 6):
+        wrong = f"torch {torch} is too old; install torch 2.6 or newer."
+    else:
+        return
+    print(wrong, file=sys.stderr)
+    sys.exit(2)
 
 
-check_versions()  # on import, because everything after this may need what an old version lacks
+# On import, because everything after this line may need what an old version lacks.
+check_versions()
 
 
 class BadInput(Exception):
@@ -28,16 +32,23 @@ class BadInput(Exception):
 
 
 def discard(path):
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    """Remove a file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def atomic(path):
-    """Yield a temporary path beside `path`, of a file or a folder; rename it to `path` on success, else remove it."""
+    """Yield a temporary path beside `path`, for a file or a folder; rename it to `path` on success, else remove it.
+
+    A reader of `path` therefore never finds something half-written, whenever the process is killed.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.part")
-    discard(partial)  # of a process that was killed
+    discard(partial)  # left by a process that was killed
     try:
         yield partial
         os.replace(partial, path)
@@ -46,10 +57,14 @@ def atomic(path):
 
 
 def read_tensors(path, framework="pt", device="cpu"):
-    """({name: tensor}, metadata) of a safetensors file that a run saved; BadInput if it cannot be read."""
+    """({name: tensor}, metadata) of a safetensors file that a run saved; BadInput if it cannot be read.
+
+    framework: "pt" for tensors of torch, "np" for arrays of numpy.
+    """
     try:
         with safe_open(path, framework, device=str(device)) as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+            return tensors, file.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise BadInput(f"{path} cannot be read ({error}); name a run that train.py has finished.") from None
 

@@ -3,6 +3,8 @@
 `<domain>.txt` is one stream, whose tail is held out: translations of one book then hold out the same chapters.
 `<domain>.jsonl` (one {"text": ...} a line, or {"messages": [...]}, a conversation) and the files of a sub-folder
 `<domain>/` are documents; whole documents are held out.
+
+    find_domains -> {domain: path};  load_text -> Split of token ids;  windows and batch -> [n, length] of them
 """
 
 import hashlib
@@ -14,6 +16,66 @@ from pathlib import Path
 import numpy as np
 
 from data import BadInput, atomic
+
+FORMATS = (".txt", ".jsonl")
+VISIBLE = "[!.]*"  # names of files that are not hidden
+HELDOUT = 0.05  # share of each domain's text that is not trained on
+
+
+# Text ----------------------------------------------------------------------------------------------------------------
+
+
+def read_text(path):
+    """The text of a file; BadInput if it is not UTF-8."""
+    raw = path.read_bytes()
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path} is not UTF-8 at byte {error.start}; convert it, for example with iconv.") from None
+
+
+def read_documents(path, template=None):
+    """(documents, stream): the texts of a file or folder, and whether they are one stream (a single .txt).
+
+    template: the model's `ChatTemplate`, which makes a text of a conversation; None if it has none.
+    """
+    if path.is_dir():
+        documents = []
+        for file in sorted(path.glob(VISIBLE)):
+            if file.suffix in FORMATS:
+                documents += read_documents(file, template)[0]
+        return documents, False
+    if path.suffix == ".txt":
+        return [read_text(path)], True
+    if path.suffix != ".jsonl":
+        raise BadInput(f"{path} is neither a .txt nor a .jsonl; rename it or give a folder of them.")
+    documents = []
+    # Not splitlines(): it also cuts at separators that JSON allows within a text.
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if line.strip():
+            documents.append(text_of(line, f"{path}:{number}", template))
+    return documents, False
+
+
+def text_of(line, where, template):
+    """The text of one line of a .jsonl, which stands at `where`; BadInput if it has none."""
+    try:
+        row = json.loads(line)
+        if isinstance(row.get("text"), str):
+            return row["text"]
+        # A sum that is no text is refused by `join`, and a missing key by itself.
+        if not "".join(message["role"] + message["content"] for message in row["messages"]):
+            raise ValueError("an empty conversation")
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise BadInput(f'{where} is not a JSON object with "text" or "messages"; mend or remove the line.') from None
+    if template is None:
+        raise BadInput(f"{where} is a conversation, but the model has no chat template; give text.")
+    if row.get("tools"):
+        return template(row["messages"], tools=row["tools"])
+    return template(row["messages"])
+
+
+# Tokens --------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -27,99 +89,78 @@ class Split:
     def store(self):
         """Write the cache, so that the next run need not tokenise. (Not done on reading: first comes every check.)"""
         if not self.cached.exists():
-            with atomic(self.cached) as partial, open(partial, "wb") as out:
-                np.save(out, np.concatenate([[len(self.train)], self.train, self.heldout]).astype(np.int32))
+            ids = np.concatenate([[len(self.train)], self.train, self.heldout])
+            with atomic(self.cached) as partial, open(partial, "wb") as file:
+                np.save(file, ids.astype(np.int32))
 
     @classmethod
     def read(cls, path):
         """What `store` wrote: the length of the training ids, these, and the held-out ids."""
-        whole = np.load(path, mmap_mode="r")
-        return cls(whole[1 : 1 + whole[0]], whole[1 + whole[0] :], path)
+        ids = np.load(path, mmap_mode="r")
+        cut = 1 + ids[0]
+        return cls(ids[1:cut], ids[cut:], path)
 
 
-def read_text(path):
-    raw = path.read_bytes()
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{path} is not UTF-8 at byte {error.start}; convert it, for example with iconv.") from None
-
-
-def read_documents(path, template=None):
-    """(documents, stream): the texts of a file or folder, and whether they are one stream (a single .txt).
-
-    `template`: the model's `ChatTemplate`, which makes a text of a conversation.
-    """
-    if path.is_dir():
-        files = sorted(p for p in path.iterdir() if p.suffix in (".txt", ".jsonl") and not p.name.startswith("."))
-        return [text for file in files for text in read_documents(file, template)[0]], False
-    if path.suffix == ".txt":
-        return [read_text(path)], True
-    if path.suffix != ".jsonl":
-        raise BadInput(f"{path} is neither a .txt nor a .jsonl; rename it or give a folder of them.")
-    documents = []
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if line.strip():
-            where = f"{path}:{number}"
-            try:
-                row = json.loads(line)
-                text, messages = row.get("text"), row.get("messages")
-                if text is None and messages and all(isinstance(m["role"] + m["content"], str) for m in messages):
-                    if template is None:
-                        raise BadInput(f"{where} is a conversation, but the model has no chat template; give text.")
-                    text = template(messages)
-            except (ValueError, LookupError, TypeError, AttributeError):
-                text = None
-            if not isinstance(text, str):
-                raise BadInput(f'{where} is not a JSON object with "text" or "messages"; mend or remove the line.')
-            documents.append(text)
-    return documents, False
-
-
-def split_text(documents, stream, heldout, path):
-    """(train texts, held-out texts): the last `heldout` of the documents, or of a stream up to a line's end."""
+def split_text(documents, stream, path):
+    """(training texts, held-out texts): the last `HELDOUT` of the documents, or of the stream from `path`."""
     if stream:
         text = documents[0]
-        cut = text.rfind("\n", 0, int(len(text) * (1 - heldout))) + 1 or int(len(text) * (1 - heldout))
+        cut = int(len(text) * (1 - HELDOUT))
+        cut = text.rfind("\n", 0, cut) + 1 or cut  # after the last line's end before it, if there is one
         return [text[:cut]], [text[cut:]]
     if len(documents) == 1:
         raise BadInput(f"{path} has one document only, so that none can be held out; add documents or make it a .txt.")
-    cut = len(documents) - max(1, round(len(documents) * heldout))
+    cut = len(documents) - max(1, round(len(documents) * HELDOUT))
     return documents[:cut], documents[cut:]
 
 
-def load_text(path, tokenizer, cache, heldout=0.05, separator=None, template=None, need=(0, 0)):
-    """Tokens of one file or folder as a `Split`, from `cache` if the same text was tokenised before.
+def load_text(path, tokenizer, cache, separator=None, template=None, need=(0, 0)):
+    """Tokens of one file or folder as a `Split`, from the folder `cache` if the same text was tokenised before.
 
-    With documents, `separator` (an id) ends each. Raises BadInput for text that is missing, empty or unreadable, or has
-    fewer tokens than `need` (training, held out).
+    separator: an id that ends each document; need: the least tokens (training, held out). Raises BadInput for text that
+    is missing, empty or unreadable, or has fewer.
     """
     path = Path(path)
     if not path.exists():
         raise BadInput(f"{path} does not exist; give a .txt, a .jsonl or a folder of them.")
     documents, stream = read_documents(path, template)
-    if not any(text.strip() for text in documents):
+    if not "".join(documents).strip():
         raise BadInput(f"{path} is empty; put text into it or remove it.")
     # Keyed by the text itself: reading it is quick beside tokenising, and time stamps lie after a checkout.
-    key = hashlib.sha256(json.dumps([documents, stream, heldout, separator]).encode()).hexdigest()[:16]
-    file = Path(cache, f"{path.stem}-{key}-{tokenizer.fingerprint}.npy")
-    if file.exists():
-        split = Split.read(file)
+    key = hashlib.sha256(json.dumps([documents, stream, HELDOUT, separator]).encode()).hexdigest()[:16]
+    cached = Path(cache, f"{path.stem}-{key}-{tokenizer.fingerprint}.npy")
+    if cached.exists():
+        split = Split.read(cached)
     else:
-        parts, end = [], [] if separator is None or stream else [separator]
-        for texts in split_text(documents, stream, heldout, path):
-            ids = [np.array(tokenizer.encode(text, bos=True) + end, np.int32) for text in texts]
-            parts.append(np.concatenate(ids))
-        split = Split(*parts, file)
-    for part, ids, least in ("training", split.train, need[0]), ("held-out", split.heldout, need[1]):
-        if len(ids) < least:
-            shorter = "--seq-len or --batch" if part == "training" else "--eval-len"
-            needed = f"{len(ids)} tokens, {least} are needed"
-            raise BadInput(f"{path}: its {part} text has {needed}; add text, or lower {shorter}.")
+        end = [] if stream or separator is None else [separator]
+        parts = [encode(texts, tokenizer, end) for texts in split_text(documents, stream, path)]
+        split = Split(*parts, cached)
+    check_length(path, "training", split.train, need[0], "--seq-len or --batch")
+    check_length(path, "held-out", split.heldout, need[1], "--eval-len")
     return split
 
 
+def encode(texts, tokenizer, end):
+    """int32 ids of texts in a row, each between the tokenizer's bos and `end`."""
+    ids = []
+    for text in texts:
+        # An array for each text: a list of all ids would need eight times the memory.
+        ids.append(np.array(tokenizer.encode(text, bos=True) + end, np.int32))
+    return np.concatenate(ids)
+
+
+def check_length(path, part, ids, least, flags):
+    if len(ids) < least:
+        raise BadInput(
+            f"{path}: its {part} text has {len(ids)} tokens, {least} are needed; add text, or lower {flags}."
+        )
+
+
+# Domains -------------------------------------------------------------------------------------------------------------
+
+
 def domain_name(path):
+    """The domain that a file or folder is named after; BadInput if the name does not do for files of a run."""
     name = path.name if path.is_dir() else path.stem
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
         raise BadInput(f"{path}: a domain's name becomes a file name; use letters, digits, '.', '_' and '-'.")
@@ -127,34 +168,58 @@ def domain_name(path):
 
 
 def find_domains(folder, only="", least=1):
-    """{domain: path}, sorted by name, or `only` those named there, or that many. BadInput for fewer than `least`."""
-    folder, found = Path(folder), {}
-    if not folder.is_dir():
-        raise BadInput(f"{folder} is not a folder; give one with a <domain>.txt, .jsonl or sub-folder per domain.")
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or not (path.is_dir() or path.suffix in (".txt", ".jsonl")):
-            continue
-        if (name := domain_name(path)) in found:
-            raise BadInput(f"{folder} has the domain {name} twice ({found[name].name}, {path.name}); keep one.")
-        found[name] = path
-    wanted = list(found)[: int(only)] if only.isdigit() else only.split(",") if only else list(found)
-    if only.isdigit() and not 0 < int(only) <= len(found):
-        raise BadInput(f"--domains is {only}, and {folder} holds {len(found)} domains; give a number from 1 to that.")
-    if missing := set(wanted) - set(found):
-        raise BadInput(f"{folder} has no domain {min(missing)!r}; --domains can name {', '.join(found)}.")
-    found = {name: path for name, path in found.items() if name in wanted}
+    """{domain: path} of the text in a folder; BadInput for fewer domains than `least`.
+
+    only: names with commas between, or a number: so many, in the order of their files; empty: all.
+    """
+    paths = domains_in(Path(folder))
+    chosen = list(paths)
+    if only.isdigit():
+        chosen = chosen[: int(only)]
+        if len(chosen) < int(only):
+            raise BadInput(f"--domains is {only}, and {folder} holds {len(paths)} domains; give 1 to that many.")
+    elif only:
+        chosen = only.split(",")
+    for name in chosen:
+        if name not in paths:
+            raise BadInput(f"{folder} has no domain {name!r}; --domains can name {', '.join(paths)}.")
+    found = {name: path for name, path in paths.items() if name in chosen}
     if len(found) < least:
-        has = f"only one domain, {next(iter(found))}" if found else "no domain"
+        has = f"only one domain, {chosen[0]}" if chosen else "no domain"
         raise BadInput(f"{folder} holds {has}; put at least {least} there, each a <domain>.txt, .jsonl or sub-folder.")
     return found
 
 
+def domains_in(folder):
+    """{domain: path}, all that a folder holds."""
+    if not folder.is_dir():
+        raise BadInput(f"{folder} is not a folder; give one with a <domain>.txt, .jsonl or sub-folder per domain.")
+    paths = {}
+    for path in sorted(folder.glob(VISIBLE)):
+        if not path.is_dir() and path.suffix not in FORMATS:
+            continue  # a README, say
+        name = domain_name(path)
+        if name in paths:
+            raise BadInput(f"{folder} has the domain {name} twice ({paths[name].name}, {path.name}); keep one.")
+        paths[name] = path
+    return paths
+
+
+# Training and evaluation ---------------------------------------------------------------------------------------------
+
+
+def tiles(ids, length):
+    """[n, length]: the text cut into consecutive windows; a view, so that ids on the disk stay there."""
+    n = len(ids) // length
+    return np.asarray(ids[: n * length]).reshape(n, length)
+
+
 def windows(ids, length, limit=None):
     """Consecutive windows [n, length], int64; at most `limit` of them, spread evenly over the text."""
-    n = len(ids) // length
-    tiled = np.asarray(ids[: n * length]).reshape(n, length)
-    chosen = slice(None) if limit is None or n <= limit else np.linspace(0, n - 1, limit).astype(int)
-    return tiled[chosen].astype(np.int64)
+    tiled = tiles(ids, length)
+    if limit is not None and limit < len(tiled):
+        tiled = tiled[np.linspace(0, len(tiled) - 1, limit).astype(int)]
+    return tiled.astype(np.int64)
 
 
 def batch(ids, index, size, length, seed):
@@ -165,7 +230,8 @@ def batch(ids, index, size, length, seed):
     per_epoch = max(1, (len(ids) // length - 1) // size)
     epoch, step = divmod(index, per_epoch)
     rng = np.random.default_rng([seed, epoch])
+    # The offset leaves room for one batch at least, even in a text that holds no more than that.
     offset = rng.integers(min(length, len(ids) - size * length + 1))
-    n = (len(ids) - offset) // length
-    chosen = rng.permutation(n)[step * size : (step + 1) * size]
-    return np.stack([ids[offset + c * length : offset + (c + 1) * length] for c in chosen]).astype(np.int64)
+    tiled = tiles(ids[offset:], length)
+    chosen = rng.permutation(len(tiled))[step * size : (step + 1) * size]
+    return tiled[chosen].astype(np.int64)

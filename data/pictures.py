@@ -1,4 +1,8 @@
-"""Pictures of what a run or a sweep has saved: shades, hatches, markers and line styles, no meaning in colour."""
+"""Pictures of what a run or a sweep has saved: `python eval.py plot FOLDER` draws them into the folder.
+
+No meaning is in colour: shades, hatches, markers and line styles tell things apart. The ground is set to white, so that
+black ink is legible on a dark page too.
+"""
 
 import json
 from pathlib import Path
@@ -6,110 +10,148 @@ from pathlib import Path
 import numpy as np
 
 from data import BadInput, atomic
+from data.tables import spread
+
+STYLES = ("ko-", "ks--", "kD:", "k^-.", "kv-", "kx--")  # black; each curve has its own marker and line style
 
 
-def spread(x):
-    """(mean, sample deviation) of some values, such as the seeds of a row; 0 for a single one."""
-    return float(np.mean(x)), float(np.std(x, ddof=1)) if len(x) > 1 else 0.0
+def draw_curve(axes, x, y, label):
+    """One more curve in the axes, over whole numbers x."""
+    # A marker at every point would hide the line style of a long curve: they keep this distance, of the diagonal.
+    style = STYLES[len(axes.lines)]
+    axes.plot(x, y, style, markerfacecolor="w", markevery=0.05, label=label)
+    axes.locator_params(axis="x", integer=True)
+    axes.legend()
 
 
-def lines(ax, x, columns, **labels):
-    """Columns {name: y} over x, each with its own line style and marker."""
-    for (name, y), style in zip(columns.items(), ("ko-", "ks--", "kD:", "k^-.", "kv-", "kx--"), strict=False):
-        ax.plot(x, y, style, mfc="w", markevery=max(1, len(x) // 18), label=name)
-    ax.set(**labels)
-    ax.locator_params(axis="x", integer=True)
-    ax.legend()
+def draw_layers(figure, results):
+    """The share of channels that are closed, over the gated blocks: a curve for each projection."""
+    axes = figure.add_subplot(xlabel="block", ylabel="share of channels closed")
+    layers = results["layers"]  # {block: {projection: share}}
+    blocks = [int(block) for block in layers]
+    for name in next(iter(layers.values())):
+        draw_curve(axes, blocks, [row[name] for row in layers.values()], name)
 
 
-def draw_swap(plt, results):
-    p, swap = results["perplexity"], results["swap"]
-    columns = {"unpruned": p["unpruned"], "no\nmodule": p["backbone"], "pruning\nonly": p.get("pruned")}
-    columns = {name: column for name, column in columns.items() if column}
-    own = len(columns)
-    columns |= {m: {d: row[m] for d, row in swap.items()} for m in swap}
-    ratio = np.array([[column[d] / x for column in columns.values()] for d, x in p["unpruned"].items()])
-    ax = plt.figure(figsize=(1 + 0.95 * len(columns), 1 + 0.45 * len(ratio))).add_subplot()
-    image = ax.imshow(ratio, cmap="Greys", aspect="auto", vmin=min(1, ratio.min()), vmax=ratio.max() + 0.02)
-    for (i, j), x in np.ndenumerate(ratio):
-        best, ink = j >= own and x == ratio[i, own:].min(), "w" if image.norm(x) > 0.5 else "k"
-        ax.text(j, i, f"{x:.3f}{'*' if best else ''}", ha="center", va="center", color=ink)
-    ax.axvline(own - 0.5, color="k", lw=3)
-    ax.set_xticks(range(len(columns)), columns)
-    ax.set_yticks(range(len(ratio)), p["unpruned"])
-    ax.set(title="perplexity / unpruned: text of the row, module of the column, * the best")
+def draw_curves(figure, log):
+    """What train.py logged, over the steps: the loss, sparsity by both counts, lambda."""
+    names = {"loss": "loss", "physical": "sparsity, physical", "paper": "sparsity, paper", "lambda": "lambda"}
+    steps = [entry["step"] for entry in log]
+    for place, (name, label) in enumerate(names.items(), 1):
+        axes = figure.add_subplot(1, 4, place, xlabel="step")
+        draw_curve(axes, steps, [entry[name] for entry in log], label)
 
 
-def draw_layers(plt, results):
-    rows = results["layers"]
-    columns = {name: [row[name] for row in rows.values()] for name in next(iter(rows.values()))}
-    ax = plt.figure(figsize=(7, 3.5)).add_subplot()
-    lines(ax, [int(i) for i in rows], columns, xlabel="block", ylabel="share of channels closed")
+def draw_swap(figure, results):
+    """Perplexity over the unpruned model's: a row for each text, a column for each model without and with a module."""
+    perplexity = results["perplexity"]
+    swap = results["swap"]  # {domain: {module: perplexity}}
+    variants = [name for name in ("unpruned", "backbone", "pruned") if name in perplexity]
+    first = len(variants)  # column of the first module
+    # One row of ratios after the other, as the report has them.
+    rows = []
+    for domain, unpruned in perplexity["unpruned"].items():
+        row = [perplexity[name][domain] for name in variants]
+        row += [swap[domain][module] for module in swap]
+        rows.append(np.divide(row, unpruned))
+    ratio = np.array(rows)  # [domains, variants + modules]
+    axes = figure.add_subplot(title="perplexity / unpruned: text of the row, module of the column, * the best")
+    # The scale goes on beyond the highest ratio: no shade is darker than a middle grey, so that the text is legible.
+    axes.imshow(ratio, cmap="Greys", aspect="auto", vmax=ratio.min() + 2 * np.ptp(ratio))
+    for (i, j), value in np.ndenumerate(ratio):
+        star = "*" if j >= first and value == min(ratio[i, first:]) else ""
+        axes.text(j, i, f"{value:.3f}{star}", ha="center", va="center")
+    axes.axvline(first - 0.5, color="k")
+    axes.set_xticks(range(ratio.shape[1]), [*variants, *swap])
+    axes.set_yticks(range(ratio.shape[0]), perplexity["unpruned"])
 
 
-def draw_curves(plt, log):
-    _, axes = plt.subplots(1, 3, figsize=(12, 3), layout="constrained")
-    for ax, names in zip(axes, (["loss"], ["physical", "paper"], ["lambda"]), strict=True):
-        label = "sparsity" if len(names) > 1 else names[0]
-        lines(ax, [x["step"] for x in log], {n: [x[n] for x in log] for n in names}, xlabel="step", ylabel=label)
+def draw_lape(figure, found):
+    """P(closed) of the neurons that few domains use, of those that all use, and of all neurons."""
+    closed = found["closed"]  # {"gate", "up", "either": {"specific", "general", "all": P(closed)}}
+    if closed["gate"] == closed["up"]:  # granularity neuron: one gate closes both
+        closed = {"neuron": closed["gate"]}
+    groups = ["15% most\nspecific", "15% most\ngeneral", "all: local\nsparsity"]
+    for place, (gate, shares) in enumerate(closed.items(), 1):
+        axes = figure.add_subplot(1, len(closed), place, title=gate, ylabel="P(closed)", ylim=(0, 1.1))
+        bars = axes.bar(groups, shares.values(), fc=".8", ec="k")
+        axes.bar_label(bars, fmt="%.2f")
 
 
-def draw_lape(plt, found):
-    closed, ax = found["closed"], plt.figure(figsize=(6, 3.5)).add_subplot()
-    closed = {"neurons": closed["gate"]} if closed["gate"] == closed["up"] else closed
-    for i, (group, hatch) in enumerate({"specific": "///", "general": "...", "all": ""}.items()):
-        label = "all: local sparsity" if group == "all" else f"15% most {group}"
-        height, at = [row[group] for row in closed.values()], np.arange(len(closed)) + 0.27 * (i - 1)
-        ax.bar_label(ax.bar(at, height, 0.25, fc="w", ec="k", hatch=hatch, label=label), fmt="%.2f")
-    ax.set_xticks(range(len(closed)), closed)
-    ax.set(ylabel="P(closed)", ymargin=0.4)  # room for the legend
-    ax.legend()
+def draw_sweep(figure, sweep):
+    """All runs as bars; where sparsity was swept, quality over sparsity too. Seeds: mean and sample deviation."""
+    rows = sweep["rows"]  # {label: {column: [value of each seed], or None}}
+    swept = [row for label, row in rows.items() if label.startswith("sparsity ")]
+    if swept:
+        draw_tradeoff(figure.add_subplot(1, 2, 1), swept)
+        draw_bars(figure.add_subplot(1, 2, 2), rows)
+    else:
+        draw_bars(figure.add_subplot(), rows)
 
 
-def draw_sweep(plt, sweep):
-    rows, label = sweep["rows"], "mean perplexity / unpruned"
-    curve = [row for name, row in rows.items() if name.startswith("sparsity ")]
-    size = (12 if curve else 7, 1 + max(2.5, 0.3 * len(rows)))
-    *left, ax = plt.subplots(1, 2 if curve else 1, figsize=size, layout="constrained", squeeze=False)[1][0]
-    for name, style in (("koff", "ko-"), ("backbone", "ks--")) if curve else ():
-        points = sorted((*spread(row["physical"]), *spread(row[name])) for row in curve if row[name])
-        x, dx, y, dy = zip(*points, strict=True) if points else [[]] * 4
-        legend = "KOFF" if name == "koff" else "backbone alone"
-        left[0].errorbar(x, y, dy, dx, style, mfc="w", capsize=3, label=legend)
-        left[0].set(xlabel="physical sparsity", ylabel=label)
-        left[0].legend()
-    for i, row in enumerate(rows.values()):
-        (x, dx), look = spread(row["koff"] or row["backbone"]), {} if row["koff"] else {"hatch": "///"}
-        ax.barh(i, x - 1, left=1, xerr=dx or None, fc="w" if look else ".8", ec="k", capsize=3, **look)
-        ax.text(max(1, x + dx), i, f" {x:.3f}", va="center")
-    ax.set_yticks(range(len(rows)), rows)
-    ax.set(xlabel=label, title="grey: KOFF, hatched: pruning only", ymargin=0.02, xmargin=0.15)
-    ax.invert_yaxis()
+def draw_tradeoff(axes, rows):
+    """A point for each run with modules, and one for its backbone without any; error bars in both directions."""
+    for row in rows:
+        x, x_error = spread(row["physical"])
+        for column, marker in ("koff", "ko"), ("backbone", "ks"):
+            if row[column]:  # a run without modules has no KOFF
+                y, y_error = spread(row[column])
+                axes.errorbar(x, y, y_error, x_error, marker, markerfacecolor="w", capsize=3)
+    axes.set(xlabel="physical sparsity", ylabel="mean perplexity / unpruned")
+    axes.set(title="circles: KOFF, squares: the backbone alone")
 
 
-PICTURES = {
-    "results.json": {"layers": draw_layers, "swap": draw_swap}, "log.jsonl": {"curves": draw_curves},
-    "lape.json": {"lape": draw_lape}, "sweep.json": {"sweep": draw_sweep},
-}  # fmt: skip
+def draw_bars(axes, rows):
+    """A bar from 1, which is the unpruned model, to the mean ratio: a run's own modules, or its backbone if none."""
+    for label, row in rows.items():
+        mean, deviation = spread(row["koff"] or row["backbone"])
+        hatch = "" if row["koff"] else "///"
+        bar = axes.barh(label, mean - 1, left=1, xerr=deviation, fc="w", ec="k", hatch=hatch)
+        axes.bar_label(bar, [f"{mean:.3f}"], padding=3)
+    axes.invert_yaxis()  # the first row is on top
+    axes.set(xlabel="mean perplexity / unpruned", title="white: KOFF, hatched: pruning only", xmargin=0.15)
+
+
+# What can be drawn ----------------------------------------------------------------------------------------------------
+
+PICTURES = {  # picture: (the file that it shows, the function that draws it)
+    "layers": ("results.json", draw_layers),
+    "swap": ("results.json", draw_swap),
+    "curves": ("log.jsonl", draw_curves),
+    "lape": ("lape.json", draw_lape),
+    "sweep": ("sweep.json", draw_sweep),
+}
 
 
 def plot(folder):
-    """Draw what a run or a sweep has saved in the folder, into the folder."""
+    """Draw what a run or a sweep has saved in the folder, into the folder. BadInput if that is nothing."""
     try:
-        from matplotlib import pyplot
+        from matplotlib import figure  # not pyplot, which wants a screen and keeps every figure
     except ImportError:
-        raise BadInput("pictures need matplotlib, which is not here; pip install matplotlib.") from None
-    pyplot.switch_backend("Agg")  # files only: works without a screen
-    there = {path: draws for file, draws in PICTURES.items() if (path := Path(folder, file)).exists()}
-    if not there:
-        raise BadInput(f"{folder} has no {', '.join(PICTURES)}; name the folder of a run or of a sweep.")
-    for path, (name, draw) in ((path, item) for path, draws in there.items() for item in draws.items()):
-        text = path.read_text(encoding="utf-8")
+        raise BadInput("pictures need matplotlib: pip install matplotlib.") from None
+    drawn = 0
+    for name, (source, draw) in PICTURES.items():
+        path = Path(folder, source)
+        if not path.exists():
+            continue
+        # One size for all pictures: as wide as a page of text.
+        page = figure.Figure((12, 4), facecolor="white", layout="constrained")
         try:
-            draw(pyplot, [json.loads(x) for x in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text))
+            draw(page, read(path))
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise BadInput(f"{path} is not what this version saves ({error!r}); make it again.") from None
-        with atomic(path.with_name(f"{name}.png")) as partial:
-            pyplot.savefig(partial, format="png", dpi=150, bbox_inches="tight")
-        pyplot.close()
-        print(path.with_name(f"{name}.png"))
+        picture = path.with_name(f"{name}.png")
+        with atomic(picture) as partial:
+            page.savefig(partial, format="png", dpi=150)
+        print(picture)
+        drawn += 1
+    if not drawn:
+        raise BadInput(f"{folder} has no results.json, log.jsonl, lape.json, sweep.json; name a run or a sweep.")
+
+
+def read(path):
+    """What a .json holds, or a list of what the lines of a .jsonl hold."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".json":
+        return json.loads(text)
+    return [json.loads(line) for line in text.splitlines()]

@@ -1,4 +1,8 @@
-"""Tables in Markdown, and the figures of finished runs that tables of several runs show."""
+"""Tables in Markdown, the files that a report consists of, and the figures of finished runs side by side.
+
+save(folder, {"report.md": table("", ["mean"], {"french": ["1.03"]}), "results.json": results})
+print(side_by_side({"seeds 0 to 2": together([folder_0, folder_1, folder_2])}))
+"""
 
 import json
 from pathlib import Path
@@ -7,95 +11,155 @@ import numpy as np
 
 from data import BadInput, atomic
 from data.checkpoint import tensors_of
-from data.pictures import spread
+
+
+def spread(values):
+    """(mean, sample deviation) of some values, such as the seeds of a row; the deviation of a single one is 0."""
+    deviation = np.std(values, ddof=1) if len(values) > 1 else 0.0
+    return np.mean(values), deviation
 
 
 def table(corner, columns, rows):
-    """A Markdown table that also reads well on a screen; rows {label: [text]}."""
-    lines = [[corner, *columns], *([label, *row] for label, row in rows.items())]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    lines = [[f"{t:>{w}}" if i else f"{t:<{w}}" for i, (t, w) in enumerate(zip(x, widths, strict=True))] for x in lines]
-    rule = "|" + "-" * (widths[0] + 2) + "".join("|" + "-" * (w + 1) + ":" for w in widths[1:]) + "|"
-    head, *body = ["| " + " | ".join(line) + " |" for line in lines]
-    return "\n".join([head, rule, *body])
+    """A Markdown table that also reads well on a screen. columns [text]; rows {label: [text, one per column]}."""
+    lines = [[corner, *columns]]
+    for label, texts in rows.items():
+        lines.append([label, *texts])
+    cells = np.array(lines)  # [1 + rows, 1 + columns] of text
+    widths = np.char.str_len(cells).max(axis=0)
+    # Labels stand to the left, figures to the right, which a colon in the rule below the head tells Markdown.
+    padded = np.char.rjust(cells, widths)
+    padded[:, 0] = np.char.ljust(cells[:, 0], widths[0])
+    rule = np.char.rjust(":", widths + 2, "-")
+    rule[0] = "-" * (widths[0] + 2)
+    text = ["| " + " | ".join(line) + " |" for line in padded]
+    text.insert(1, "|" + "|".join(rule) + "|")
+    return "\n".join(text)
+
+
+def save(folder, files, show=True):
+    """Write {name: text, or what becomes JSON} into the folder, and show the texts on the screen."""
+    for name, content in files.items():
+        text = content
+        if not isinstance(content, str):
+            text = json.dumps(content, indent=1) + "\n"
+        elif show:
+            print("\n" + text)
+        with atomic(Path(folder, name)) as partial:
+            partial.write_text(text, encoding="utf-8")
+
+
+# Finished runs -------------------------------------------------------------------------------------------------------
+
+
+def saved_results(folder):
+    """results.json of a finished run. BadInput if there is none, or one of another version."""
+    path = Path(folder, "results.json")
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        if not {"perplexity", "swap", "sparsity", "settings"} <= results.keys():
+            raise ValueError("it is of another version")
+    except (OSError, ValueError, AttributeError) as error:
+        raise BadInput(f"{path} cannot be read ({error}); name runs that train.py has finished.") from None
+    return results
 
 
 def ratios(results):
     """{variant: [perplexity / that of the unpruned model, one per domain]} of the results of a run."""
-    p = results["perplexity"]
-    return {v: [x / p["unpruned"][d] for d, x in row.items()] for v, row in p.items() if row}
+    perplexity = results["perplexity"]
+    found = {}
+    for variant, row in perplexity.items():
+        if row:  # a run without modules has an empty one for "koff" and "routed"
+            found[variant] = [x / perplexity["unpruned"][domain] for domain, x in row.items()]
+    return found
 
 
-def save(folder, files, show=True):
-    """Write {name: text, or what becomes JSON} into the folder, and show the texts."""
-    for name, content in files.items():
-        text = content if isinstance(content, str) else json.dumps(content, indent=1) + "\n"
-        with atomic(Path(folder, name)) as partial:
-            partial.write_text(text, encoding="utf-8")
-        if show and text is content:
-            print("\n" + text)
+def settled(log, results):
+    """The first step in log.jsonl at which the gates had closed, in expectation, 95% of what is closed in the end.
 
-
-def saved_results(folder):
-    """results.json of a finished run."""
-    path = Path(folder, "results.json")
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if not {"perplexity", "swap", "sparsity", "settings"} <= found.keys():
-            raise ValueError("it is of another version")
-        return found
-    except (OSError, ValueError, AttributeError) as error:
-        raise BadInput(f"{path} cannot be read ({error}); name runs that train.py has finished.") from None
+    None if they never had while they learnt. Later steps do not count: then the mask is fixed, and nothing closes.
+    """
+    settings = results["settings"]
+    count = settings["count"]  # "physical" or "paper": the sparsity that the run aimed at
+    learnt = settings["steps"] * (1 - settings["fix_mask"])
+    for line in log.read_text().splitlines():
+        entry = json.loads(line)
+        if entry["step"] < learnt and entry[count] >= 0.95 * results["sparsity"][count]:
+            return entry["step"]
+    return None
 
 
 def summary(folder):
     """The figures of a finished run that tables of several runs show: {column: number, None where it has none}.
 
-    backbone, KOFF and routed are means over domains of perplexity / unpruned; settled is the step at which the gates
-    had closed, in expectation, 95% of what is closed in the end, if they did before the mask was fixed.
+    physical, paper, expected    sparsities: shares of all parameters
+    backbone, koff, routed       perplexity / unpruned, mean over domains: no module, the domain's own, the router's
+    worst                        the highest such ratio of a domain with its own module
+    diagonal                     share of the domains whose own module is better on them than every other
+    router, settled, minutes     the router's accuracy, see `settled`, how long the run took
     """
-    r, log = saved_results(folder), Path(folder, "log.jsonl")
-    ratio, swap = ratios(r), r["swap"]
-    mean = {v: float(np.mean(x)) for v, x in ratio.items()}
-    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    count, learnt = r["settings"]["count"], r["settings"]["steps"] * (1 - r["settings"]["fix_mask"])
-    lines = [line for line in lines if line["step"] < learnt]  # then the mask was fixed
-    settled = [line["step"] for line in lines if line[count] >= 0.95 * r["sparsity"][count]]
-    return {
-        **r["sparsity"], "backbone": mean["backbone"], "koff": mean.get("koff"), "routed": mean.get("routed"),
-        "worst": max(ratio["koff"]) if swap else None,
-        "diagonal": float(np.mean([min(row, key=row.get) == d for d, row in swap.items()])) if swap else None,
-        "router": r["router"]["accuracy"], "settled": settled[0] if settled else None, "minutes": r["seconds"] / 60,
-    }  # fmt: skip
+    results = saved_results(folder)
+    ratio = ratios(results)
+    log = Path(folder, "log.jsonl")
+    figures = {**results["sparsity"], "backbone": np.mean(ratio["backbone"])}
+    figures |= dict.fromkeys(("koff", "routed", "worst", "diagonal"))  # None, unless there are modules
+    if results["swap"]:
+        figures["koff"] = np.mean(ratio["koff"])
+        figures["routed"] = np.mean(ratio["routed"])
+        figures["worst"] = max(ratio["koff"])
+        own_is_best = [min(row, key=row.get) == domain for domain, row in results["swap"].items()]
+        figures["diagonal"] = np.mean(own_is_best)
+    figures["router"] = results["router"]["accuracy"]
+    figures["settled"] = settled(log, results) if log.exists() else None
+    figures["minutes"] = results["seconds"] / 60
+    return figures
 
 
 def together(folders):
-    """The `summary` of several runs: {column: [one value per run], None where a run has none}."""
-    every = [summary(folder) for folder in folders]
-    return {key: None if any(one[key] is None for one in every) else [one[key] for one in every] for key in every[0]}
+    """The `summary` of several runs, such as seeds: {column: [one value per run], None where any run has none}."""
+    summaries = list(map(summary, folders))
+    columns = {}
+    for name in summaries[0]:
+        values = [figures[name] for figures in summaries]
+        columns[name] = None if None in values else values
+    return columns
 
 
 def side_by_side(rows):
-    """{label: `together`} as a table; several runs of a row (seeds) as mean +/- sample deviation."""
-    columns = list(dict.fromkeys(key for row in rows.values() for key, values in row.items() if values))
-
-    def cell(values):
-        if values is None:
-            return "-"
-        mean, deviation = spread(values)
-        return f"{mean:.3f}" + (f" +/- {deviation:.3f}" if deviation >= 0.0005 else "")
-
-    return table("", columns, {label: [cell(row.get(key)) for key in columns] for label, row in rows.items()})
+    """{label: `together`} as a table: of one run the value, of several (seeds) mean +/- sample deviation."""
+    columns = []  # that some row has
+    for row in rows.values():
+        columns += [name for name, values in row.items() if values and name not in columns]
+    cells = {}
+    for label, row in rows.items():
+        cells[label] = [cell(row.get(name)) for name in columns]
+    return table("", columns, cells)
 
 
-def parameters_of(blocks):
-    """How many parameters a module {block: BlockMemory} has."""
-    return sum(t.numel() for t in tensors_of(blocks).values())
+def cell(values):
+    if not values:
+        return "-"
+    mean, deviation = spread(values)
+    if deviation < 0.0005:  # would be shown as 0.000
+        return f"{mean:.3f}"
+    return f"{mean:.3f} +/- {deviation:.3f}"
+
+
+# Parameters ----------------------------------------------------------------------------------------------------------
+
+
+def parameters_of(module):
+    """How many parameters a module {block: Memory} has."""
+    return sum(tensor.numel() for tensor in tensors_of(module).values())
 
 
 def ledger(total, removed, modules):
-    """What left the model against what the modules hold, in parameters; `modules` {domain: {block: BlockMemory}}."""
-    sizes = [parameters_of(blocks) for blocks in modules.values()]
-    one = max(sizes, default=0)
-    share, every = one / max(1, removed), sum(sizes)
-    return dict(total=total, removed=removed, one_module=one, all_modules=every, one_module_share=share)
+    """What left the model against what the modules hold, in parameters; modules {domain: {block: Memory}}."""
+    sizes = [parameters_of(module) for module in modules.values()]
+    largest = max(sizes, default=0)
+    return {
+        "total": total,
+        "removed": removed,
+        "one_module": largest,
+        "all_modules": sum(sizes),
+        "one_module_share": largest / max(1, removed),
+    }

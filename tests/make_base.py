@@ -59,7 +59,10 @@ def train_tokenizer(texts, path):
 def main(minutes, size=16, length=256, peak=3e-3):
     base, corpus = HERE / "data/base", HERE / "data/handbook"
     paths = sorted(corpus.glob("*.txt"))
-    training_text = [split_text(*read_documents(path), 0.05, path)[0][0] for path in paths]
+    training_text = []
+    for path in paths:
+        documents, stream = read_documents(path)
+        training_text += split_text(documents, stream, path)[0]
     train_tokenizer(training_text, base / "tokenizer.json")
     tokenizer = Tokenizer.from_folder(base)
     paths = find_domains(corpus)

@@ -4,14 +4,17 @@ import gzip
 import json
 import random
 import sys
+from itertools import pairwise
 
 import datasets
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 
-from data import benchmarks, prepare
-from data.corpus import load_text
+from data import BadInput, benchmarks, prepare
+from data.corpus import find_domains, load_text, read_documents
+from data.router import HALF, Router
 from data.tokenizer import Tokenizer
 from test_train import ROOT
 
@@ -111,7 +114,12 @@ def test_retention_and_evaluation_sets(hub, tmp_path):
         and "Question: which train 4\nAnswer: b4" in found["arc"]
     )
     assert run("benchmarks", hub, tmp_path / "rows") == 0
-    for task, n in ("mmlu", 12), ("arc", 20), ("gsm8k", 30):
+    assert sorted(path.stem for path in (tmp_path / "rows").iterdir()) == [
+        "arc_challenge_test",
+        "mmlu_dev",
+        "mmlu_test",
+    ]
+    for task, n in ("mmlu", 12), ("arc", 20):
         items = benchmarks.load_items(task, tmp_path / "rows")
         assert len(items) == n and all("train" not in item.question for item in items)
 
@@ -149,3 +157,49 @@ def test_what_cannot_be_is_one_sentence(hub, tmp_path, monkeypatch, capsys):
     assert run("topics", hub, tmp_path / "a") == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 3 and "cannot be read" in lines[0] and "pip install datasets" in lines[2]
+
+
+# Text on disk, and the router's buckets -----------------------------------------------------------------------------
+
+
+def test_tools_of_a_conversation_reach_the_template(tmp_path):
+    talk = [{"role": "user", "content": "How late is it?"}]
+    rows = [dict(messages=talk, tools=[{"name": "clock"}]), dict(messages=talk), dict(messages=talk, tools=None)]
+    (tmp_path / "talk.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    given = []
+
+    def template(messages, **more):
+        assert messages == talk
+        given.append(more)
+        return f"text {len(given)}"
+
+    assert read_documents(tmp_path / "talk.jsonl", template) == (["text 1", "text 2", "text 3"], False)
+    assert given == [{"tools": [{"name": "clock"}]}, {}, {}]
+
+
+def test_domains_are_found_by_name_or_number_and_nothing_hidden_counts(tmp_path):
+    for name in "b.txt", "a.jsonl", ".c.txt", "README.md", "d/part.txt":
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    paths = {name: tmp_path / file for name, file in (("a", "a.jsonl"), ("b", "b.txt"), ("d", "d"))}
+    assert list(find_domains(tmp_path).items()) == list(paths.items())
+    assert list(find_domains(tmp_path, "2")) == ["a", "b"] and list(find_domains(tmp_path, "d,a")) == ["a", "d"]
+    for only, least, message in (
+        ("4", 1, "--domains is 4, and"), ("0", 1, "holds no domain"), ("b,e", 1, "has no domain 'e'"),
+        ("a,a", 2, "only one domain, a;"), ("", 4, "at least 4"),
+    ):  # fmt: skip
+        with pytest.raises(BadInput, match=message):
+            find_domains(tmp_path, only, least)
+    (tmp_path / "a.txt").write_text("x")
+    with pytest.raises(BadInput, match="the domain a twice"):
+        find_domains(tmp_path)
+
+
+def test_half_of_the_buckets_are_of_unigrams_and_half_of_bigrams():
+    ids = np.random.default_rng(0).integers(0, 152_000, (3, 40))
+    found = Router.buckets(ids)
+    expected = [[int(x) * 2_654_435_761 % 2**32 % HALF for x in row] for row in ids]
+    pairs = [[(int(a) * 1_000_003 + int(b)) * 2_654_435_761 for a, b in pairwise(row)] for row in ids]
+    assert (found[:, :40] == expected).all()  # Python's integers have no end: what leaves 64 bits does not matter
+    assert (found[:, 40:] == [[HALF + x % 2**32 % HALF for x in row] for row in pairs]).all()
+    assert found.max() < Router().weight.shape[1] == 2 * HALF
