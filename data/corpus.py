@@ -105,8 +105,8 @@ def split_text(documents, stream, path):
     """(training texts, held-out texts): the last `HELDOUT` of the documents, or of the stream from `path`."""
     if stream:
         text = documents[0]
-        cut = int(len(text) * (1 - HELDOUT))
-        cut = text.rfind("\n", 0, cut) + 1 or cut  # after the last line's end before it, if there is one
+        end = int(len(text) * (1 - HELDOUT))
+        cut = text.rfind("\n", 0, end) + 1 or end  # where the line before it ends; in a text of one line, anywhere
         return [text[:cut]], [text[cut:]]
     if len(documents) == 1:
         raise BadInput(f"{path} has one document only, so that none can be held out; add documents or make it a .txt.")
