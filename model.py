@@ -1,12 +1,14 @@
-"""A from-scratch Llama / Qwen decoder; `data/checkpoint.py` fills it from a Hugging Face folder.
+"""A from-scratch Llama / Qwen decoder, with one seam through which knowledge offloading enters.
 
-It covers Llama 3, 3.1, 3.2 and SmolLM2 (`llama`), Qwen2 and Qwen2.5 (`qwen2`), Qwen3 (`qwen3`), and the backbones
-that `koff.py` makes of them. The one thing that an ordinary decoder does not have is the seam: every block takes the
-*gates* and the *memory* of one domain as arguments. `None` for both is the unchanged pretrained model (the teacher), so
-that teacher and student are the same weights in memory.
+It covers Llama 3, 3.1, 3.2 and SmolLM2 (`llama`), Qwen2 and Qwen2.5 (`qwen2`), Qwen3 (`qwen3`), and the sparse backbones
+that `koff.py` makes of them. `data/checkpoint.py` fills it from a Hugging Face folder.
+
+The seam is `Projection`: each matrix of a block takes a gate z and a LoRA beside its input, and attention takes a memory
+of keys and values. Without them the model is the unchanged pretrained one, the *teacher*. With them it is the *student*.
+Both are the same weights in memory.
 
 Shapes: B batch, T text tokens, M memory tokens, S = M + T keys, D model width, H query heads, G key-value heads,
-hd head dimension, F MLP neurons, V vocabulary rows.
+hd head dimension, F MLP neurons, V vocabulary rows, r LoRA rank.
 """
 
 import math
@@ -15,15 +17,12 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
-
-# Configuration: sizes come from config.json, never from a table ------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Config:
-    """What `config.json` says, under its own names. `kept` is ours: per block, how many channels are left."""
+    """What `config.json` says, under its own names (`data/checkpoint.py` reads it). Sizes are never guessed here."""
 
     model_type: str
     vocab_size: int
@@ -43,129 +42,103 @@ class Config:
     mlp_bias: bool
     qk_norm: bool
     eos_token_ids: tuple[int, ...]
-    kept: tuple[dict | None, ...] = ()  # {"k", "v", "neuron", "down", ...} -> channels left, None: an untouched block
-    raw: dict = field(default_factory=dict, repr=False, compare=False)
+    # Ours: per block how many channels are left, {"q", "k", "v", "o", "neuron", "down"}; None for an untouched block.
+    kept: tuple[dict | None, ...] = ()
+    raw: dict = field(default_factory=dict, repr=False, compare=False)  # the file itself, written back with a backbone
 
     @property
     def shapes(self):
-        """The projections of a block: {name: (output channels, fan-in)}."""
-        D, F, hd = self.hidden_size, self.intermediate_size, self.head_dim
-        q, kv = self.num_attention_heads * hd, self.num_key_value_heads * hd
-        return {"q": (q, D), "k": (kv, D), "v": (kv, D), "o": (D, q), "gate": (F, D), "up": (F, D), "down": (D, F)}
+        """The projections of a block, {name: (output channels, fan-in)}."""
+        width = self.hidden_size
+        neurons = self.intermediate_size
+        queries = self.num_attention_heads * self.head_dim
+        keys = self.num_key_value_heads * self.head_dim
+        return {
+            "q": (queries, width),
+            "k": (keys, width),
+            "v": (keys, width),
+            "o": (width, queries),
+            "gate": (neurons, width),
+            "up": (neurons, width),
+            "down": (width, neurons),
+        }
 
 
-def matrix(i, name):
+def matrix_name(i, name):
     """Where the projection `name` of block i stands in a `Model`, and behind "model." in a Hugging Face checkpoint."""
-    return f"layers.{i}.{'self_attn' if name in 'qkvo' else 'mlp'}.{name}_proj"
+    part = "self_attn" if name in ("q", "k", "v", "o") else "mlp"
+    return f"layers.{i}.{part}.{name}_proj"
 
 
-# Pieces --------------------------------------------------------------------------------------------------------------
+# Positions -----------------------------------------------------------------------------------------------------------
 
 
 def rope_frequencies(config, device):
-    """Inverse wavelengths [hd / 2] (RoFormer, arXiv 2104.09864), stretched for long texts as Llama 3.1 does."""
+    """Angle per position of each pair of channels, [hd / 2] (RoFormer, arXiv 2104.09864)."""
     channel = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device)
-    f = 1.0 / config.rope_theta ** (channel / config.head_dim)
-    if (s := config.rope_scaling) is None:
-        return f
-    turns = s["original_max_position_embeddings"] * f / (2 * math.pi)  # within the original context
-    low, high = s["low_freq_factor"], s["high_freq_factor"]
-    share = ((turns - low) / (high - low)).clamp(0, 1)  # 1: high frequency, kept; 0: low frequency, divided
-    return share * f + (1 - share) * f / s["factor"]
+    frequency = 1.0 / config.rope_theta ** (channel / config.head_dim)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequency
+    # Llama 3.1 stretches what turns slowly, so that longer texts than it was pretrained on keep their angles apart.
+    turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)  # within the original context
+    low = scaling["low_freq_factor"]
+    high = scaling["high_freq_factor"]
+    unchanged = ((turns - low) / (high - low)).clamp(0, 1)  # 1: turns fast, as it was; 0: divided by the factor
+    return unchanged * frequency + (1 - unchanged) * frequency / scaling["factor"]
 
 
 def rope_table(config, start, length, like):
-    """(cos, sin), each [length, hd], for the positions from `start` on, in the dtype and on the device of `like`.
-
-    Channel i turns with channel i + hd / 2, as Hugging Face has it; the first half of sin carries the minus.
-    """
+    """(cos, sin), each [length, hd], for the positions from `start` on, in the dtype and on the device of `like`."""
     positions = torch.arange(start, start + length, dtype=torch.float32, device=like.device)
-    angles = torch.outer(positions, rope_frequencies(config, like.device))
-    cos, sin = angles.cos(), angles.sin()
-    return torch.cat([cos, cos], dim=-1).to(like.dtype), torch.cat([-sin, sin], dim=-1).to(like.dtype)
+    angles = torch.outer(positions, rope_frequencies(config, like.device))  # [length, hd / 2]
+    angles = torch.cat([angles, angles], dim=-1)  # channel i turns with channel i + hd / 2, as Hugging Face has it
+    return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
 
 
-def rotate(x, table):
-    """Rotate [..., T, hd] by a `rope_table`."""
-    cos, sin = table
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+def rotate(x, rope):
+    """Rotate x [B, heads, T, hd] by a `rope_table`."""
+    cos, sin = rope
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+# Attention -----------------------------------------------------------------------------------------------------------
 
 
 def attend(q, k, v):
-    """softmax(Q K^T / sqrt(hd)) V, where text token t sees all S - T earlier positions, and the text up to itself.
+    """softmax(Q K^T / sqrt(hd)) V. Text token t sees all S - T earlier positions, and the text up to itself.
 
     q [B, H, T, hd]; k, v [B, G, S, hd] -> [B, H, T, hd]; query head h reads key-value head h G // H.
     """
-    (B, H, T, hd), (_, G, S, _) = q.shape, k.shape
-    if T == 1:  # nothing to hide: the query heads of a group are rows of one head
-        return F.scaled_dot_product_attention(q.reshape(B, G, H // G, hd), k, v).view(B, H, 1, hd)
-    if q.device.type == "cpu":
-        return CausalRows.apply(q, k, v)
-    mask = causal_lower_right(T, S) if T < S else None  # a description, not a tensor: keeps the flash kernel
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=T == S, enable_gqa=True)
-
-
-class CausalRows(torch.autograd.Function):
-    """`attend` from matrix products, some query rows at a time: on a CPU two to three times as fast as torch's kernel.
-
-    Rows meet only the keys that they see, the query heads of a group share one product, and what is T x S is computed
-    again in backward (as in FlashAttention, arXiv 2205.14135), so that memory grows with T alone.
-    """
-
-    ROWS = 128
-
-    @staticmethod
-    def parts(q, k, *beside):
-        """Parts of the rows: which, how many keys they see, and q and `beside` there as [B G, (H / G) rows, hd]."""
-        T, (B, G, S, _) = q.shape[2], k.shape
-        for start in range(0, T, CausalRows.ROWS):
-            rows = slice(start, min(start + CausalRows.ROWS, T))
-            yield rows, S - T + rows.stop, *(t[:, :, rows].reshape(B * G, -1, t.shape[3]) for t in (q, *beside))
-
-    @staticmethod
-    def probabilities(q, k, rows):
-        """q [N, n, hd], k [N, s, hd] -> [N, n, s]; the last keys are those of the `rows` themselves."""
-        c, p = rows.stop - rows.start, torch.baddbmm(q.new_zeros(()), q, k.mT, beta=0, alpha=q.shape[-1] ** -0.5)
-        p.unflatten(1, (-1, c))[..., -c:] += q.new_full((c, c), -math.inf).triu(1)
-        return p.softmax(-1)
-
-    @staticmethod
-    def forward(ctx, q, k, v):
-        y, keys, values = torch.empty_like(q), k.flatten(0, 1), v.flatten(0, 1)  # [B G, S, hd]
-        for rows, seen, own in CausalRows.parts(q, k):
-            p = CausalRows.probabilities(own, keys[:, :seen], rows)
-            y[:, :, rows] = torch.bmm(p, values[:, :seen]).view_as(y[:, :, rows])
-        ctx.save_for_backward(q, k, v, y)
-        return y
-
-    @staticmethod
-    def backward(ctx, grad):
-        q, k, v, y = ctx.saved_tensors
-        scale, keys, values = q.shape[-1] ** -0.5, k.flatten(0, 1), v.flatten(0, 1)
-        mean = (grad * y).sum(-1, keepdim=True)  # of dp under p: what softmax takes off
-        dq, (dk, dv) = torch.empty_like(q), (torch.zeros_like(t, dtype=torch.float32) for t in (keys, values))
-        for rows, seen, own, g, m in CausalRows.parts(q, k, grad, mean):
-            p = CausalRows.probabilities(own, keys[:, :seen], rows)
-            dv[:, :seen] += torch.bmm(p.mT, g)
-            ds = torch.bmm(g, values[:, :seen].mT).sub_(m).mul_(p).mul_(scale)
-            dq[:, :, rows] = torch.bmm(ds, keys[:, :seen]).view_as(q[:, :, rows])
-            dk[:, :seen] += torch.bmm(ds.mT, own)
-        return dq, dk.view(k.shape).to(k.dtype), dv.view(v.shape).to(v.dtype)
+    B, H, T, hd = q.shape
+    G, S = k.shape[1:3]
+    if T == S:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    # Memory or earlier text stands before this text, which the kernel's own causal mask does not know: it takes a mask.
+    # The H / G query heads of a group become rows of one head, so that its keys need no copies.
+    rows = q.reshape(B, G, H // G * T, hd)
+    mask = None  # one new token sees everything
+    if T > 1:
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T).repeat(H // G, 1)  # [H / G T, S]
+    return F.scaled_dot_product_attention(rows, k, v, attn_mask=mask).view(B, H, T, hd)
 
 
 @dataclass
-class BlockMemory:
-    """One domain's memory in one block, in the dtype of the model.
+class Memory:
+    """One domain's memory in one block, in the dtype of the model. (All blocks of a domain together are its module.)
 
-    lora: projection -> (A [r, in], B [out, r]), the scale in B. keys, values: [G, M, hd] or None; keys after RoPE.
+    lora: projection -> (A [r, fan-in], B [channels, r]), alpha / r is in B already.
+    keys, values: [G, M, hd], keys after RoPE; None: no KV memory.
     """
 
-    lora: dict
+    lora: dict = field(default_factory=dict)
     keys: torch.Tensor | None = None
     values: torch.Tensor | None = None
 
     @property
     def length(self):
+        """M, the number of memory tokens."""
         return 0 if self.keys is None else self.keys.shape[1]
 
 
@@ -173,114 +146,151 @@ class Cache:
     """Keys and values of the tokens so far, memory tokens included. `room`: tokens that may follow the first call."""
 
     def __init__(self, room):
-        self.room, self.layers, self.lengths = room, {}, {}
+        self.room = room
+        self.layers = {}  # block -> (keys, values), each [B, G, length + free room, hd]
+        self.lengths = {}  # block -> how much of them is filled
+
+    def length(self, i):
+        return self.lengths.get(i, 0)
 
     def extend(self, i, k, v):
         """Append k, v [B, G, T, hd] to block i; return all of its keys and values [B, G, S, hd]."""
-        start = self.lengths.get(i, 0)
-        end = self.lengths[i] = start + k.shape[2]
+        start = self.length(i)
+        end = start + k.shape[2]
         if start == 0:
             shape = (*k.shape[:2], end + self.room, k.shape[3])
-            self.layers[i] = k.new_empty(shape), v.new_empty(shape)
-        at = torch.arange(start, end, device=k.device)
-        for buffer, new in zip(self.layers[i], (k, v), strict=True):
-            buffer.index_copy_(2, at, new)
-        return tuple(buffer.narrow(2, 0, end) for buffer in self.layers[i])
+            self.layers[i] = (k.new_empty(shape), v.new_empty(shape))
+        keys, values = self.layers[i]
+        keys[:, :, start:end] = k
+        values[:, :, start:end] = v
+        self.lengths[i] = end
+        return keys[:, :, :end], values[:, :, :end]
 
 
-def project(linear, x, name, gates, memory):
-    """y = z * (W x + dW x), biases inside the bracket: a closed gate closes the LoRA with it."""
-    y = linear(x)
-    if memory is not None and name in memory.lora:
-        a, b = memory.lora[name]
-        y = y + F.linear(F.linear(x, a), b)
-    if gates is not None and name in gates:
-        y = y * gates[name]
-    return y
+# The seam ------------------------------------------------------------------------------------------------------------
 
 
-class Block(nn.Module):
-    """One decoder block. `kept` (see `Config`) makes it the compact one, whose matrices have only the open channels."""
+class Projection(nn.Linear):
+    """y = z * (W x + B A x): one matrix with its gate and its LoRA.
 
-    def __init__(self, c, kept=None):
+    After training the closed channels are cut out (`koff.materialise`): `weight` keeps the rows of the channels that are
+    left, and `kept` [rows] says which of the `channels` they are. It is None while all of them are there.
+    """
+
+    def __init__(self, fan_in, channels, bias, rows=None):
+        rows = channels if rows is None else rows
+        super().__init__(fan_in, rows, bias=bias)
+        self.channels = channels
+        self.register_buffer("kept", torch.zeros(rows, dtype=torch.int64) if rows < channels else None)
+
+    def forward(self, x, z=None, lora=None):
+        """x [B, T, fan-in] -> [B, T, channels]. z [channels]: gates; lora (A [r, fan-in], B [rows, r]); None: without."""
+        y = F.linear(x, self.weight, self.bias)  # [B, T, rows]
+        if lora is not None:
+            a, b = lora
+            y = y + F.linear(F.linear(x, a), b)
+        if z is not None:
+            y = z * y  # the gate covers the LoRA too: no memory can bring a closed channel back
+        if self.kept is not None:
+            whole = y.new_zeros(*y.shape[:-1], self.channels)  # a channel that was cut out is zero
+            y = whole.index_copy(-1, self.kept, y)
+        return y
+
+
+class Attention(nn.Module):
+    def __init__(self, c, rows):
         super().__init__()
-        self.c = c
-        D, full = c.hidden_size, {name: rows for name, (rows, _) in c.shapes.items()}
-        kept = {**full, "neuron": c.intermediate_size, **(kept or {})}
-        self.input_layernorm = nn.RMSNorm(D, eps=c.rms_norm_eps)
-        self.self_attn = nn.Module()
-        self.self_attn.q_proj = nn.Linear(D, kept["q"], bias=c.qkv_bias)
-        self.self_attn.k_proj = nn.Linear(D, kept["k"], bias=c.qkv_bias)
-        self.self_attn.v_proj = nn.Linear(D, kept["v"], bias=c.qkv_bias)
-        self.self_attn.o_proj = nn.Linear(full["q"], kept["o"], bias=c.o_bias)
-        if c.qk_norm:
-            self.self_attn.q_norm = nn.RMSNorm(c.head_dim, eps=c.rms_norm_eps)
-            self.self_attn.k_norm = nn.RMSNorm(c.head_dim, eps=c.rms_norm_eps)
-        self.post_attention_layernorm = nn.RMSNorm(D, eps=c.rms_norm_eps)
-        self.mlp = nn.Module()
-        self.mlp.gate_proj = nn.Linear(D, kept["neuron"], bias=c.mlp_bias)
-        self.mlp.up_proj = nn.Linear(D, kept["neuron"], bias=c.mlp_bias)
-        self.mlp.down_proj = nn.Linear(kept["neuron"], kept["down"], bias=c.mlp_bias)
-        # Where the open channels of a compact block belong; None in a dense one.
-        for name in ("q", "k", "v", "o", "down"):
-            index = torch.zeros(kept[name], dtype=torch.int64) if kept[name] < full[name] else None
-            self.register_buffer(f"{name}_kept", index)
+        self.head_dim = c.head_dim
+        for name in ("q", "k", "v", "o"):
+            channels, fan_in = c.shapes[name]
+            bias = c.o_bias if name == "o" else c.qkv_bias
+            setattr(self, f"{name}_proj", Projection(fan_in, channels, bias, rows[name]))
+        self.q_norm = nn.RMSNorm(c.head_dim, eps=c.rms_norm_eps) if c.qk_norm else None
+        self.k_norm = nn.RMSNorm(c.head_dim, eps=c.rms_norm_eps) if c.qk_norm else None
 
-    def forward(self, x, i, rope, gates=None, memory=None, cache=None):
-        """x [B, T, D] -> [B, T, D]. `i`: number of this block, for the cache; `rope`: see `rope_table`."""
-        x = add(x, self.attention(self.input_layernorm(x), i, rope, gates, memory, cache), self.o_kept)
-        return add(x, self.mlp_out(self.post_attention_layernorm(x), gates, memory), self.down_kept)
-
-    def attention(self, x, i, rope, gates, memory, cache):
-        c, at = self.c, self.self_attn
+    def forward(self, x, i, rope, z, memory, cache):
         B, T, _ = x.shape
-        q = widen(project(at.q_proj, x, "q", gates, memory), self.q_kept, c.shapes["q"][0])
-        k = widen(project(at.k_proj, x, "k", gates, memory), self.k_kept, c.shapes["k"][0])
-        v = widen(project(at.v_proj, x, "v", gates, memory), self.v_kept, c.shapes["v"][0])
-        q, k, v = (t.view(B, T, -1, c.head_dim) for t in (q, k, v))
-        if c.qk_norm:
-            q, k = at.q_norm(q), at.k_norm(k)
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, heads, T, hd]
-        q, k = rotate(q, rope), rotate(k, rope)
-        if memory is not None and memory.length and (cache is None or not cache.lengths.get(i)):
-            # Eq. 3: softmax(Q [K_mem; K]^T) [V_mem; V]. The memory is shared by the batch and bypasses the gates.
+        heads = (B, T, -1, self.head_dim)
+        q = self.q_proj(x, z.get("q"), memory.lora.get("q")).view(heads)  # [B, T, H, hd]
+        k = self.k_proj(x, z.get("k"), memory.lora.get("k")).view(heads)  # [B, T, G, hd]
+        v = self.v_proj(x, z.get("v"), memory.lora.get("v")).view(heads)  # [B, T, G, hd]
+        if self.q_norm is not None:  # Qwen3 normalises each head
+            q = self.q_norm(q)
+            k = self.k_norm(k)
+        q = rotate(q.transpose(1, 2), rope)  # [B, H, T, hd]
+        k = rotate(k.transpose(1, 2), rope)  # [B, G, T, hd]
+        v = v.transpose(1, 2)
+
+        # Eq. 3: softmax(Q [K_mem; K]^T) [V_mem; V]. The memory is shared by the batch and passes no gate. With a cache it
+        # enters once, before the first text: afterwards the cache holds it.
+        if memory.length and (cache is None or cache.length(i) == 0):
             k = torch.cat([memory.keys.expand(B, -1, -1, -1), k], dim=2)  # [B, G, M + T, hd]
             v = torch.cat([memory.values.expand(B, -1, -1, -1), v], dim=2)
         if cache is not None:
             k, v = cache.extend(i, k, v)
-        return project(at.o_proj, attend(q, k, v).transpose(1, 2).reshape(B, T, -1), "o", gates, memory)
 
-    def mlp_out(self, x, gates, memory):
-        h = F.silu(project(self.mlp.gate_proj, x, "gate", gates, memory))
-        h = h * project(self.mlp.up_proj, x, "up", gates, memory)
-        if gates is not None and "neuron" in gates:
-            h = h * gates["neuron"]
-        return project(self.mlp.down_proj, h, "down", gates, memory)
+        y = attend(q, k, v).transpose(1, 2).reshape(B, T, -1)  # [B, T, H hd]
+        return self.o_proj(y, z.get("o"), memory.lora.get("o"))
 
 
-def add(x, y, kept):
-    """x [..., D] plus the open channels [..., kept] of y; a closed channel adds nothing."""
-    return x + y if kept is None else x.index_add(-1, kept, y)
+class MLP(nn.Module):
+    def __init__(self, c, rows):
+        super().__init__()
+        # A neuron is a row of gate, a row of up and a column of down. Where it was cut out, all three are gone.
+        neurons = rows["neuron"]
+        self.gate_proj = Projection(c.hidden_size, neurons, c.mlp_bias)
+        self.up_proj = Projection(c.hidden_size, neurons, c.mlp_bias)
+        self.down_proj = Projection(neurons, c.hidden_size, c.mlp_bias, rows["down"])
+
+    def forward(self, x, z, memory):
+        gate = self.gate_proj(x, z.get("gate"), memory.lora.get("gate"))  # [B, T, F]
+        up = self.up_proj(x, z.get("up"), memory.lora.get("up"))  # [B, T, F]
+        h = F.silu(gate) * up
+        if "neuron" in z:  # one gate for all three parts of a neuron
+            h = h * z["neuron"]
+        return self.down_proj(h, z.get("down"), memory.lora.get("down"))
 
 
-def widen(y, kept, width, dim=-1):
-    """Put the open channels [..., kept] at their places in [..., width]; a closed channel is a zero there."""
-    if kept is None:
-        return y
-    shape = list(y.shape)
-    shape[dim] = width
-    return y.new_zeros(shape).index_copy(dim, kept, y)
+NO_GATES = {}
+NO_MEMORY = Memory()
+
+
+class Block(nn.Module):
+    """One decoder block. `kept` (see `Config`): how many channels each of its matrices has left."""
+
+    def __init__(self, c, kept=None):
+        super().__init__()
+        rows = {name: channels for name, (channels, _) in c.shapes.items()}
+        rows["neuron"] = c.intermediate_size
+        rows.update(kept or {})
+        self.input_layernorm = nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
+        self.self_attn = Attention(c, rows)
+        self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
+        self.mlp = MLP(c, rows)
+
+    def forward(self, x, i, rope, z=None, memory=None, cache=None):
+        """x [B, T, D] -> [B, T, D]. i: number of this block, for the cache; z {name: [channels]}; memory: `Memory`."""
+        z = NO_GATES if z is None else z
+        memory = NO_MEMORY if memory is None else memory
+        x = x + self.self_attn(self.input_layernorm(x), i, rope, z, memory, cache)
+        return x + self.mlp(self.post_attention_layernorm(x), z, memory)
+
+
+# The decoder ---------------------------------------------------------------------------------------------------------
 
 
 class Model(nn.Module):
-    """The decoder. Parameters carry the names of Hugging Face checkpoints, less the leading `model.`."""
+    """The decoder. Parameters carry the names of Hugging Face checkpoints, less the leading `model.`.
+
+    The methods take z {block: {name: [channels]}}, the gates, and module {block: `Memory`}, one domain's memory module.
+    """
 
     def __init__(self, config):
         super().__init__()
         self.config = config
         kept = config.kept or [None] * config.num_hidden_layers
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, k) for k in kept)
+        self.layers = nn.ModuleList(Block(config, channels) for channels in kept)
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -290,62 +300,73 @@ class Model(nn.Module):
         """The output matrix [V, D]: the embedding itself where the checkpoint ties the two."""
         return self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
-    def run(self, x, first, last, gates=None, memory=None, cache=None, checkpointing=False):
-        """Blocks first .. last - 1 on x [B, T, D].
-
-        gates: block -> {"k", "v", "neuron", "down", ...} -> z, broadcast against [B, T, channels].
-        memory: block -> BlockMemory. In blocks with a memory the text's positions start at M.
-        """
+    def run(self, x, first, last, z=None, module=None, cache=None, checkpointing=False):
+        """Blocks first .. last - 1 on x [B, T, D] -> [B, T, D]. checkpointing: recompute them in backward."""
         T = x.shape[1]
-        ropes = {}  # positions depend on what stands before the text, not on the block
+        ropes = {}
         for i in range(first, last):
-            own = memory.get(i) if memory else None
-            past = (cache.lengths.get(i, 0) if cache else 0) or (own.length if own else 0)
-            if past not in ropes:
-                ropes[past] = rope_table(self.config, past, T, x)
-            args = (x, i, ropes[past], gates.get(i) if gates else None, own, cache)
-            x = checkpoint(self.layers[i], *args, use_reentrant=False) if checkpointing else self.layers[i](*args)
+            memory = module.get(i) if module else None
+            # In a block with a KV memory the text's positions start at M: its M tokens stand before the text. Once a
+            # cache is filled, they start where it ends (it holds the memory as well).
+            start = cache.length(i) if cache else 0
+            if start == 0 and memory is not None:
+                start = memory.length
+            if start not in ropes:
+                ropes[start] = rope_table(self.config, start, T, like=x)
+            inputs = (x, i, ropes[start], z.get(i) if z else None, memory, cache)
+            if checkpointing:
+                x = checkpoint(self.layers[i], *inputs, use_reentrant=False)
+            else:
+                x = self.layers[i](*inputs)
         return x
+
+    def hidden(self, tokens, z=None, module=None, cache=None):
+        """tokens [B, T] -> hidden states [B, T, D] after the last block, before its norm."""
+        return self.run(self.embed_tokens(tokens), 0, len(self.layers), z, module, cache)
 
     def logits(self, x):
         """Hidden states [..., D] after the last block -> float32 logits [..., V]."""
         return F.linear(self.norm(x), self.head).float()
 
-    def hidden(self, tokens, gates=None, memory=None, cache=None):
-        """tokens [B, T] -> hidden states [B, T, D] after the last block, before its norm."""
-        return self.run(self.embed_tokens(tokens), 0, len(self.layers), gates, memory, cache)
-
-    def forward(self, tokens, gates=None, memory=None, cache=None):
+    def forward(self, tokens, z=None, module=None, cache=None):
         """tokens [B, T] -> logits [B, T, V]."""
-        return self.logits(self.hidden(tokens, gates, memory, cache))
-
-
-# Generation ----------------------------------------------------------------------------------------------------------
+        return self.logits(self.hidden(tokens, z, module, cache))
 
 
 @torch.inference_mode()
-def generate(model, tokens, steps, vocab_size, eos=(), temperature=0.0, top_p=1.0, memory=None, generator=None):
+def generate(
+    model, tokens, steps, vocab_size, eos=(), temperature=0.0, top_p=1.0, module=None, generator=None
+):  # fmt: skip
     """Continue tokens [B, T] (rows of equal length); yield one [B] per step until every row has met an id of `eos`.
 
     temperature 0 is greedy; `top_p` keeps the smallest set of tokens with that probability. Rows of the vocabulary from
-    `vocab_size` on are padding and never sampled. A finished row repeats its eos id.
+    `vocab_size` on are padding and never sampled. A finished row repeats its eos id. Raises ValueError for more tokens
+    than the model's context has.
     """
-    (B, T), limit = tokens.shape, model.config.max_position_embeddings
-    M = max((block.length for block in (memory or {}).values()), default=0)
+    B, T = tokens.shape
+    M = 0
+    for memory in (module or {}).values():
+        M = max(M, memory.length)
+    limit = model.config.max_position_embeddings
     if M + T + steps > limit:
         have = f"{M} memory tokens, {T} of the prompt and {steps} new ones"
         raise ValueError(f"{have} exceed the model's context of {limit}; shorten the prompt or ask for less.")
-    cache, stop = Cache(steps), torch.tensor(list(eos), dtype=tokens.dtype, device=tokens.device)
-    done, last = torch.zeros(B, dtype=torch.bool, device=tokens.device), tokens[:, -1]
-    x = tokens
+
+    cache = Cache(room=steps)
+    stop = torch.tensor(list(eos), dtype=tokens.dtype, device=tokens.device)
+    done = torch.zeros(B, dtype=torch.bool, device=tokens.device)
+    last = tokens[:, -1]
+    x = tokens  # first the whole prompt, then one token at a time
     for _ in range(steps):
-        x = model.hidden(x, memory=memory, cache=cache)
-        logits = model.logits(x[:, -1])[:, :vocab_size]  # [B, V]
+        hidden = model.hidden(x, module=module, cache=cache)
+        logits = model.logits(hidden[:, -1])[:, :vocab_size]  # [B, V]
         if temperature == 0:
             new = logits.argmax(-1)
         else:
             p, order = (logits / temperature).softmax(-1).sort(dim=-1, descending=True)
-            p[:, 1:] = p[:, 1:].masked_fill((p.cumsum(-1) - p)[:, 1:] >= top_p, 0)  # the first token always stays
+            before = p.cumsum(-1) - p  # probability of all better tokens
+            before[:, 0] = -1.0  # the best token always stays
+            p = p.masked_fill(before >= top_p, 0)
             new = order.gather(1, torch.multinomial(p, 1, generator=generator))[:, 0]
         last = torch.where(done, last, new)
         done = done | torch.isin(last, stop)

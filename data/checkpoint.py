@@ -6,6 +6,7 @@ gates.safetensors and router.safetensors; each loads alone.
 
 import hashlib
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -13,65 +14,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from data import BadInput, atomic, read_tensors
-from data.download import BESIDE, INDEX, SINGLE, checkpoint_names, located
-from model import BlockMemory, Config, Model
+from model import Config, Memory, Model
 
-# Pretrained models ---------------------------------------------------------------------------------------------------
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+BESIDE = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")  # what goes with a backbone
 
-
-def parse_config(raw, where="config.json"):
-    """Read old and new spellings. Raises BadInput for anything that this file does not implement, by its name."""
-    kind = raw.get("model_type")
-    if kind not in ("llama", "qwen2", "qwen3"):
-        raise BadInput(f"{where}: model_type {kind!r} is not implemented; use llama, qwen2 or qwen3.")
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    sliding = raw.get("use_sliding_window") or "sliding_attention" in (raw.get("layer_types") or ())
-    partial = {**raw, **rope}.get("partial_rotary_factor", 1)
-    for what, refused in {
-        f"RoPE scaling {rope_type!r}": rope_type not in ("default", "llama3"),
-        "partial rotary embedding": partial != 1,
-        "sliding-window attention": sliding or (kind == "llama" and raw.get("sliding_window")),
-        f"activation {raw.get('hidden_act')!r}": raw.get("hidden_act", "silu") != "silu",
-        "a quantised checkpoint": raw.get("quantization_config") is not None,
-    }.items():
-        if refused:
-            raise BadInput(f"{where}: {what} is not implemented; choose a model without it.")
-    bias = kind == "qwen2" or raw.get("attention_bias", False)  # Qwen2 always has it, without a key for it
-    eos = raw.get("eos_token_id")
-    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    for key in sizes:
-        if type(raw.get(key)) is not int or raw[key] < 1:
-            raise BadInput(f"{where}: {key} is missing or not a size; take the checkpoint's own config.json.")
-    heads = raw["num_attention_heads"]
-    groups, head_dim = raw.get("num_key_value_heads") or heads, raw.get("head_dim") or raw["hidden_size"] // heads
-    if heads % groups or head_dim % 2:
-        raise BadInput(f"{where}: {heads} heads of {head_dim} in {groups} groups do not fit; mend config.json.")
-    keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    if rope_type == "llama3" and not all(isinstance(rope.get(key), int | float) for key in keys):
-        raise BadInput(f"{where}: llama3 RoPE scaling needs the numbers {', '.join(keys)}; mend config.json.")
-    return Config(
-        model_type=kind,
-        **{key: raw[key] for key in sizes},
-        num_key_value_heads=groups,
-        head_dim=head_dim,
-        rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
-        rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 10_000.0),
-        rope_scaling=dict(rope) if rope_type == "llama3" else None,
-        max_position_embeddings=raw.get("max_position_embeddings", 2048),
-        tie_word_embeddings=raw.get("tie_word_embeddings", False),
-        qkv_bias=bias,
-        o_bias=bias and kind != "qwen2",
-        mlp_bias=kind == "llama" and raw.get("mlp_bias", False),
-        qk_norm=kind == "qwen3",
-        eos_token_ids=tuple(eos if isinstance(eos, list) else [] if eos is None else [eos]),
-        kept=tuple(raw.get("koff_kept", ())),
-        raw=raw,
-    )
+# config.json ---------------------------------------------------------------------------------------------------------
 
 
 def read_config(folder):
-    path = located(folder, weights=False) / "config.json"
+    """The `Config` of a Hugging Face folder."""
+    path = Path(folder, "config.json")
     try:
         return parse_config(json.loads(path.read_text(encoding="utf-8")), path)
     except (FileNotFoundError, NotADirectoryError):
@@ -80,11 +34,108 @@ def read_config(folder):
         raise BadInput(f"{path} is not a valid config.json ({error}); download it again.") from None
 
 
-def checkpoint_files(folder):
+def parse_config(raw, where="config.json"):
+    """What a config.json says, old and new spellings. BadInput for anything that model.py does not have, by its name."""
+    kind = raw.get("model_type")
+    if kind not in ("llama", "qwen2", "qwen3"):
+        raise BadInput(f"{where}: model_type {kind!r} is not implemented; use llama, qwen2 or qwen3.")
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # transformers 5 writes the former
+    scaling = rope_scaling(rope, where)
+    refuse_unsupported(raw, rope, where)
+
+    for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+        if type(raw.get(key)) is not int or raw[key] < 1:
+            raise BadInput(f"{where}: {key} is missing or not a size; take the checkpoint's own config.json.")
+    heads = raw["num_attention_heads"]
+    groups = raw.get("num_key_value_heads") or heads
+    head_dim = raw.get("head_dim") or raw["hidden_size"] // heads
+    if heads % groups or head_dim % 2:
+        raise BadInput(f"{where}: {heads} heads of {head_dim} in {groups} groups do not fit; mend config.json.")
+
+    bias = raw.get("attention_bias", False)
+    if kind == "qwen2":
+        bias = True  # always, on q, k and v, without a key for it
+    eos = raw.get("eos_token_id")
+    if eos is None:
+        eos = []
+    elif not isinstance(eos, list):
+        eos = [eos]
+    return Config(
+        model_type=kind,
+        vocab_size=raw["vocab_size"],
+        hidden_size=raw["hidden_size"],
+        intermediate_size=raw["intermediate_size"],
+        num_hidden_layers=raw["num_hidden_layers"],
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        head_dim=head_dim,
+        rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
+        rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 10_000.0),
+        rope_scaling=scaling,
+        max_position_embeddings=raw.get("max_position_embeddings", 2048),
+        tie_word_embeddings=raw.get("tie_word_embeddings", False),
+        qkv_bias=bias,
+        o_bias=bias and kind != "qwen2",
+        mlp_bias=kind == "llama" and raw.get("mlp_bias", False),
+        qk_norm=kind == "qwen3",
+        eos_token_ids=tuple(eos),
+        kept=tuple(raw.get("koff_kept", ())),
+        raw=raw,
+    )
+
+
+def rope_scaling(rope, where):
+    """The llama3 scaling in a config's RoPE parameters, None where there is none. BadInput for any other kind."""
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind != "llama3":
+        raise BadInput(f"{where}: RoPE scaling {kind!r} is not implemented; choose a model without it.")
+    needed = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    for key in needed:
+        if not isinstance(rope.get(key), int | float):
+            raise BadInput(f"{where}: llama3 RoPE scaling needs the numbers {', '.join(needed)}; mend config.json.")
+    return dict(rope)
+
+
+def refuse_unsupported(raw, rope, where):
+    """BadInput for what would change the numbers and is not implemented."""
+    unsupported = None
+    if raw.get("partial_rotary_factor", 1) != 1 or rope.get("partial_rotary_factor", 1) != 1:
+        unsupported = "partial rotary embedding"
+    if raw.get("use_sliding_window") or "sliding_attention" in (raw.get("layer_types") or ()):
+        unsupported = "sliding-window attention"
+    if raw["model_type"] == "llama" and raw.get("sliding_window"):  # Qwen lists a size even where it is switched off
+        unsupported = "sliding-window attention"
+    if raw.get("hidden_act", "silu") != "silu":
+        unsupported = f"activation {raw['hidden_act']!r}"
+    if raw.get("quantization_config") is not None:
+        unsupported = "a quantised checkpoint"
+    if unsupported:
+        raise BadInput(f"{where}: {unsupported} is not implemented; choose a model without it.")
+
+
+# Weights -------------------------------------------------------------------------------------------------------------
+
+
+def shard_names(index):
+    """The files that an index of shards names, plain names only: they are untrusted."""
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        for name in names:
+            if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
+                raise BadInput(f"{index} names the file {name!r}, not a plain .safetensors name; do not trust it.")
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise BadInput(f"{index} has no valid weight_map; download it again.") from None
+    return names
+
+
+def weight_files(folder):
     """The files of a checkpoint, one or several shards."""
-    index, single = Path(folder, INDEX), Path(folder, SINGLE)
+    index = Path(folder, INDEX)
+    single = Path(folder, SINGLE)
     if index.exists():
-        return [Path(folder, name) for name in checkpoint_names(index)]
+        return [Path(folder, name) for name in shard_names(index)]
     if not single.exists():
         raise BadInput(f"{single} does not exist; only safetensors are read: download or convert the weights.")
     return [single]
@@ -96,105 +147,128 @@ def checkpoint_name(own):
 
 
 def load(folder, dtype=torch.float32, device="cpu"):
-    """Read a Hugging Face folder, a model on the Hub or a compact backbone into a frozen `Model`.
+    """Read a Hugging Face folder, or a backbone of ours, into a frozen `Model`.
 
     Every tensor name and shape has to be accounted for. Raises BadInput otherwise.
     """
-    folder = located(folder)
     config = read_config(folder)
-    with torch.device("meta"):
+    with torch.device("meta"):  # shapes without numbers: the file brings these
         model = Model(config)
-    expected, state = model.state_dict(), {}
-    for path in checkpoint_files(folder):
+    expected = model.state_dict()
+    state = {}
+    for path in weight_files(folder):
         try:
             with safe_open(path, "pt") as file:
                 for name in file.keys():  # noqa: SIM118
-                    own, tensor = name.removeprefix("model."), file.get_tensor(name)
+                    own = name.removeprefix("model.")
                     if own.endswith("rotary_emb.inv_freq"):  # old checkpoints store what the config says
                         continue
-                    if own not in expected and not (own == "lm_head.weight" and config.tie_word_embeddings):
-                        raise BadInput(f"{path} holds {name}, which a {config.model_type} of this config has not.")
-                    shape, needed = list(tensor.shape), list(expected.get(own, model.head).shape)
-                    if shape != needed:
-                        raise BadInput(f"{path}: {name} has shape {shape}, config.json says {needed}.")
+                    tensor = file.get_tensor(name)
+                    check_tensor(path, name, tensor, expected.get(own), model)
                     state[own] = tensor.to(device, dtype if tensor.is_floating_point() else None)
         except FileNotFoundError:
             raise BadInput(f"{path} does not exist, though the index names it; download it again.") from None
         except (SafetensorError, OSError) as error:
             raise BadInput(f"{path} is truncated or not a safetensors file ({error}); download it again.") from None
-    if missing := expected.keys() - state.keys():
+    missing = expected.keys() - state.keys()
+    if missing:
         one = checkpoint_name(min(missing))
         raise BadInput(f"{folder}: {len(missing)} tensors are missing, {one} among them; download it again.")
-    tied = state.pop("lm_head.weight", None) if config.tie_word_embeddings else None
-    if tied is not None and not torch.equal(tied, state["embed_tokens.weight"]):
-        raise BadInput(f"{folder}: lm_head.weight differs from the embedding that config.json ties it to.")
+    if config.tie_word_embeddings and "lm_head.weight" in state:  # some files hold the shared matrix twice
+        if not torch.equal(state.pop("lm_head.weight"), state["embed_tokens.weight"]):
+            raise BadInput(f"{folder}: lm_head.weight differs from the embedding that config.json ties it to.")
     model.load_state_dict(state, assign=True)
     return model.requires_grad_(False)
+
+
+def check_tensor(path, name, tensor, expected, model):
+    """BadInput unless a tensor of a file is one that the model has, in the shape that it has there."""
+    if expected is None and name == "lm_head.weight" and model.config.tie_word_embeddings:
+        expected = model.head
+    if expected is None:
+        raise BadInput(f"{path} holds {name}, which a {model.config.model_type} of this config has not.")
+    shape = list(tensor.shape)
+    needed = list(expected.shape)
+    if shape != needed:
+        raise BadInput(f"{path}: {name} has shape {shape}, config.json says {needed}.")
 
 
 # Saved runs ----------------------------------------------------------------------------------------------------------
 
 
 def save_backbone(folder, model, pretrained):
-    """Write the compact backbone, with the tokenizer's files from the folder `pretrained`; returns its fingerprint,
+    """Write the materialised backbone, with the tokenizer's files from the folder `pretrained`; returns its fingerprint,
     which every module trained with it carries."""
     folder = Path(folder)
-    state = {checkpoint_name(n): t.contiguous() for n, t in model.state_dict().items()}
-    with atomic(folder / "model.safetensors") as partial:
+    state = {checkpoint_name(name): tensor.contiguous() for name, tensor in model.state_dict().items()}
+    with atomic(folder / SINGLE) as partial:
         save_file(state, partial, metadata={"format": "pt"})
         fingerprint = hashlib.sha256(partial.read_bytes()).hexdigest()[:16]
-    for file in (path for name in BESIDE if (path := Path(pretrained, name)).exists()):
-        with atomic(folder / file.name) as partial:
-            partial.write_bytes(file.read_bytes())
+    for name in BESIDE:
+        source = Path(pretrained, name)
+        if source.exists():
+            with atomic(folder / name) as partial:
+                partial.write_bytes(source.read_bytes())
+    dtype = str(model.head.dtype).removeprefix("torch.")
+    config = {**model.config.raw, "dtype": dtype, "koff_fingerprint": fingerprint}
     with atomic(folder / "config.json") as partial:
-        own = {"dtype": str(model.head.dtype).removeprefix("torch."), "koff_fingerprint": fingerprint}
-        partial.write_text(json.dumps({**model.config.raw, **own}, indent=1))
+        partial.write_text(json.dumps(config, indent=1))
     return fingerprint
 
 
-def tensors_of(blocks):
-    """A module as saved: {"layers.{i}.{projection}.lora_A", ".lora_B", "layers.{i}.keys", ".values"} -> tensor."""
-    out = {}
-    for i, m in blocks.items():
-        for name, (a, b) in m.lora.items():
-            out |= {f"layers.{i}.{name}.lora_A": a, f"layers.{i}.{name}.lora_B": b}
-        if m.keys is not None:
-            out |= {f"layers.{i}.keys": m.keys, f"layers.{i}.values": m.values}
-    return {name: t.detach().contiguous() for name, t in out.items()}
+def tensors_of(module):
+    """A module {block: `Memory`} as it is saved: "layers.{i}.{projection}.lora_A" and ".lora_B", and for every other
+    field of a `Memory` that is there "layers.{i}.{field}" -> tensor."""
+    tensors = {}
+    for i, memory in module.items():
+        for name, (a, b) in memory.lora.items():
+            tensors[f"layers.{i}.{name}.lora_A"] = a
+            tensors[f"layers.{i}.{name}.lora_B"] = b
+        for f in fields(memory):
+            value = getattr(memory, f.name)
+            if isinstance(value, torch.Tensor):
+                tensors[f"layers.{i}.{f.name}"] = value
+    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
 
 
-def save_module(path, blocks, fingerprint):
-    """Write one module {block: BlockMemory}, marked with the backbone that it belongs to."""
+def save_module(path, module, fingerprint):
+    """Write one module, marked with the backbone that it belongs to."""
     with atomic(path) as partial:
-        save_file(tensors_of(blocks), partial, metadata={"koff_backbone": fingerprint})
+        save_file(tensors_of(module), partial, metadata={"koff_backbone": fingerprint})
 
 
 def load_module(path, config, dtype, device="cpu"):
-    """{block: BlockMemory} of a saved module. BadInput if it was trained with another backbone than `config`'s."""
+    """{block: `Memory`} of a saved module. BadInput if it was trained with another backbone than `config`'s."""
     tensors, metadata = read_tensors(path, device=device)
-    tensors, made_for = {name: t.to(dtype) for name, t in tensors.items()}, metadata.get("koff_backbone")
+    made_for = metadata.get("koff_backbone")
     if made_for is None or made_for != config.raw.get("koff_fingerprint"):
         raise BadInput(f"{path} was trained with another backbone ({made_for}); load it with the run it belongs to.")
-    blocks = {}
+    module = {}
     for name, tensor in tensors.items():
-        _, i, *rest = name.split(".")
-        block = blocks.setdefault(int(i), BlockMemory({}))
-        if len(rest) == 1:
-            setattr(block, rest[0], tensor)
-        elif rest[1] == "lora_A":
-            block.lora[rest[0]] = (tensor, tensors[f"layers.{i}.{rest[0]}.lora_B"])
-    return blocks
+        _, i, part, *half = name.split(".")  # layers.7.down.lora_A, or layers.7.keys
+        memory = module.setdefault(int(i), Memory())
+        if not half:
+            setattr(memory, part, tensor.to(dtype))
+        elif half == ["lora_A"]:
+            b = tensors[f"layers.{i}.{part}.lora_B"]
+            memory.lora[part] = (tensor.to(dtype), b.to(dtype))
+    return module
 
 
 def save_gates(path, gates, mask):
     """Write every log alpha and the final mask, each [N, channels]."""
-    tensors = {f"log_alpha.{n}": a.detach().contiguous() for n, a in gates.log_alpha.items()}
+    tensors = {f"log_alpha.{name}": a.detach().contiguous() for name, a in gates.log_alpha.items()}
+    for name, open in mask.items():
+        tensors[f"mask.{name}"] = open.to(torch.uint8)
     with atomic(path) as partial:
-        save_file(tensors | {f"mask.{n}": m.to(torch.uint8) for n, m in mask.items()}, partial)
+        save_file(tensors, partial)
 
 
 def load_gates(path, gates):
     """Fill `gates` with the saved log alpha; returns the final mask {name: bool [N, channels]}."""
     tensors, _ = read_tensors(path)
-    gates.load_state_dict({name: t for name, t in tensors.items() if name.startswith("log_alpha.")})
-    return {n.removeprefix("mask."): t.bool() for n, t in tensors.items() if n.startswith("mask.")}
+    mask = {}
+    for name in gates.log_alpha:
+        gates.log_alpha[name].data.copy_(tensors[f"log_alpha.{name}"])
+        mask[name] = tensors[f"mask.{name}"].bool()
+    return mask

@@ -1,4 +1,7 @@
-"""What a run will need: `python train.py --dry-run`."""
+"""What a run will need, from config.json alone: `python train.py --dry-run`.
+
+Its steps run on fake tensors, which have shapes and no numbers, and what they would take is counted.
+"""
 
 import weakref
 from dataclasses import replace
@@ -7,87 +10,117 @@ from pathlib import Path
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 import koff
+from data.checkpoint import read_config
 from data.corpus import find_domains
-from data.run import fitting, pick_dtype
+from data.hub import model_folder
+from data.run import fitting_gates, pick_dtype
 from model import Model
 
 
-class Peak(TorchDispatchMode):
-    """Counts the bytes of all tensors that are made under it, those alive `now` and the most that ever were, and the
-    floating-point operations, two for each multiply-add of a matrix product."""
+class Usage(TorchDispatchMode):
+    """Counts, of all that runs under it, the bytes of living tensors `now`, the most that ever lived (`peak`), and the
+    floating-point `operations` of matrix products, two for each multiply-add."""
 
     def __init__(self):
         super().__init__()
-        self.now, self.peak, self.alive, self.operations = 0, 0, set(), 0
+        self.now = 0
+        self.peak = 0
+        self.operations = 0
+        self.alive = set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        if formula := flop_registry.get(function._overloadpacket):
-            self.operations += formula(*args, **(kwargs or {}), out_val=out)
-        for storage in (x.untyped_storage() for x in tree_iter(out) if isinstance(x, torch.Tensor)):
-            if (key := storage._cdata) not in self.alive:  # neither a view nor written in place
-                self.alive.add(key)
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self.gone, key, storage.nbytes())
+        kwargs = kwargs or {}
+        out = function(*args, **kwargs)
+        count = flop_registry.get(function._overloadpacket)
+        if count:
+            self.operations += count(*args, **kwargs, out_val=out)
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self.born(tensor.untyped_storage())
         return out
+
+    def born(self, storage):
+        key = storage._cdata
+        if key in self.alive:  # a view, or written in place: nothing new
+            return
+        self.alive.add(key)
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self.gone, key, storage.nbytes())
 
     def gone(self, key, size):
         self.alive.discard(key)
         self.now -= size
 
 
-def dry_run(s, Trainer):
-    """Print the sizes and the memory of the run `s`, from config.json alone: its steps run on tensors without numbers.
+def usage_of_step(usage, trainer, tokens):
+    """(bytes above what is there before it, operations) of one training step."""
+    before = usage.now
+    usage.peak = before
+    usage.operations = 0
+    trainer.step(tokens, "one", 0)
+    return usage.peak - before, usage.operations
 
-    Returns the exit status, 0.
-    """
-    config, gates = fitting(s)
+
+def dry_run(s, Trainer):
+    """Print the sizes, the memory and the operations of the run `s`. `Trainer` is train.py's. Returns exit status 0."""
+    config = read_config(model_folder(s.model, weights=False))
+    gates = fitting_gates(s, config)
     domains = len(find_domains(s.data, s.domains)) if Path(s.data).is_dir() else 2
     torch.manual_seed(s.seed)
-    gates.spread({name: torch.rand(a.shape) for name, a in gates.log_alpha.items()})  # chance decides what closes
-    mask = gates.final_mask(s.sparsity, s.count, s.budget, s.multiple)
-    physical, paper = (gates.sparsity(mask, count).item() for count in ("physical", "paper"))
+    # Before training nobody knows what will close: chance decides here.
+    gates.start_from({name: torch.rand(a.shape) for name, a in gates.log_alpha.items()})
+    mask = gates.final_mask(s.sparsity, s.count, s.multiple)
     kept = koff.kept_channels(mask, config, gates.first, "cpu")
     with torch.device("meta"):
         model = Model(config).to(pick_dtype(s.dtype, torch.device("cuda")))
-    shapes = {name: (p.shape, p.dtype) for name, p in model.state_dict().items()}
-    with FakeTensorMode(allow_non_fake_inputs=True), Peak() as size:
-        model.load_state_dict({n: torch.empty(shape, dtype=d) for n, (shape, d) in shapes.items()}, assign=True)
-        weights = size.now
-        trainer = Trainer(model.requires_grad_(False), replace(s, budget="global", compile=False), ["one"])
+
+    with FakeTensorMode(allow_non_fake_inputs=True), Usage() as usage:
+        state = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in model.state_dict().items()}
+        model.load_state_dict(state, assign=True)
+        del state
+        weights = usage.now
+        trainer = Trainer(model.requires_grad_(False), replace(s, compile=False), ["one"])
         tokens = torch.zeros(s.batch, s.seq_len, dtype=torch.int64)
+        usage_of_step(usage, trainer, tokens)  # the first step makes AdamW's state
+        learning, operations = usage_of_step(usage, trainer, tokens)
+        before = usage.now
+        trainer.mask = mask  # as `Trainer.freeze_mask` does; fake tensors cannot say which channels a mask leaves
+        trainer.kept = kept
+        trainer.student = koff.materialise(model, kept)
+        materialised = usage.now - before
+        recovering, fewer_operations = 0, 0
+        if s.memory:
+            recovering, fewer_operations = usage_of_step(usage, trainer, tokens)
 
-        def step():
-            size.peak, size.operations, before = size.now, 0, size.now
-            trainer.step(tokens, "one", 0)
-            return size.peak - before, size.operations
+    gate_count = koff.count_parameters(trainer.gates)
+    module_count = koff.count_parameters(trainer.modules)
+    on_device = gate_count + module_count * (1 if s.offload else domains)
+    peak = weights + 12 * on_device + max(learning, materialised + recovering)
+    physical = gates.sparsity(mask, "physical").item()
+    paper = gates.sparsity(mask, "paper").item()
+    all_closed = {name: torch.zeros(a.shape) for name, a in gates.log_alpha.items()}
+    gated = int(gates.removed(all_closed, "physical"))
+    total = s.steps * ((1 - s.fix_mask) * operations + s.fix_mask * fewer_operations)
 
-        step()  # the first one makes AdamW's state
-        (sampled, operations), before = step(), size.now
-        trainer.mask, trainer.kept, trainer.student = mask, kept, koff.compact(model, kept)  # as `close` does
-        small = size.now - before
-        fixed, fewer = step()
-        fixed += small
-    gate, module = (sum(p.numel() for p in part.parameters()) for part in (trainer.gates, trainer.memories))
-    gated = gates.removed({name: torch.zeros(a.shape) for name, a in gates.log_alpha.items()}, "physical")
-    trained = gate + domains * module
-    there = gate + (1 if s.offload else domains) * module
-    where = f"in {s.blocks} of {config.num_hidden_layers} blocks"
-    print(f"{gates.total:,} parameters, {int(gated):,} of them gated, {where}")
-    print(f"{module:,} parameters a module, {domains} modules and {gate:,} gates: {trained:,} to train")
+    print(f"{gates.total:,} parameters, {gated:,} of them gated, in {s.blocks} of {config.num_hidden_layers} blocks")
+    trained = f"{gate_count + domains * module_count:,} to train"
+    print(f"{module_count:,} parameters a module, {domains} modules and {gate_count:,} gates: {trained}")
     print(f"at the target (closed at random): sparsity {physical:.4f} physical, {paper:.4f} by the paper's count")
-    every = s.steps * ((1 - s.fix_mask) * operations + s.fix_mask * (fewer if s.memory else 0))
-    what = f"{s.steps:,} steps of {operations / 1e12:.3g} and, once the mask is fixed, {fewer / 1e12:.3g} TFLOP"
-    print(f"{every / 1e15:,.3g} PFLOP to train: {s.steps * s.batch * s.seq_len:,} tokens in {what}")
-    parts = {f"weights, {model.head.dtype}": weights, "memories and gates, float32": 4 * there}
-    parts |= {"their AdamW state": 8 * there, f"one step of {s.batch} x {s.seq_len} tokens, gates sampled": sampled}
-    parts["or, once the mask is fixed, the compact student and its step"] = fixed
-    parts["peak memory"] = weights + 12 * there + max(sampled, fixed)
-    for name, b in parts.items():
-        print(f"{b / 1e9:9.3f} GB  {name}")
+    steps = f"{s.steps:,} steps of {operations / 1e12:.3g} and, once the mask is fixed, {fewer_operations / 1e12:.3g}"
+    print(f"{total / 1e15:,.3g} PFLOP to train: {s.steps * s.batch * s.seq_len:,} tokens in {steps} TFLOP")
+    show(weights, f"weights, {model.head.dtype}")
+    show(4 * on_device, "modules and gates, float32")
+    show(8 * on_device, "their AdamW state")
+    show(learning, f"one step of {s.batch} x {s.seq_len} tokens, gates sampled")
+    show(materialised + recovering, "or, once the mask is fixed, the materialised student and its step")
+    show(peak, "peak memory")
     return 0
+
+
+def show(size, what):
+    print(f"{size / 1e9:9.3f} GB  {what}")

@@ -1,68 +1,126 @@
-"""A run's folder, and the way into it: settings, model, text, device and dtype, each looked up in one place."""
+"""A run's folder, and the way into it.
 
-import contextlib
-import ctypes
-from dataclasses import asdict
+Opening a run goes through each room once: settings -> the model's folder -> config.json and what has to fit it -> text
+-> weights. `train.py` puts a Trainer on top (`open_run`); what looks at a finished run begins with `Run` or `opened`.
+"""
+
+import math
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import koff
 from data import BadInput
 from data.chat_template import ChatTemplate
 from data.checkpoint import load, load_gates, load_module, read_config
-from data.corpus import find_domains, load_text
+from data.corpus import Split, find_domains, load_text
+from data.hub import model_folder
 from data.router import Router
-from data.settings import Settings
+from data.settings import Settings, flag
 from data.tokenizer import Tokenizer
+
+# The machine ---------------------------------------------------------------------------------------------------------
 
 
 def pick_device(name):
-    usual = "cuda" if torch.cuda.is_available() else "cpu"
+    """The torch device of --device; BadInput for one that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        found = torch.empty(0, device=usual if name == "auto" else name).device
+        device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError):  # torch has no device of that name or number
-        found = None
-    if found is None or found.type not in ("cpu", "cuda"):
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
         raise BadInput(f"--device {name!r} is not there; give cpu, or cuda where torch finds a GPU.")
-    return found
+    return device
 
 
 def pick_dtype(name, device):
+    """The torch dtype of --dtype; "auto" is bfloat16 where its products are fast: a GPU, a CPU with AVX512-BF16."""
     if name != "auto":
         return getattr(torch, name)
-    cpu_has_it = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    return torch.bfloat16 if device.type == "cuda" or (device.type == "cpu" and cpu_has_it()) else torch.float32
+    if device.type == "cuda":
+        return torch.bfloat16
+    cpu_is_fast = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return torch.bfloat16 if device.type == "cpu" and cpu_is_fast() else torch.float32
 
 
-def keep_pages():
-    """Keep freed memory in the process: large short-lived tensors cost Linux more in page faults than in arithmetic."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # not glibc: nothing to do
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no private mappings
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: do not give the heap back
+# Before a training ---------------------------------------------------------------------------------------------------
 
 
-def reading(out, tokenizer, config, folder):
-    """How a run reads text: one token cache beside the run folders; an eos id ends each document; conversations become
-    text as the model in `folder` has it."""
-    template, ends = ChatTemplate.from_folder(folder), (*config.eos_token_ids, None)
-    return dict(tokenizer=tokenizer, cache=out.parent / ".tokens", separator=ends[0], template=template)
-
-
-def fitting(s):
-    """(config, gates) of the model; BadInput where --blocks or --sparsity ask for more than it has."""
-    config = read_config(s.model)
-    if min(first := s.first(config.num_hidden_layers)) < 0:
+def fitting_gates(s, config):
+    """The gates of a run on a model; BadInput where --blocks or --sparsity ask for more than it has."""
+    if min(s.first_blocks(config.num_hidden_layers)) < 0:
         most = max(s.blocks, s.memory_blocks)
         raise BadInput(f"--blocks is {most}, but {s.model} has {config.num_hidden_layers} blocks; give fewer.")
-    gates = koff.Gates(config, first[0], s.granularity, gated=s.gated)
-    most = gates.sparsity({name: torch.zeros(a.shape) for name, a in gates.log_alpha.items()}, s.count).item()
+    first_gated, _, _ = s.first_blocks(config.num_hidden_layers)
+    gates = koff.Gates(config, first_gated, s.granularity, gated=s.gated)
+    all_closed = {name: torch.zeros(a.shape) for name, a in gates.log_alpha.items()}
+    most = gates.sparsity(all_closed, s.count).item()
     if not 0 <= s.sparsity < most:
         what = f"the gated parameters are {most:.3f} of the model by the {s.count} count"
         raise BadInput(f"sparsity {s.sparsity} cannot be reached: {what}; lower --sparsity or gate more --blocks.")
-    return config, gates
+    return gates
+
+
+@dataclass
+class Text:
+    """What a run trains on. `train`: {domain: ids}; `general`: ids for retention, or None; `splits`: all that was read."""
+
+    train: dict[str, np.ndarray]
+    general: np.ndarray | None
+    splits: list[Split]
+
+
+class TextReader:
+    """How a run reads text: with its model's tokenizer and chat template, into one cache beside the run folders."""
+
+    def __init__(self, folder, config, cache):
+        self.tokenizer = Tokenizer.from_folder(folder)
+        self.template = ChatTemplate.from_folder(folder)  # conversations become text as this model has them
+        self.separator = config.eos_token_ids[0] if config.eos_token_ids else None  # ends each document
+        self.cache = cache
+        if max(self.tokenizer.vocab_size - 1, *config.eos_token_ids, 0) >= config.vocab_size:
+            rows = config.vocab_size
+            raise BadInput(f"{folder}: tokenizer.json has ids beyond the model's {rows} rows; pair them.")
+
+    def read(self, path, training, heldout):
+        """The `Split` of one domain; BadInput for fewer training or held-out tokens than are needed."""
+        return load_text(
+            path, self.tokenizer, self.cache, separator=self.separator, template=self.template, need=(training, heldout)
+        )
+
+
+def read_training_text(s, reader, config, paths=None):
+    """The `Text` of a run; BadInput where it is too short, or a sequence too long for the model.
+
+    `paths` {domain: its text}: where it is not that of `s.data`.
+    """
+    longest = max(s.seq_len, s.eval_len) + s.kv_tokens
+    if longest > config.max_position_embeddings:
+        limit = config.max_position_embeddings
+        raise BadInput(f"{longest} tokens, --kv-tokens included, exceed the model's context of {limit}; lower them.")
+    if paths is None:
+        paths = find_domains(s.data, s.domains, least=1 if s.domains else 2)
+    one_batch = max(s.batch, s.retention_batch) * (s.seq_len + 1)
+    training = max(one_batch, 10 * Router.WINDOW)
+    heldout = max(s.eval_len, Router.WINDOW)
+
+    text = Text({}, None, [])
+    for name, path in paths.items():
+        split = reader.read(path, math.ceil(training / s.text), heldout)
+        text.splits.append(split)
+        text.train[name] = split.train[: int(len(split.train) * s.text)]
+    if s.retention == "domains":
+        text.general = np.concatenate(list(text.train.values()))
+    elif s.retention:
+        split = reader.read(s.retention, training, 0)
+        text.splits.append(split)
+        text.general = split.train
+    return text
 
 
 def finished(s, out, fresh=False):
@@ -73,14 +131,20 @@ def finished(s, out, fresh=False):
     if fresh or not ours.exists():
         return False
     old = asdict(Settings.from_file(ours))
-    if changed := [name for name, value in asdict(s).items() if old[name] != value]:
-        flag = "--" + changed[0].replace("_", "-")
-        raise BadInput(f"{out} holds another run ({flag} differs); name another --out, or say --fresh.")
+    for name, value in asdict(s).items():
+        if old[name] != value:
+            raise BadInput(f"{out} holds another run ({flag(name)} differs); name another --out, or say --fresh.")
     return (out / "results.json").exists()
 
 
+# After it ------------------------------------------------------------------------------------------------------------
+
+
 class Run:
-    """A saved run, as its folder has it: settings, compact backbone, modules, router. Needs no base checkpoint."""
+    """A saved run, as its folder has it: settings, backbone, modules, router. Needs no base checkpoint.
+
+    run = Run("out/handbook"); run.backbone(tokens, module=run.module("french")) -> logits [B, T, V]
+    """
 
     def __init__(self, folder, device="auto", dtype=None):
         self.folder = Path(folder)
@@ -92,7 +156,7 @@ class Run:
         self.tokenizer = Tokenizer.from_folder(self.folder / "backbone")
         self.router = Router.load(self.folder / "router.safetensors")
         self.names = [name for name in self.router.domains if self.module_path(name).exists()]
-        self.loaded = {}
+        self.loaded = {}  # modules, once they were asked for
 
     @cached_property
     def backbone(self):
@@ -102,6 +166,7 @@ class Run:
         return self.folder / "modules" / f"{name}.safetensors"
 
     def module(self, name):
+        """{block: `Memory`} of one domain, to be given to the backbone."""
         if name not in self.names:
             raise BadInput(f"{self.folder} has no module {name!r}; it has {', '.join(self.names) or 'none'}.")
         if name not in self.loaded:
@@ -111,28 +176,35 @@ class Run:
 
     @property
     def modules(self):
-        """{domain: {block: BlockMemory}}, all of them."""
+        """{domain: {block: `Memory`}}, all of them."""
         return {name: self.module(name) for name in self.names}
 
     def gates(self, base):
         """The learnt gates, and the final mask {name: bool [N, channels]}."""
         s = self.settings
-        gates = koff.Gates(base.config, s.first(len(base.layers))[0], s.granularity, s.beta_end or s.beta, s.gated)
+        first_gated, _, _ = s.first_blocks(len(base.layers))
+        gates = koff.Gates(base.config, first_gated, s.granularity, s.beta_end or s.beta, s.gated)
         return gates, load_gates(self.folder / "gates.safetensors", gates)
 
 
 def opened(folder, device="auto"):
     """What an evaluation looks at: the run, its unpruned model, its text {domain: Split}."""
     run = Run(folder, device)
-    s, base = run.settings, load(run.settings.model, run.dtype, run.device)
-    how = reading(run.folder, run.tokenizer, base.config, run.folder / "backbone")
-    how["need"] = (0, max(s.eval_len, Router.WINDOW))
-    return run, base, {name: load_text(path, **how) for name, path in texts_of(run).items()}
+    base = load(model_folder(run.settings.model), run.dtype, run.device)
+    reader = TextReader(run.folder / "backbone", base.config, run.folder.parent / ".tokens")
+    heldout = max(run.settings.eval_len, Router.WINDOW)
+    text = {}
+    for name, path in texts_of(run).items():
+        text[name] = reader.read(path, 0, heldout)
+    return run, base, text
 
 
 def texts_of(run):
     """{domain: path of its text}: in the folder that the run was trained on, or where a later domain was found."""
-    there, names = find_domains(run.settings.data) | run.router.paths, run.names or run.router.domains
-    if missing := [name for name in names if name not in there]:
-        raise BadInput(f"{run.settings.data} has no {missing[0]}, on which {run.folder} was trained.")
-    return {name: Path(there[name]) for name in names}
+    there = find_domains(run.settings.data) | run.router.paths
+    paths = {}
+    for name in run.names or run.router.domains:
+        if name not in there:
+            raise BadInput(f"{run.settings.data} has no {name}, on which {run.folder} was trained.")
+        paths[name] = Path(there[name])
+    return paths

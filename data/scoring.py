@@ -14,13 +14,12 @@ from tqdm import tqdm
 
 from data import BadInput, atomic, benchmarks
 from data.checkpoint import load, read_config
-from data.download import located
-from data.pictures import spread
+from data.hub import model_folder
 from data.run import Run, pick_device, pick_dtype
 from data.settings import HERE
-from data.tables import save, table
+from data.tables import save, spread, table
 from data.tokenizer import Tokenizer
-from model import BlockMemory, Cache, generate
+from model import Cache, Memory, generate
 
 ROOM = 2048  # tokens in a batch, at most
 
@@ -28,12 +27,12 @@ STOP = ("\nQ:", "\nQuestion:")  # a model that goes on with the next question ha
 
 
 def remember(model, ids, memory=None):
-    """The memory {block: BlockMemory} with which text goes on after `ids`: computed once, shared by a batch."""
+    """The memory {block: Memory} with which text goes on after `ids`: computed once, shared by a batch."""
     if not ids:
         return memory
     cache, tokens, own = Cache(0), torch.tensor([ids], device=model.head.device), memory or {}
-    model.hidden(tokens, memory=memory, cache=cache)
-    return {i: BlockMemory(own[i].lora if i in own else {}, k[0], v[0]) for i, (k, v) in cache.layers.items()}
+    model.hidden(tokens, module=memory, cache=cache)
+    return {i: Memory(own[i].lora if i in own else {}, k[0], v[0]) for i, (k, v) in cache.layers.items()}
 
 
 def after(model, rows, read, memory):
@@ -44,7 +43,7 @@ def after(model, rows, read, memory):
     tokens = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
     for row, ids in zip(tokens, rows, strict=True):
         row[: len(ids)] = torch.tensor(ids)
-    x = model.hidden(tokens.to(model.head.device), memory=memory)
+    x = model.hidden(tokens.to(model.head.device), module=memory)
     x = torch.cat([h[len(ids) - n : len(ids)] for h, ids, n in zip(x, rows, read, strict=True)])
     return model.logits(x).log_softmax(-1).split(read)
 
@@ -83,7 +82,7 @@ def texts(model, part, shared, memory, tokenizer):
     """What the model writes greedily after each prompt, up to the next question; prompts of equal length."""
     eos, ids, going = model.config.eos_token_ids, [[] for _ in part], set(range(len(part)))
     tokens = torch.tensor([p.ids[shared:] for p in part], device=model.head.device)
-    for new in generate(model, tokens, part[0].item.steps, tokenizer.vocab_size, eos=eos, memory=memory):
+    for new in generate(model, tokens, part[0].item.steps, tokenizer.vocab_size, eos=eos, module=memory):
         for b, token in enumerate(new.tolist()):
             if b in going and token not in eos:
                 ids[b].append(token)
@@ -184,7 +183,7 @@ def bench(args):
     """Measure a run or a Hugging Face folder on a task: a table on the screen, results and samples in files."""
     if (args.limit is not None and args.limit < 1) or (args.shots or 0) < 0:
         raise BadInput("give a --limit of at least 1 and --shots of at least 0.")
-    folder, run = located(args.run), None
+    folder, run = model_folder(args.run), None
     if (folder / "settings.json").exists() or not (folder / "config.json").exists():
         run = Run(folder, args.device)
     device, tokenizer = pick_device(args.device), run.tokenizer if run else Tokenizer.from_folder(folder)

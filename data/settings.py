@@ -1,25 +1,31 @@
-"""What a run can be told: every setting with its default, and presets, which are named settings."""
+"""What a run can be told: every setting with its default (`Settings`), and presets, which are named settings."""
 
 import json
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from data import BadInput
-from koff import GATED
-
-CONSTRAINTS = ("progressive", "hinge", "lagrangian")
+from koff import GATED, OBJECTIVES, SCORES, TAILS
 
 HERE = Path(__file__).resolve().parent.parent
+CONSTRAINTS = ("progressive", "hinge", "lagrangian")
 
 
 def option(default, text, *choices, low=None, high=None):
+    """A field of `Settings`: its default, its line in --help, what it can be."""
     return field(default=default, metadata={"help": text, "choices": choices or None, "low": low, "high": high})
+
+
+def flag(name):
+    """How the command line spells a setting."""
+    return "--" + name.replace("_", "-")
 
 
 @dataclass(frozen=True)
 class Settings:
     """Every choice of a run; the command line is made of it. "paper" marks the paper's values, "measured" our own."""
 
+    # The model and its text
     model: str = option(
         str(HERE / "data/base"),
         "pretrained model: a folder (Hugging Face layout, safetensors) or owner/name on the Hub",
@@ -27,17 +33,14 @@ class Settings:
     data: str = option(str(HERE / "data/handbook"), "folder with one <domain>.txt, .jsonl or sub-folder per domain")
     domains: str = option("", "some of the domains there: names with commas, or how many; empty: all")
     text: float = option(1.0, "share of the training text that is used", low=0.001, high=1)
-    retention: str = option("", "general text for retention batches (Eq. 2); domains: a mix of theirs; empty: none")
-    retention_every: int = option(20, "steps between retention batches (paper)", low=1)
-    retention_batch: int = option(0, "sequences in one of them; 0: as --batch", low=0)
+
+    # The mask
     blocks: int = option(4, "how many upper blocks carry gates and memories (paper: 18 of 28)", low=1)
-    memory_blocks: int = option(0, "how many carry memories, if it is another number; 0: as --blocks; -1: all", low=-1)
     sparsity: float = option(0.25, "share of all parameters to remove (paper: 0.12 of 3B)", low=0, high=0.99)
     count: str = option("physical", "what that share counts: parameters gone, or the paper's", "physical", "paper")
     gated: str = option("kv+mlp", "projections with gates: the paper's set, or one it compares", *GATED)
     granularity: str = option("neuron", "gate MLP neurons, or each projection (paper)", "neuron", "projection")
-    budget: str = option("global", "all gates compete, or each projection meets the target (paper)", "global", "module")
-    gate_init: str = option("fisher", "start of log alpha: by Fisher score, or all 3", "fisher", "constant")
+    gate_init: str = option("fisher", "start of log alpha: by a score, or all 3", *SCORES, "constant")
     fisher_sequences: int = option(48, "sequences of the calibration pass for it (measured)", low=1)
     multiple: int = option(8, "a block keeps a multiple of this many neurons (granularity neuron)", low=1)
     beta: float = option(2 / 3, "temperature of the gates (Louizos; at the paper's 2 the cost misleads)", low=0.05)
@@ -47,15 +50,25 @@ class Settings:
     constraint: str = option("progressive", "hinge behind a rising target, at once, or koff.Penalty", *CONSTRAINTS)
     penalty: float = option(60.0, "first lambda (paper); lagrangian: first lambda_2", low=1)
     scaled: bool = option(True, "lambda x 1.03 a step while behind, / 1.03 while not")
-    order: str = option("joint", "gates and memories together (paper), or memories after", "joint", "prune-first")
-    memory: bool = option(True, "train memories; --no-memory prunes only")
+
+    # The memory modules
+    memory: bool = option(True, "train memory modules; --no-memory prunes only")
+    memory_blocks: int = option(0, "how many carry memories, if it is another number; 0: as --blocks; -1: all", low=-1)
     rank: int = option(64, "LoRA rank (paper: 256 for 3B); 0: no LoRA", low=0)
     alpha: float = option(64.0, "LoRA alpha; the update is scaled by alpha / rank (paper: 128 / 256)", low=0)
     kv_tokens: int = option(16, "memory tokens per block (paper: 256); 0: none", low=0)
     kv_init: str = option("text", "start of the KV memory: text of the domain, or N(0, 0.02) (paper)", "text", "normal")
-    objective: str = option("kl", "KL to the teacher (paper), next token, or half of each", "kl", "next-token", "blend")
-    top: int = option(100, "how many logits of the teacher are kept (paper)", low=1)
-    tail: str = option("bucket", "the mass outside them, see koff.divergence", "bucket", "renormalise", "drop")
+    order: str = option("joint", "gates and memories together (paper), or memories after", "joint", "prune-first")
+
+    # The loss
+    objective: str = option("kl", "KL to the teacher (paper), next token, or half of each", *OBJECTIVES)
+    top: int = option(100, "how many outcomes of the teacher are kept (paper)", low=1)
+    tail: str = option("bucket", "the mass outside them, see koff.TAILS", *TAILS)
+    retention: str = option("", "general text for retention batches (Eq. 2); domains: a mix of theirs; empty: none")
+    retention_every: int = option(20, "steps between retention batches (paper)", low=1)
+    retention_batch: int = option(0, "sequences in one of them; 0: as --batch", low=0)
+
+    # The training
     steps: int = option(500, "training steps, each on one batch of one domain; 0: a control without training", low=0)
     focus: int = option(0, "extra steps a round for the domain furthest from the teacher (measured)", low=0)
     batch: int = option(4, "sequences per batch (paper: 2)", low=1)
@@ -65,23 +78,22 @@ class Settings:
     kv_rate: float = option(3e-3, "AdamW rate of the KV memory (measured; paper: 1e-2)", low=0)
     decay: float = option(0.5, "last share of the steps, in which LoRA's and KV's rates fall to 0", low=0, high=1)
     seed: int = option(0, "seed of data order, gate noise and first LoRA", low=0)
+
+    # The machine
     device: str = option("auto", "cpu or cuda; auto: cuda where there is one")
     dtype: str = option("auto", "of the frozen weights; auto: bfloat16 if fast here", "auto", "bfloat16", "float32")
     checkpointing: bool = option(False, "recompute the student in backward: less memory, more time")
-    offload: bool = option(False, "keep the memories that are not at work, and their AdamW state, off the GPU")
+    offload: bool = option(False, "keep the modules that are not at work, and their AdamW state, off the GPU")
     compile: bool = option(False, "torch.compile the blocks; a minute first (no gain on the CPU that was measured)")
+    save_every: int = option(200, "steps between checkpoints", low=1)
+
+    # The report
     eval_windows: int = option(12, "held-out windows per domain in the report", low=1)
     eval_len: int = option(256, "their length in tokens", low=8)
-    save_every: int = option(200, "steps between checkpoints", low=1)
 
     def __post_init__(self):
         for f in fields(self):
-            value, low, high = getattr(self, f.name), f.metadata["low"], f.metadata["high"]
-            flag = "--" + f.name.replace("_", "-")
-            if (low is not None and not value >= low) or (high is not None and not value <= high):
-                raise BadInput(f"{flag} is {value}; give {f'at least {low}' if high is None else f'{low} to {high}'}.")
-            if f.metadata["choices"] and value not in f.metadata["choices"]:
-                raise BadInput(f"{flag} is {value!r}; give one of {', '.join(f.metadata['choices'])}.")
+            check_value(f, getattr(self, f.name))
         if self.memory and not (self.rank or self.kv_tokens):
             raise BadInput("--rank 0 and --kv-tokens 0 contradict --memory: nothing is left of it; say --no-memory.")
         if self.ramp + self.fix_mask > 1:
@@ -91,11 +103,17 @@ class Settings:
         if self.kv_tokens > self.seq_len:
             raise BadInput("--kv-tokens is larger than --seq-len; a memory longer than the text is no memory.")
 
-    def first(self, layers):
-        """(first gated block, first with a memory, the lower of the two: all below it is the teacher's)."""
-        gated = layers - self.blocks
-        memory = {0: gated, -1: 0}.get(self.memory_blocks, layers - self.memory_blocks)
-        return gated, memory, min(gated, memory) if self.memory else gated
+    def first_blocks(self, layers):
+        """(first gated block, first with a memory, split): blocks below `split` are the teacher's, unchanged."""
+        first_gated = layers - self.blocks
+        if self.memory_blocks == 0:
+            first_memory = first_gated
+        elif self.memory_blocks == -1:
+            first_memory = 0
+        else:
+            first_memory = layers - self.memory_blocks
+        split = min(first_gated, first_memory) if self.memory else first_gated
+        return first_gated, first_memory, split
 
     @classmethod
     def from_file(cls, path):
@@ -106,6 +124,32 @@ class Settings:
             raise BadInput(f"{path} does not exist; name the folder of a run that train.py made.") from None
         except (OSError, ValueError, TypeError) as error:
             raise BadInput(f"{path} is not the settings of this version ({error}); train the run again.") from None
+
+
+# In --help each group of settings begins with the field that is named here.
+GROUPS = {
+    "model": "the model and its text",
+    "blocks": "the mask",
+    "memory": "the memory modules",
+    "objective": "the loss",
+    "steps": "the training",
+    "device": "the machine",
+    "eval_windows": "the report",
+}
+
+
+def check_value(f, value):
+    """BadInput unless the value of a field is within its bounds and among its choices."""
+    low = f.metadata["low"]
+    high = f.metadata["high"]
+    choices = f.metadata["choices"]
+    if low is not None and not value >= low:  # not (value < low): NaN is refused too
+        given = f"at least {low}" if high is None else f"{low} to {high}"
+        raise BadInput(f"{flag(f.name)} is {value}; give {given}.")
+    if high is not None and not value <= high:
+        raise BadInput(f"{flag(f.name)} is {value}; give {low} to {high}.")
+    if choices and value not in choices:
+        raise BadInput(f"{flag(f.name)} is {value!r}; give one of {', '.join(choices)}.")
 
 
 BEST = dict(blocks=18, sparsity=0.12, kv_tokens=64, steps=1350, focus=5, batch=2, lora_rate=2e-3, eval_len=512)

@@ -119,10 +119,10 @@ def our_step(model, settings, domains=1, closed=False, vocabulary=None, times=4)
     trainer = Trainer(model, s, [f"d{i}" for i in range(domains)])
     tokens = torch.randint(0, model.config.vocab_size, (s.batch, s.seq_len))
     if closed:
-        trainer.fix(s.steps)
+        trainer.start_step(s.steps)
     for domain in trainer.domains:  # all of AdamW's state
         trainer.step(tokens, domain, 0)
-    own = 12 * sum(p.numel() for p in trainer.memories.parameters())
+    own = 12 * sum(p.numel() for p in trainer.modules.parameters())
     return {"seconds": fastest(lambda: trainer.step(tokens, "d0", 0), times), "memory": memory(), "own": own}
 
 
@@ -175,7 +175,7 @@ def in_inference(model, rounds, prompt=512, new=128):
 
     def ours(model, memory=None):
         def forward(x, cache):
-            hidden = model.run(model.embed_tokens(x), 0, len(model.layers), memory=memory, cache=cache)
+            hidden = model.run(model.embed_tokens(x), 0, len(model.layers), module=memory, cache=cache)
             return model.logits(hidden[:, -1]).argmax(-1, keepdim=True)
 
         return forward, lambda: Cache(new)
@@ -189,10 +189,10 @@ def in_inference(model, rounds, prompt=512, new=128):
         s = Settings(model=folder, blocks=18, kv_tokens=64, sparsity=sparsity, fisher_sequences=12)
         trainer = Trainer(load(folder, DTYPE), s, ["one"])
         trainer.initialise({"one": ids})  # what closes are mostly neurons, as in a run
-        trainer.fix(s.steps)
+        trainer.start_step(s.steps)
         with torch.no_grad(), tempfile.TemporaryDirectory() as at:
             path, config = Path(at, "one.safetensors"), replace(trainer.model.config, raw={"koff_fingerprint": "here"})
-            save_module(path, koff.compact_memory(trainer.memory("one").by_block(DTYPE), trainer.kept), "here")
+            save_module(path, koff.materialise_module(trainer.module("one").by_block(DTYPE), trainer.kept), "here")
             memory = load_module(path, config, DTYPE)
             swap = fastest(lambda a=(path, config, DTYPE): load_module(*a), 20)
         subjects[f"compact, {sparsity:.0%}"] = ours(trainer.student)

@@ -8,42 +8,47 @@ from safetensors.torch import load_file
 
 import train
 from data import run, settings, sweeps, tables
+from data.checkpoint import read_config
 from data.settings import Settings
 from data.sweeps import SWEEPS
-from test_train import flags, outputs, trainer_of, world  # noqa: F401 (a fixture)
+from test_train import flags, open_run, outputs, trainer_of, world  # noqa: F401 (a fixture)
 from train import Trainer
 
-SMALL = (dict(steps=6), {"pruning only": sweeps.PRUNED, "both": {}, "+ KV": dict(rank=0)}, {"both": 2})
+SMALL = sweeps.Sweep(
+    {"pruning only": sweeps.PARTS["pruning only"], "both": {}, "+ KV": dict(rank=0)},
+    common=dict(steps=6),
+    seeds={"both": 2},
+)
 
 
 @pytest.mark.parametrize("name", SWEEPS)
 def test_every_run_of_every_sweep_can_be_made(name):
-    common, rows, seeds = SWEEPS[name]
-    assert set(seeds) <= set(rows)
-    made = [Settings(**{**common, **own}) for own in rows.values()]
+    chosen = SWEEPS[name]
+    assert set(chosen.seeds) <= set(chosen.rows)
+    made = [Settings(**{**chosen.common, **own}) for own in chosen.rows.values()]
     assert len(set(made)) == len(made)  # no row twice
     for s in made:
-        run.fitting(s)
+        run.fitting_gates(s, read_config(s.model))
 
 
 def test_the_papers_table_of_ablations_has_all_its_rows_and_seeds():
-    _, rows, seeds = SWEEPS["ablations"]
-    assert len(rows) == 7 and sorted(seeds.values()) == [3] * 5
+    chosen = SWEEPS["ablations"]
+    assert len(chosen.rows) == 7 and sorted(chosen.seeds.values()) == [3] * 5
 
 
 def test_prune_first_trains_no_memory_until_the_mask_is_fixed(world):  # noqa: F811
     trainer, text = trainer_of(world, order="prune-first", fix_mask=0.5)
     trainer.initialise(text)
-    start = {n: p.clone() for n, p in trainer.memories.state_dict().items()}
+    start = {n: p.clone() for n, p in trainer.modules.state_dict().items()}
     tokens = torch.arange(32).view(2, 16)
     for index in range(4):
-        trainer.fix(index)
+        trainer.start_step(index)
         trainer.step(tokens, "german", index)
-    assert all(torch.equal(p, start[n]) for n, p in trainer.memories.state_dict().items())
+    assert all(torch.equal(p, start[n]) for n, p in trainer.modules.state_dict().items())
     gates = {n: p.clone() for n, p in trainer.gates.state_dict().items()}
-    trainer.fix(4)
+    trainer.start_step(4)
     trainer.step(tokens, "german", 4)
-    assert any(not torch.equal(p, start[n]) for n, p in trainer.memories.state_dict().items())
+    assert any(not torch.equal(p, start[n]) for n, p in trainer.modules.state_dict().items())
     assert all(torch.equal(p, gates[n]) for n, p in trainer.gates.state_dict().items())
 
 
@@ -51,7 +56,7 @@ def test_prune_first_trains_no_memory_until_the_mask_is_fixed(world):  # noqa: F
 def test_memories_in_other_blocks_than_the_gates(world, memory_blocks, shared):  # noqa: F811
     more = dict(memory_blocks=memory_blocks, out=world / "runs/placed")
     trainer, _ = trainer_of(world, **more)
-    assert (trainer.first, trainer.split) == (1, shared)
+    assert (trainer.gates.first, trainer.split) == (1, shared)
     assert train.main(flags(world, **more)) == 0
     module = load_file(world / "runs/placed/modules/german.safetensors")
     expected = {-1: 3, 3: 3, 1: 1, 0: 2}[memory_blocks]
@@ -64,7 +69,7 @@ def test_annealing_and_the_constraints(world):  # noqa: F811
     tokens = torch.arange(32).view(2, 16)
     betas = []
     for index in range(4):
-        trainer.step(tokens, "german", index)
+        trainer.start_step(index)
         betas.append(trainer.gates.beta)
     assert betas == pytest.approx([2.0, 1.625, 1.25, 0.875])
     targets = {
@@ -80,28 +85,13 @@ def test_part_of_the_domains_and_of_their_text(world, capsys):  # noqa: F811
     _, text = trainer_of(world)
     trainer, part = trainer_of(world, domains="german", text=0.5)
     assert trainer.domains == ["german"] and len(part["german"]) == len(text["german"]) // 2
-    s, out, _ = train.parse(flags(world, retention="domains"))
-    assert len(train.open_run(s, out)[2]) == sum(map(len, text.values()))
+    opened = open_run(flags(world, retention="domains"))
+    assert len(opened.text.general) == sum(map(len, text.values()))
     assert train.main(flags(world, domains="german", out=world / "runs/german")) == 0
     assert train.main(flags(world, domains="klingon", out=world / "runs/klingon")) == 2
     assert "has no domain 'klingon'" in capsys.readouterr().err
     assert train.main(flags(world, domains="3", out=world / "runs/three")) == 2
     assert "--domains is 3, and" in capsys.readouterr().err
-
-
-def test_the_teachers_answers_are_computed_once_and_change_nothing(world):  # noqa: F811
-    folder = world / "teacher"
-    train.train(train.parse(flags(world))[0], world / "runs/alone")
-    train.train(train.parse(flags(world))[0], world / "runs/first", answers=folder)
-    files = {p: p.stat().st_mtime_ns for p in folder.iterdir()}
-    assert len(files) == 8
-    train.train(train.parse(flags(world))[0], world / "runs/second", answers=folder)
-    assert {p: p.stat().st_mtime_ns for p in folder.iterdir()} == files
-    assert outputs(world / "runs/alone") == outputs(world / "runs/first") == outputs(world / "runs/second")
-    trainer, _ = trainer_of(world)
-    trainer.answers = sweeps.Answers(folder, trainer.s, torch.float64)  # another teacher: not these
-    trainer.step(torch.arange(32).view(2, 16), "german", 0)
-    assert len(list(folder.iterdir())) == 9
 
 
 def test_a_sweep_goes_on_where_it_was_interrupted(world, monkeypatch, capsys):  # noqa: F811

@@ -16,17 +16,15 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 import bench
 import eval as evaluation
 import koff
-import model as decoder
 import train
 from data import corpus, run, settings
-from data.checkpoint import parse_config
+from data.checkpoint import parse_config, read_config
 from data.settings import PRESETS, Settings
 from model import Cache, Model
 from train import Trainer
@@ -66,13 +64,17 @@ def flags(world, **more):
 
 
 def trainer_of(world, **more):
-    s, out, _ = train.parse(flags(world, **more))
-    trainer, text, _ = train.open_run(s, out)
-    return trainer, text
+    opened = open_run(flags(world, **more))
+    return opened.trainer, opened.text.train
+
+
+def open_run(argv):
+    args = train.parse(argv)
+    return train.open_run(args.settings, args.out)
 
 
 def tensors(trainer):
-    return {n: p.detach().clone() for part in (trainer.gates, trainer.memories) for n, p in part.named_parameters()}
+    return {n: p.detach().clone() for part in (trainer.gates, trainer.modules) for n, p in part.named_parameters()}
 
 
 # What moves ---------------------------------------------------------------------------------------------------------
@@ -81,7 +83,7 @@ def tensors(trainer):
 def test_every_trainable_is_in_exactly_one_group_and_the_model_is_frozen(world):
     trainer, _ = trainer_of(world)
     grouped = [id(p) for group in trainer.optimizer.param_groups for p in group["params"]]
-    trainables = [id(p) for part in (trainer.gates, trainer.memories) for p in part.parameters()]
+    trainables = [id(p) for part in (trainer.gates, trainer.modules) for p in part.parameters()]
     assert sorted(grouped) == sorted(trainables) and len(set(grouped)) == len(grouped)
     names = {g["name"]: len(g["params"]) for g in trainer.optimizer.param_groups}
     assert names == {"lora": 2 * 10, "gates": 4, "kv": 2 * 2}
@@ -95,13 +97,13 @@ def test_a_step_moves_gates_and_its_own_module_only(world):
     tokens = torch.from_numpy(corpus.batch(text["german"], 0, 2, 16, 0))
     for index in range(3):  # after the first, AdamW would move a module with zero gradients by its momentum
         trainer.step(tokens, "french", index)
-    before, french = trainer.gates.state_dict(), trainer.memory("french").state_dict()
+    before, french = trainer.gates.state_dict(), trainer.module("french").state_dict()
     before, french = ({n: p.clone() for n, p in state.items()} for state in (before, french))
-    german = {n: p.clone() for n, p in trainer.memory("german").state_dict().items()}
+    german = {n: p.clone() for n, p in trainer.module("german").state_dict().items()}
     trainer.step(tokens, "german", 3)
     assert any(not torch.equal(p, before[n]) for n, p in trainer.gates.state_dict().items())
-    assert all(torch.equal(p, french[n]) for n, p in trainer.memory("french").state_dict().items())
-    moved = [n for n, p in trainer.memory("german").state_dict().items() if not torch.equal(p, german[n])]
+    assert all(torch.equal(p, french[n]) for n, p in trainer.module("french").state_dict().items())
+    moved = [n for n, p in trainer.module("german").state_dict().items() if not torch.equal(p, german[n])]
     assert {"keys", "values", "lora_b.k", "lora_b.down"} <= set(moved)
     assert all(torch.equal(p, weights[n]) for n, p in trainer.model.named_parameters())
 
@@ -111,12 +113,12 @@ def test_retention_moves_gates_only_and_the_fixed_mask_stops_them(world):
     trainer.initialise(text)
     tokens = torch.from_numpy(corpus.batch(text["german"], 0, 2, 16, 0))
     before = tensors(trainer)
-    trainer.step(tokens, "german", 0, retention=True)
+    trainer.retain(tokens, "german", 0)
     after = tensors(trainer)
     assert trainer.penalty.multipliers[0].item() == 60  # Omega and its lambda belong to the domains' steps
     moved = {n for n in before if not torch.equal(before[n], after[n])}
     assert moved and all(n.startswith("log_alpha") for n in moved)
-    trainer.fix(7)
+    trainer.start_step(7)
     trainer.step(tokens, "german", 7)
     final = tensors(trainer)
     moved = {n for n in after if not torch.equal(after[n], final[n])}
@@ -139,7 +141,7 @@ def test_lambda_grows_while_behind_and_shrinks_while_not(world):
 # The whole line -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("more", [{}, dict(granularity="projection", budget="module", count="paper", tail="drop"),
+@pytest.mark.parametrize("more", [{}, dict(granularity="projection", count="paper", tail="drop"),
                                   dict(objective="blend", gate_init="constant", kv_init="normal"),
                                   dict(objective="next-token", dtype="bfloat16", seed=3)])  # fmt: skip
 def test_a_run_writes_what_the_readme_promises(world, more, capsys):
@@ -228,79 +230,66 @@ def test_ctrl_c_saves_and_the_same_command_continues(world, monkeypatch, capsys)
 
 
 @pytest.fixture
-def fake_cuda(world, monkeypatch):
-    """A trainer whose every tensor claims to be on a GPU, under FakeTensorMode.
-
-    A CPU-only torch cannot choose a CUDA attention kernel, so that `causal_lower_right` gives way to the mask that it
-    describes (`test_attention_on_the_cpu_is_the_kernel_of_a_gpu...` in test_model.py compares the two).
-    """
-    mask = lambda T, S: torch.ones(T, S, dtype=torch.bool, device="cuda").tril(S - T)  # noqa: E731
-    monkeypatch.setattr(decoder, "causal_lower_right", mask)
-    s, _, _ = train.parse(flags(world))
-    trainer = Trainer(Model(parse_config(CONFIG)), s, ["german", "french"])
-    kept = [None, None, {"k": 8, "v": 9, "neuron": 30, "down": 20}]
-    trainer.small = Model(parse_config({**CONFIG, "koff_kept": kept})).to(torch.bfloat16)  # a compact backbone
-    trainer.model.to(torch.bfloat16)
-    modules = (trainer.model, trainer.small, trainer.gates, trainer.memories)
-    parts = [(part, part.state_dict()) for part in modules]
-    shapes = [(part, {n: (p.shape, p.dtype) for n, p in state.items()}) for part, state in parts]
-    with FakeTensorMode():
-        for part, wanted in shapes:
-            state = {n: torch.empty(shape, dtype=dtype, device="cuda") for n, (shape, dtype) in wanted.items()}
-            part.load_state_dict(state, assign=True)
-        trainer.model.requires_grad_(False)
-        yield trainer
+def on_meta(world):
+    """A trainer whose every tensor is on the meta device, and a materialised backbone: a tensor that the code makes
+    elsewhere does not fit them, as it would not on a GPU."""
+    with torch.device("meta"):
+        model = Model(parse_config(CONFIG)).to(torch.bfloat16).requires_grad_(False)
+        kept = [None, None, {"k": 8, "v": 9, "neuron": 30, "down": 20}]
+        small = Model(parse_config({**CONFIG, "koff_kept": kept})).to(torch.bfloat16)
+    trainer = Trainer(model, train.parse(flags(world)).settings, ["german", "french"])
+    trainer.small = small
+    return trainer
 
 
 @torch.no_grad()
 def student_loss(trainer, tokens, tail="bucket"):
     model, s = trainer.model, trainer.s
-    shared = model.run(model.embed_tokens(tokens), 0, trainer.first)
-    answer = koff.teacher_answer(model, model.run(shared, trainer.first, 3).flatten(0, 1), s.top)
-    memory = trainer.memory("german").by_block(shared.dtype)
+    shared = model.run(model.embed_tokens(tokens), 0, trainer.split)
+    answer = koff.teacher_topk(model, model.run(shared, trainer.split, 3).flatten(0, 1), s.top)
+    memory = trainer.module("german").by_block(shared.dtype)
     z = {n: koff.hard_concrete(a, s.beta, torch.full_like(a, 0.5)) for n, a in trainer.gates.log_alpha.items()}
-    hidden = model.run(shared, trainer.first, 3, trainer.gates.by_block(z, shared.dtype), memory)
+    hidden = model.run(shared, trainer.split, 3, trainer.gates.by_block(z, shared.dtype), memory)
     return koff.distill(model, hidden, answer, tokens, "blend", tail), memory
 
 
-def test_on_a_fake_gpu_no_tensor_stays_on_the_cpu(fake_cuda):
-    model, tokens = fake_cuda.model, torch.zeros(2, 16, dtype=torch.int64, device="cuda")
+def test_no_tensor_is_made_on_another_device(on_meta):
+    model, tokens = on_meta.model, torch.zeros(2, 16, dtype=torch.int64, device="meta")
     for tail in ("bucket", "renormalise", "drop"):
-        loss, memory = student_loss(fake_cuda, tokens, tail)
-        assert loss.device.type == "cuda"
+        loss, memory = student_loss(on_meta, tokens, tail)
+        assert loss.is_meta
     cache = Cache(2)
     with torch.no_grad():
-        for budget in ("global", "module"):
-            assert fake_cuda.gates.behind(0.1, "physical", budget, 0.1).device.type == "cuda"
-        assert model(tokens, memory=memory, cache=cache).device.type == "cuda"
-        assert model(tokens.narrow(1, 0, 1), memory=memory, cache=cache).shape == (2, 1, 4096)
-        assert fake_cuda.small(tokens).device.type == "cuda"
-    measured = evaluation.losses(
-        {"unpruned": (model, None), "german": (model, memory)}, tokens, fake_cuda.first, size=1
-    )
-    assert all(x.device.type == "cuda" and x.shape == (2,) for x in measured.values())
+        assert on_meta.gates.sparsity_gap(0.1, "physical").is_meta
+        assert model(tokens, module=memory, cache=cache).is_meta
+        assert model(tokens[:, :1], module=memory, cache=cache).shape == (2, 1, 4096)
+        assert on_meta.small(tokens).is_meta
+    first = on_meta.split
+    shared = model.run(model.embed_tokens(tokens), 0, first)
+    losses = evaluation.window_losses(model, memory, shared, first, tokens)
+    assert losses.is_meta and losses.shape == (2,)
 
 
-def test_on_a_fake_gpu_a_cpu_index_is_noticed(fake_cuda):
+def test_a_cpu_index_is_noticed(on_meta):
     with pytest.raises(Exception, match="device"):
-        student_loss(fake_cuda, torch.zeros(2, 16, dtype=torch.int64))
+        student_loss(on_meta, torch.zeros(2, 16, dtype=torch.int64))
 
 
 def meta_step(world, **more):
     with torch.device("meta"):
         model = Model(parse_config(CONFIG)).requires_grad_(False)
-    s, _, _ = train.parse(flags(world, **more))
+    s = train.parse(flags(world, **more)).settings
     trainer = Trainer(model, s, ["german", "french"])
     tokens = torch.zeros(2, 16, dtype=torch.int64, device="meta")
     for index in (0, 1):
         loss = trainer.step(tokens, "german", index)
-    loss = trainer.step(tokens, "german", index, retention=True)
-    trainer.close({n: torch.arange(a.numel()).view(a.shape) % 3 > 0 for n, a in trainer.gates.log_alpha.items()})
+    loss = trainer.retain(tokens, "german", index)
+    trainer.freeze_mask({n: torch.arange(a.numel()).view(a.shape) % 3 > 0 for n, a in trainer.gates.log_alpha.items()})
     loss = trainer.step(tokens, "german", 7)
     return trainer, loss
 
 
-@pytest.mark.parametrize("more", [{}, dict(budget="module", granularity="projection", objective="blend", tail="drop")])
+@pytest.mark.parametrize("more", [{}, dict(granularity="projection", objective="blend", tail="drop")])
 def test_a_whole_step_on_the_meta_device_asks_for_no_number(world, more):
     trainer, loss = meta_step(world, **more)
     assert loss.is_meta and all(p.is_meta for p in trainer.gates.parameters())
@@ -503,10 +492,13 @@ def test_an_old_python_or_torch_is_named(monkeypatch):
 
 
 def test_settings_are_the_command_line(world):
-    s, out, do = train.parse(["--preset", "best", "--rank", "8", "--no-memory", "--dry-run"])
+    args = train.parse(["--preset", "best", "--rank", "8", "--no-memory", "--dry-run"])
+    s, out = args.settings, args.out
     assert (s.blocks, s.rank, s.memory, out) == (18, 8, False, Path("out/best"))
-    assert (do["sweep"], do["fresh"], do["dry_run"]) == (None, False, True)
-    assert train.parse([])[0] == Settings() and replace(s, rank=64, memory=True) == Settings(**settings.PRESETS["best"])
+    assert (args.sweep, args.fresh, args.dry_run) == (None, False, True)
+    assert train.parse([]).settings == Settings() and replace(s, rank=64, memory=True) == Settings(
+        **settings.PRESETS["best"]
+    )
 
 
 class Operations(TorchDispatchMode):
@@ -524,15 +516,12 @@ class Operations(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("kv_tokens", [0, 3])
-def test_the_operations_that_the_benchmark_counts_are_those_that_torch_counts(world, kv_tokens, monkeypatch):
+def test_the_operations_that_the_benchmark_counts_are_those_that_torch_counts(world, kv_tokens):
     trainer, _ = trainer_of(world, kv_tokens=kv_tokens)
-    monkeypatch.setattr(decoder.CausalRows, "ROWS", 1)  # now it computes what is visible and nothing else
     with Operations() as counted:
         trainer.step(torch.arange(32).view(2, 16), "german", 0)
-    linear, attention = bench.operations(trainer.model.config, trainer.s)
-    assert counted.found.pop("mm") == linear
-    once_more = 2 * 2 * 2 * 32 * sum(kv_tokens + t for t in range(1, 17))  # backward repeats Q K^T; 2 blocks, batch 2
-    assert counted.found.pop("bmm") + counted.found.pop("baddbmm") == attention + once_more and not counted.found
+    linear, _ = bench.operations(trainer.model.config, trainer.s)
+    assert counted.found["mm"] == linear
 
 
 def test_a_round_visits_every_domain_once_and_the_worst_again(world):
@@ -553,33 +542,32 @@ def test_a_switch_for_the_machine_changes_no_number(world, more, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "compile", lambda block: whole(block, backend="aot_eager"))
     losses = []
     for switch in ([], more):
-        s, out, _ = train.parse([*flags(world), *switch])
-        trainer, text, _ = train.open_run(s, out)
+        opened = open_run([*flags(world), *switch])
+        trainer, text = opened.trainer, opened.text.train
         trainer.initialise(text)
         tokens = torch.arange(32).view(2, 16)
         for index, domain in enumerate(["german", "french", "german", "french"]):
-            trainer.fix(2 * index)
+            trainer.start_step(2 * index)
             losses.append(trainer.step(tokens, domain, index, torch.Generator().manual_seed(index)).item())
     assert losses[:4] == pytest.approx(losses[4:], abs=0 if more == ["--offload"] else 1e-4)
 
 
 def test_offloading_moves_one_memory_in_and_the_last_one_out(world, monkeypatch):
-    s, out, _ = train.parse([*flags(world), "--offload"])
-    trainer, _, _ = train.open_run(s, out)
+    trainer = open_run([*flags(world), "--offload"]).trainer
     for domain in trainer.domains:  # both have AdamW state
         trainer.step(torch.arange(32).view(2, 16), domain, 0)
     moved, where, to = [], trainer.device, torch.Tensor.to
-    state = {d: [x for p in trainer.memories[i].parameters() for x in (p, *trainer.optimizer.state[p].values())]
+    state = {d: [x for p in trainer.modules[i].parameters() for x in (p, *trainer.optimizer.state[p].values())]
              for i, d in enumerate(trainer.domains)}  # fmt: skip
     spy = lambda x, target, *more, **kw: moved.append((x.data_ptr(), str(target))) or to(x, target, *more, **kw)  # noqa: E731
     monkeypatch.setattr(torch.Tensor, "to", spy)
     trainer.at_work, first, second = "french", "french", "german"
-    trainer.memory(second)
+    trainer.module(second)
     assert sorted(moved) == sorted(
         [(x.data_ptr(), "cpu") for x in state[first]] + [(x.data_ptr(), str(where)) for x in state[second]]
     )
     moved.clear()
-    trainer.memory(second)
+    trainer.module(second)
     assert not moved
 
 
@@ -587,7 +575,7 @@ def test_the_recent_loss_follows_the_domains_own_steps(world):
     trainer, text = trainer_of(world)
     tokens = torch.from_numpy(corpus.batch(text["german"], 0, 2, 16, 0))
     loss = trainer.step(tokens, "german", 7)
-    trainer.step(tokens, "german", 7, retention=True)
+    trainer.retain(tokens, "german", 7)
     assert torch.equal(trainer.recent, loss * torch.tensor([0.0, 0.2])) and trainer.domains == ["french", "german"]
 
 
@@ -635,9 +623,10 @@ def preset(request, tmp_path, monkeypatch):
 @pytest.mark.parametrize("preset", SHAPES, indirect=True)
 def test_a_preset_fits_its_model(preset):
     s, _, parameters = preset
-    config, gates = run.fitting(s)
+    config = read_config(s.model)
+    gates = run.fitting_gates(s, config)
     with torch.device("meta"):
-        memory = koff.Memory(config, s.first(config.num_hidden_layers)[1], s.rank, s.alpha, s.kv_tokens)
+        memory = koff.MemoryModule(config, s.first_blocks(config.num_hidden_layers)[1], s.rank, s.alpha, s.kv_tokens)
     assert gates.total == pytest.approx(parameters, rel=0.02)
     assert sum(p.numel() for p in memory.parameters()) < 0.8 * s.sparsity * gates.total  # else nothing is gained
 
@@ -668,12 +657,12 @@ from bench import memory_above
 from data.checkpoint import load
 
 def steps(argv, T):
-    s, _, _ = train.parse(argv)
+    s = train.parse(argv).settings
     trainer = train.Trainer(load(s.model, torch.bfloat16), s, list("abcdef"))
     tokens = torch.randint(0, 1000, (s.batch, T))
     for domain in "abcdef":
         trainer.step(tokens, domain, 0)
-    trainer.fix(s.steps)
+    trainer.start_step(s.steps)
     trainer.step(tokens, "a", 0)
 
 steps([], 8)  # the program itself comes into memory
