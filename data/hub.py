@@ -42,4 +42,4 @@ def model_folder(name, weights=True):
         raise BadInput(f"{where} and not public on the Hub; check name and revision, or set HF_TOKEN.") from None
     except Exception as error:  # each way of transport has exceptions of its own
         reason = str(error).partition("\n")[0] or type(error).__name__
-        raise BadInput(f"{where}, and the Hub does not answer ({reason}); try again, it goes on from there.") from None
+        raise BadInput(f"{where}, and the Hub did not give it ({reason}); try again, it goes on from there.") from None
