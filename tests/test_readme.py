@@ -116,8 +116,12 @@ def test_every_file_of_the_data_folder_is_described_below_those_that_it_imports(
     assert sorted(described) == sorted(path.stem for path in (ROOT / "data").glob("*.py"))
     for i, name in enumerate(described):
         for node in ast.walk(ast.parse(text_of(ROOT / f"data/{name}.py"))):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("data."):
-                assert node.module.removeprefix("data.") in described[:i], f"{name}.py imports {node.module}"
+            needed = set()
+            if isinstance(node, ast.ImportFrom) and node.module == "data":
+                needed = {alias.name for alias in node.names} & set(described)
+            elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("data."):
+                needed = {node.module.removeprefix("data.")}
+            assert needed <= set(described[:i]), f"{name}.py imports {needed}"
 
 
 # Tables --------------------------------------------------------------------------------------------------------------
