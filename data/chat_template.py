@@ -1,74 +1,87 @@
 """Conversations as the text that an instruction-tuned model was trained on.
 
-A checkpoint's chat template is a program in Jinja. With jinja2 installed it is run, in jinja2's sandbox; without, the
-two families that most models follow are written here (with the template's own default date), any other is refused.
+A checkpoint's chat template is a program in Jinja. It runs in Jinja's sandbox, with what transformers gives it, so that
+the text is that of `tokenizer.apply_chat_template` there.
 """
 
 import json
 import re
+from datetime import datetime
+from functools import cached_property
 from pathlib import Path
+
+from jinja2 import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from data import BadInput
 
 
 class ChatTemplate:
-    """text = template(messages): messages [{"role": "system", "user" or "assistant", "content": text}]."""
+    """text = template(messages): messages [{"role": "system", "user", "assistant" or "tool", "content": text, ...}]."""
 
     def __init__(self, source, special=None):
-        """`source` is the Jinja text; `special` {"bos_token": ..., "eos_token": ...} are names that it may use."""
-        self.source, self.special = source, special or {}
+        """`source` is the Jinja text; `special` {"bos_token": "<s>", ...} are names that it may use."""
+        self.source = source
+        self.special = special or {}
 
     @classmethod
     def from_folder(cls, folder):
         """That of a model, or None: a base model has none. BadInput if it cannot be read."""
-        config, file = Path(folder, "tokenizer_config.json"), Path(folder, "chat_template.jinja")
+        config = Path(folder, "tokenizer_config.json")
+        file = Path(folder, "chat_template.jinja")
+        settings = {}
+        special = {}
         try:
-            about = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
-            source = file.read_text(encoding="utf-8") if file.exists() else about.get("chat_template")
-            if isinstance(source, list):  # several, by name
+            if config.exists():
+                settings = json.loads(config.read_text(encoding="utf-8"))
+            source = settings.get("chat_template")
+            if file.exists():  # where there are both, it counts
+                source = file.read_text(encoding="utf-8")
+            elif isinstance(source, list):  # several, by name
                 source = {one["name"]: one["template"] for one in source}["default"]
-            special = {name: about.get(name) for name in ("bos_token", "eos_token")}
+            for name, token in settings.items():
+                if isinstance(token, dict):  # {"content": "<s>", and its flags}
+                    token = token.get("content")
+                if name.endswith("_token") and isinstance(token, str):
+                    special[name] = token
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise BadInput(f"{config} is not valid ({error!r}); download it again.") from None
-        text = {name: x["content"] if isinstance(x, dict) else x for name, x in special.items() if x}
-        return cls(source, text) if source else None
+        if source:
+            return cls(source, special)
 
-    def __call__(self, messages, answer=False):
-        """The text of a conversation; with `answer`, up to where the assistant's next message begins."""
+    def __call__(self, messages, answer=False, tools=None):
+        """The text of a conversation; with `answer`, up to where the assistant's next message begins.
+
+        tools: JSON schemas of the functions that the model may call. BadInput where the template refuses.
+        """
+        given = []
         try:
-            from jinja2 import TemplateError
-            from jinja2.sandbox import ImmutableSandboxedEnvironment
-        except ImportError:
-            return self.by_hand(messages, answer)
-
-        def refused(message):
-            raise TemplateError(message)
-
-        more = ["jinja2.ext.loopcontrols"]
-        room = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=more)
-        room.globals |= {"raise_exception": refused}
-        try:
-            given = dict(messages=messages, add_generation_prompt=answer, tools=None, documents=None)
-            return room.from_string(self.source).render(**given, **self.special)
-        except (TemplateError, TypeError, LookupError, ValueError, AttributeError) as error:
+            for message in messages:
+                # Without what is null: beside a tool call, a template would write a content of null as "None".
+                given.append({key: value for key, value in message.items() if value is not None})
+            return self.program.render(messages=given, tools=tools, add_generation_prompt=answer, **self.special)
+        except Exception as error:  # somebody else's program may fail in any way
             raise BadInput(f"the model's chat template refuses this conversation: {error}.") from None
 
-    def by_hand(self, messages, answer):
-        if "<|im_start|>" in self.source and "<think>" not in self.source:
-            # ChatML: Qwen2, SmolLM2, with the system's message that the template has
-            usual = re.search(r"<\|im_start\|>system(?:\n|\\n)([^<{}'\"]+)<\|im_end\|>", self.source)
-            if usual and messages[0]["role"] != "system":
-                messages = [{"role": "system", "content": usual[1].replace("\\n", "\n")}, *messages]
-            one, answers, start = "<|im_start|>{}\n{}<|im_end|>\n", "<|im_start|>assistant\n", ""
-        elif "<|start_header_id|>" in self.source:  # Llama 3; from 3.1 on the system's message says what day it is
-            one = "<|start_header_id|>{}<|end_header_id|>\n\n{}<|eot_id|>"
-            answers = "<|start_header_id|>assistant<|end_header_id|>\n\n"
-            start = self.special.get("bos_token", "<|begin_of_text|>")
-            messages = [{**m, "content": m["content"].strip()} for m in messages]
-            if "Cutting Knowledge Date" in self.source:
-                system, rest = (messages[:1], messages[1:]) if messages[0]["role"] == "system" else ([], messages)
-                dates = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
-                messages = [{"role": "system", "content": dates + "".join(m["content"] for m in system)}, *rest]
-        else:
-            raise BadInput("the model's chat template is of no family known here; pip install jinja2, which runs it.")
-        return start + "".join(one.format(m["role"], m["content"]) for m in messages) + (answers if answer else "")
+    @cached_property
+    def program(self):
+        """The compiled template."""
+        sandbox = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        sandbox.filters["tojson"] = tojson
+        sandbox.globals["raise_exception"] = raise_exception
+        sandbox.globals["strftime_now"] = datetime.now().strftime  # the date, which some templates tell the model
+        sandbox.globals["documents"] = None
+        # {% generation %} is transformers' own and marks what the model writes: a block without effect replaces it.
+        return sandbox.from_string(re.sub(r"({%[-+]?\s*(end)?)generation\b", r"\1with", self.source))
+
+
+def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+    """Python's JSON. (Jinja's own filter sorts the keys, and escapes <, > and & for web pages.)"""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def raise_exception(message):
+    """A template calls this to refuse a conversation, for instance one whose roles do not alternate."""
+    raise TemplateError(message)

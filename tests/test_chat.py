@@ -1,4 +1,4 @@
-"""Conversations: the templates against transformers' own rendering, conversations as training text, and a chat."""
+"""Conversations: as training text, and a chat."""
 
 import io
 import json
@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast
 
 import eval as evaluation
 import model as decoder
@@ -16,101 +15,8 @@ from data import BadInput, chat
 from data.chat_template import ChatTemplate
 from data.corpus import read_documents
 from data.run import Run
+from test_chat_template import SMOLLM2, TALK
 from test_train import ROOT, flags, world  # noqa: F401 (a fixture)
-
-SMOLLM2 = """{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system
-You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>
-' }}{% endif %}{{'<|im_start|>' + message['role'] + '
-' + message['content'] + '<|im_end|>' + '
-'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant
-' }}{% endif %}"""
-QWEN25 = r"""{%- if tools %}
-    {{- '<|im_start|>system\n' }}{{- '# Tools\n<|im_end|>\n' }}
-{%- else %}
-    {%- if messages[0]['role'] == 'system' %}
-        {{- '<|im_start|>system\n' + messages[0]['content'] + '<|im_end|>\n' }}
-    {%- else %}
-        {{- '<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n' }}
-    {%- endif %}
-{%- endif %}
-{%- for message in messages %}
-    {%- if (message.role == "user") or (message.role == "system" and not loop.first) or (message.role == "assistant") %}
-        {{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>' + '\n' }}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\n' }}
-{%- endif %}
-"""
-LLAMA3 = r"""{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"""
-LLAMA31 = r"""{{- bos_token }}
-{%- if not date_string is defined %}
-    {%- set date_string = "26 Jul 2024" %}
-{%- endif %}
-{%- if messages[0]['role'] == 'system' %}
-    {%- set system_message = messages[0]['content']|trim %}
-    {%- set messages = messages[1:] %}
-{%- else %}
-    {%- set system_message = "" %}
-{%- endif %}
-{{- "<|start_header_id|>system<|end_header_id|>\n\n" }}
-{%- if tools is not none %}
-    {{- "Environment: ipython\n" }}
-{%- endif %}
-{{- "Cutting Knowledge Date: December 2023\n" }}
-{{- "Today Date: " + date_string + "\n\n" }}
-{{- system_message }}
-{{- "<|eot_id|>" }}
-{%- for message in messages %}
-    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}
-{%- endif %}
-"""
-TALK = [{"role": "user", "content": " Was ist ein Kernel?"}, {"role": "assistant", "content": "Der Kern.\n"},
-        {"role": "user", "content": "Und {{ 7 * 7 }}?"}]  # fmt: skip
-SYSTEM = [{"role": "system", "content": "Be brief."}]
-
-
-@pytest.mark.parametrize("source", [SMOLLM2, QWEN25, LLAMA3, LLAMA31], ids=["smollm2", "qwen2.5", "llama3", "llama3.1"])
-@pytest.mark.parametrize("messages", [TALK, SYSTEM + TALK, TALK[:1]], ids=["talk", "system", "one"])
-@pytest.mark.parametrize("answer", [False, True])
-def test_a_template_gives_what_transformers_renders_with_jinja_and_without(source, messages, answer, monkeypatch):
-    about = {"bos_token": "<|begin_of_text|>"}
-    theirs = PreTrainedTokenizerFast(tokenizer_file=str(ROOT / "data/base/tokenizer.json"), **about)
-    expected = theirs.apply_chat_template(messages, chat_template=source, tokenize=False, add_generation_prompt=answer)
-    assert ChatTemplate(source, about)(messages, answer) == expected
-    monkeypatch.setitem(sys.modules, "jinja2", None)
-    assert ChatTemplate(source, about)(messages, answer) == expected
-
-
-def test_another_family_needs_jinja_and_a_template_can_do_no_harm(monkeypatch):
-    odd = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
-    assert ChatTemplate(odd)(TALK[1:]) == "[Der Kern.\n][Und {{ 7 * 7 }}?]"
-    for harm in (
-        "{{ ().__class__.__base__.__subclasses__() }}",
-        "{{ raise_exception('no system here') }}",
-        "{% nonsense %}",
-    ):
-        with pytest.raises(BadInput, match="refuses this conversation"):
-            ChatTemplate(harm)(TALK)
-    monkeypatch.setitem(sys.modules, "jinja2", None)
-    with pytest.raises(BadInput, match="pip install jinja2"):
-        ChatTemplate(odd)(TALK)
-
-
-def test_where_a_template_is_found(tmp_path):
-    assert ChatTemplate.from_folder(tmp_path) is None
-    bos = {"bos_token": {"content": "<s>", "lstrip": False}, "chat_template": [{"name": "default", "template": "old"}]}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(bos))
-    found = ChatTemplate.from_folder(tmp_path)
-    assert found.source == "old" and found.special == {"bos_token": "<s>"}
-    (tmp_path / "chat_template.jinja").write_text("new")
-    assert ChatTemplate.from_folder(tmp_path).source == "new"
-    (tmp_path / "tokenizer_config.json").write_text("[")
-    with pytest.raises(BadInput, match="is not valid"):
-        ChatTemplate.from_folder(tmp_path)
 
 
 def test_conversations_are_training_text(tmp_path):
@@ -245,10 +151,3 @@ def test_which_module_answers():
     assert chat.pick_module(run, "x") == unsure
     run.names = []
     assert chat.pick_module(run, "x") == (None, "none in this run")
-
-
-def test_without_jinja2_a_template_that_thinks_is_refused(monkeypatch):
-    for name in "jinja2", "jinja2.sandbox":
-        monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(BadInput, match="pip install jinja2"):  # Qwen3's puts <think> into what is plain in Qwen2's
-        ChatTemplate("{{ '<|im_start|>' }}{{ '<think>' }}")([{"role": "user", "content": "Hallo"}])

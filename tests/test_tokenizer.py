@@ -225,15 +225,50 @@ def test_a_missing_byte_is_dropped_before_bpe(trained):
     assert ours.encode("th\x04e") == ours.encode("th") + ours.encode("e") != ours.encode("the")
 
 
-def test_a_regex_that_cannot_drop_a_missing_byte_is_refused(trained, tmp_path):
-    for regex in (r"\p{Han}|\S+|\s+", r"\P{L}|\S"):
-        file = json.loads((trained["smollm2"] / "tokenizer.json").read_text())
-        file["pre_tokenizer"] = sequence(SPLIT | {"pattern": {"Regex": regex}}, BYTES)
+@pytest.mark.parametrize(
+    "regex", [r"\p{Han}|\S+|\s+", r"\P{L}|\S", r"[^\S\n]+|\p{Lu}?\p{Ll}++|(?>\p{M}*)(?i:K|s)|\p{P}"]
+)
+def test_any_regex_drops_a_missing_byte(trained, tmp_path, regex):
+    file = json.loads((trained["smollm2"] / "tokenizer.json").read_text())
+    file["pre_tokenizer"] = sequence(SPLIT | {"pattern": {"Regex": regex}}, BYTES | {"trim_offsets": True})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(file))
+    assert b"\x04" in Tokenizer.from_folder(tmp_path)._missing
+    assert_same(tmp_path, paragraphs()[:300] + NASTY + hostile(500))
+
+
+def test_the_regex_for_missing_bytes_means_what_that_of_tiktoken_means(trained):
+    """Where a byte is missing the pieces come from `regex`, else from tiktoken: both cut every text alike."""
+    for style in ("smollm2", "llama3", "gpt2"):
+        ours = Tokenizer.from_folder(trained[style])
+        for text in [*paragraphs()[::20], *NASTY, *hostile(1000)]:
+            if not any(byte in ours._missing for byte in text.encode()):
+                cut = [piece[0].encode() for piece in ours._pieces.finditer(text)]
+                by_pieces = [rank for piece in cut for rank in ours._bpe._encode_single_piece(piece)]
+                assert by_pieces == ours._bpe.encode_ordinary(text), text
+
+
+def test_a_regex_that_nobody_can_read_is_refused(trained, tmp_path):
+    for pattern in (r"\p{Nonsense}|\S", r"(\S|", r"\p{L}{2,1}"):
+        file = json.loads((trained["qwen"] / "tokenizer.json").read_text())
+        file["pre_tokenizer"] = sequence(SPLIT | {"pattern": {"Regex": pattern}}, BYTES)
         (tmp_path / "tokenizer.json").write_text(json.dumps(file))
-        ours = Tokenizer.from_folder(tmp_path)
-        assert ours.decode(ours.encode("a b")) == "a b"
-        with pytest.raises(BadInput, match="bytes that the vocabulary lacks"):
-            ours.encode("a\x04b")
+        with pytest.raises(BadInput, match=r"is not a valid tokenizer\.json"):
+            Tokenizer.from_folder(tmp_path)
+
+
+def test_the_longest_added_token_counts(trained, tmp_path):
+    """Added tokens that begin alike, one within another, and a file without any."""
+    for contents in (["<a>", "<a><b>", "<a", "b>", "(?!)", "é<", "<a><b><c>"], ["<q", "<qq", "<qqq"], []):
+        file = json.loads((trained["gpt2"] / "tokenizer.json").read_text())
+        first = len(file["model"]["vocab"])
+        file["added_tokens"] = [
+            {"id": first + i, "content": content, "special": True, "normalized": False, "single_word": False,
+             "lstrip": False, "rstrip": False} for i, content in enumerate(contents)
+        ]  # fmt: skip
+        (tmp_path / "tokenizer.json").write_text(json.dumps(file))
+        rng = random.Random(0)
+        texts = ["".join(rng.choices([*"<>abcq(?!)é ", "<a>", "<b>"], k=rng.randint(0, 20))) for _ in range(500)]
+        assert_same(tmp_path, texts)
 
 
 def test_a_regex_with_gaps_loses_no_text(trained, tmp_path):
