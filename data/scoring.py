@@ -1,226 +1,229 @@
-"""Ask a model the prompts of a benchmark: log-likelihoods and text, with shared prefixes, restartable."""
+"""Put the questions of a benchmark to a model: `eval.py bench RUN TASK --rows FOLDER`.
+
+The model answers with the option that it finds most likely. Every answer is a line of TASK-VARIANT.jsonl as soon as it
+is there, and the same command goes on from them; TASK-VARIANT.json holds what lm-evaluation-harness would write.
+"""
 
 import hashlib
 import json
 import math
-import re
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from data import BadInput, atomic, benchmarks
-from data.checkpoint import load, read_config
+from data import BadInput, atomic
+from data.benchmarks import encode, load_items
+from data.checkpoint import load
 from data.hub import model_folder
 from data.run import Run, pick_device, pick_dtype
-from data.settings import HERE
+from data.settings import HERE, Settings
 from data.tables import save, spread, table
 from data.tokenizer import Tokenizer
-from model import Cache, Memory, generate
+from model import Cache, Memory
 
-ROOM = 2048  # tokens in a batch, at most
-
-STOP = ("\nQ:", "\nQuestion:")  # a model that goes on with the next question has answered
-
-
-def remember(model, ids, memory=None):
-    """The memory {block: Memory} with which text goes on after `ids`: computed once, shared by a batch."""
-    if not ids:
-        return memory
-    cache, tokens, own = Cache(0), torch.tensor([ids], device=model.head.device), memory or {}
-    model.hidden(tokens, module=memory, cache=cache)
-    return {i: Memory(own[i].lora if i in own else {}, k[0], v[0]) for i, (k, v) in cache.layers.items()}
-
-
-def after(model, rows, read, memory):
-    """rows: lists of ids -> one [read[r], V] each: log p of what may follow each of the last read[r] of them.
-
-    Padding on the right is harmless: nothing that is read can see it.
-    """
-    tokens = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
-    for row, ids in zip(tokens, rows, strict=True):
-        row[: len(ids)] = torch.tensor(ids)
-    x = model.hidden(tokens.to(model.head.device), module=memory)
-    x = torch.cat([h[len(ids) - n : len(ids)] for h, ids, n in zip(x, rows, read, strict=True)])
-    return model.logits(x).log_softmax(-1).split(read)
-
-
-def batches(prompts, shared):
-    """Cut prompts, whose first `shared` ids are known, into batches by length. Those of several rows are one by one."""
-    out = []
-    for p in sorted(prompts, key=lambda p: len(p.ids)):
-        full = not out or (len(out[-1]) + 1) * (len(p.ids) - shared) > ROOM
-        if full or len(stems(p)) > 1 or (not p.options and len(p.ids) != len(out[-1][0].ids)):
-            out.append([])
-        out[-1].append(p)
-    return out
-
-
-def stems(p):
-    """The rows that options need, less the context: each option without its last token, often one for all of them."""
-    return list(dict.fromkeys(option[:-1] for option in p.options))
-
-
-def scores(model, part, shared, memory):
-    """[[log-likelihood of each option] of each prompt]; `memory` holds the first `shared` ids of all prompts."""
-    if len(stems(part[0])) > 1:  # the only one: its rows share all of the context but the last token
-        memory, shared = remember(model, part[0].ids[shared:-1], memory), len(part[0].ids) - 1
-    keys = [(p.item.id, stem) for p in part for stem in stems(p)]
-    rows = [p.ids[shared:] + list(stem) for p in part for stem in stems(p)]
-    log_p = dict(zip(keys, after(model, rows, [1 + len(stem) for _, stem in keys], memory), strict=True))
-
-    def score(p, option):
-        return log_p[p.item.id, option[:-1]][range(len(option)), option].double().sum().item()
-
-    return [[score(p, option) for option in p.options] for p in part]
-
-
-def texts(model, part, shared, memory, tokenizer):
-    """What the model writes greedily after each prompt, up to the next question; prompts of equal length."""
-    eos, ids, going = model.config.eos_token_ids, [[] for _ in part], set(range(len(part)))
-    tokens = torch.tensor([p.ids[shared:] for p in part], device=model.head.device)
-    for new in generate(model, tokens, part[0].item.steps, tokenizer.vocab_size, eos=eos, module=memory):
-        for b, token in enumerate(new.tolist()):
-            if b in going and token not in eos:
-                ids[b].append(token)
-            if token in eos or any(s in tokenizer.decode(ids[b]) for s in STOP):
-                going.discard(b)
-        if not going:
-            break
-    return [re.split("|".join(STOP), tokenizer.decode(row))[0].strip() for row in ids]
+# How likely is a text? -----------------------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
-def answers(model, tokenizer, prompts, memory=None, finished=()):
-    """Yield [(prompt, what its line of the sample file says)] batch by batch, less what is `finished`: {(subject, id)}.
+def remember(model, ids, module=None):
+    """The module {block: Memory} with which text goes on after `ids`: what they leave in the cache is a KV memory.
 
-    What the ids of a subject's prompts begin with in common is computed once. Batches do not depend on what is
-    finished, so that the numbers are the same, bit for bit, whether or not a run was stopped between.
+    So whatever many texts begin with is read once. The cache begins with the keys and values of `module`.
     """
-    groups = {}
-    for p in prompts:
-        groups.setdefault((p.item.subject, p.shots, min(2, len(stems(p)))), []).append(p)
-    for group in groups.values():
-        columns = enumerate(zip(*(p.ids[:-1] for p in group), strict=False))
-        shared = next((t for t, column in columns if len(set(column)) > 1), min(len(p.ids) for p in group) - 1)
-        prefix = None
-        for part in batches(group, shared):
-            if all(p.key in finished for p in part):
-                continue
-            prefix = prefix or remember(model, group[0].ids[:shared], memory)
-            how = (model, part, shared, prefix)
-            given = scores(*how) if part[0].options else texts(*how, tokenizer)
-            pairs = zip(part, given, strict=True)
-            yield [(p, p.item.judged(x)) for p, x in pairs if p.key not in finished]
+    if not ids:
+        return module
+    cache = Cache(0)
+    model.hidden(torch.tensor([ids], device=model.head.device), module=module, cache=cache)
+    after = {}
+    for i, (keys, values) in cache.layers.items():  # each [1, G, M + T, hd]
+        memory = (module or {}).get(i) or Memory()
+        after[i] = replace(memory, keys=keys[0], values=values[0])
+    return after
 
 
-def finished_samples(path, header, fresh):
-    """{(subject, id): sample} of a file that a stopped run left, ready for more; BadInput if its settings differ."""
-    header, lines, changed = json.loads(json.dumps(header)), {}, []
+@torch.inference_mode()
+def log_likelihoods(model, context, continuations, module=None):
+    """For each continuation: (log p of its ids behind those of the context, would greedy decoding write them?)."""
+    memory = remember(model, context[:-1], module)
+    rows = [torch.tensor([context[-1], *ids[:-1]]) for ids in continuations]
+    rows = pad_sequence(rows, batch_first=True).to(model.head.device)  # [N, longest]; nothing sees the padding
+    answers = []
+    for ids, hidden in zip(continuations, model.hidden(rows, module=memory), strict=True):
+        log_p = model.logits(hidden[: len(ids)]).log_softmax(-1)  # [len(ids), V]
+        targets = torch.tensor(ids, device=log_p.device)
+        total = log_p.gather(1, targets[:, None]).double().sum().item()
+        answers.append((total, torch.equal(log_p.argmax(-1), targets)))
+    return answers
+
+
+# What is measured ----------------------------------------------------------------------------------------------------
+
+
+class Pretrained:
+    """A pretrained model's folder, measured as a run that has neither backbone nor modules."""
+
+    def __init__(self, folder, device):
+        self.folder = Path("out", folder.resolve().name)
+        self.settings = Settings(model=str(folder), kv_tokens=0)
+        self.device = pick_device(device)
+        self.dtype = pick_dtype("auto", self.device)
+        self.tokenizer = Tokenizer.from_folder(folder)
+        self.names = []
+
+
+def open_variants(folder, device, wanted=None):
+    """(run, variants): what is `wanted` of unpruned, backbone, routed and its modules' names, or the first three."""
+    folder = model_folder(folder)
+    variants = ["unpruned"]
+    if (folder / "config.json").exists():
+        run = Pretrained(folder, device)
+    else:
+        run = Run(folder, device)
+        variants.append("backbone")
+    if run.names:
+        variants += ["routed", *run.names]
+    for variant in wanted or ():
+        if variant not in variants:
+            raise BadInput(f"--on cannot be {variant!r}; {folder} has {', '.join(variants)}.")
+    return run, wanted or variants[:3]
+
+
+def model_of(run, variant):
+    if variant == "unpruned":
+        return load(model_folder(run.settings.model), run.dtype, run.device)
+    return run.backbone
+
+
+def module_for(run, variant, ids):
+    """(name, module) with which a variant reads the text `ids`; (None, None): without."""
+    name = variant
+    if variant == "routed":
+        name = run.router.route(np.array([ids]))[0]
+    return (name, run.module(name)) if name in run.names else (None, None)
+
+
+# Samples: one for each question --------------------------------------------------------------------------------------
+
+
+def saved_samples(path, config, fresh):
+    """The samples of a command that was stopped, in a file ready for more; BadInput if its `config` was another."""
+    samples = []
     if path.exists() and not fresh:
-        whole = path.read_bytes().rpartition(b"\n")[0]  # a crash may have cut the last line
+        whole = path.read_text(encoding="utf-8").rpartition("\n")[0]  # a crash may have cut the last line
         try:
-            old, *rows = [json.loads(line) for line in whole.splitlines()]
-            lines = {(row["subject"], row["id"]): row for row in rows}
-            changed = [name for name in header if old.get(name) != header[name]]
-        except (ValueError, LookupError, TypeError, AttributeError):
-            raise BadInput(f"{path} is damaged; say --fresh to begin it again.") from None
-    if changed:
-        raise BadInput(f"{path} holds samples that differ in {changed[0]}; say --fresh to begin it again.")
+            before, *samples = map(json.loads, whole.split("\n"))
+        except ValueError:
+            before = "damaged"
+        if before != config:
+            raise BadInput(f"{path} holds other settings, questions or weights; say --fresh to begin it again.")
     with atomic(path) as partial:
-        partial.write_text("".join(json.dumps(x) + "\n" for x in (header, *lines.values())), encoding="utf-8")
-    return lines
+        partial.write_text("".join(json.dumps(line) + "\n" for line in (config, *samples)), encoding="utf-8")
+    return samples
 
 
-def bench_results(task, lines, total, config):
-    """What lm-evaluation-harness would write, of samples `lines`; total {subject: questions there are}."""
-    parts, results = total if len(total) > 1 else (), {}
-    groups = {task: lines} | {f"{task}_{s}": [line for line in lines if line["subject"] == s] for s in parts}
-    there = {task: sum(total.values())} | {f"{task}_{s}": total[s] for s in parts}
-    for name, part in groups.items():
-        results[name] = {"alias": name}
-        for metric, key in ("acc", "correct"), ("acc_norm", "correct_norm"):
-            if key in part[0]:
-                mean, deviation = spread([x[key] for x in part])
-                error = deviation / math.sqrt(len(part)) if len(part) > 1 else None  # of one question: unknown
-                results[name] |= {f"{metric},none": mean, f"{metric}_stderr,none": error}
-    if len(groups) > 1:
-        accuracies = [r["acc,none"] for name, r in results.items() if name != task]
-        results[task]["acc_subjects,none"] = float(np.mean(accuracies))
-    try:
-        git = subprocess.run(["git", "describe", "--always"], cwd=HERE, capture_output=True, text=True).stdout.strip()
-    except OSError:  # there is no git
-        git = ""
+def measure(run, model, variant, items, path, samples):
+    """Answer the items that have no sample yet; each answer joins the samples, and the file, at once."""
+    shared = None
+    remembered = {}  # {name of a module: the module once it has read what is shared}
+    with open(path, "a", encoding="utf-8") as file:
+        for item in tqdm(items[len(samples) :], path.stem, leave=False, disable=None):
+            if item.shared != shared:  # another subject
+                shared = item.shared
+                remembered = {}
+            name, module = module_for(run, variant, run.tokenizer.encode(item.question))
+            if name not in remembered:
+                remembered[name] = remember(model, shared, module)
+            answers = log_likelihoods(model, item.context, item.continuations, remembered[name])
+            scores = [log_p for log_p, _ in answers]
+            samples.append({"module": name, "loglikelihoods": scores, **judge(item, scores)})
+            file.write(json.dumps(samples[-1]) + "\n")
+            file.flush()
+
+
+def judge(item, scores):
+    """Is the option with the best log-likelihood right (acc), and the one with the best per character (acc_norm)?"""
+    normed = [score / len(option.strip()) for score, option in zip(scores, item.options, strict=True)]
+    choice = scores.index(max(scores))
     return {
-        "results": results, "n-shot": dict.fromkeys(groups, config["shots"]),
-        "n-samples": {name: {"original": there[name], "effective": len(part)} for name, part in groups.items()},
-        "config": config, "git_hash": git or None, "date": time.time(),
-    }  # fmt: skip
+        "where": item.where,
+        "subject": item.subject,
+        "shots": len(item.shots),
+        "choice": choice,
+        "answer": item.right,
+        "acc": choice in item.right,
+        "acc_norm": normed.index(max(normed)) in item.right,
+    }
 
 
-def measure(run, model, tokenizer, variant, prompts, path, lines):
-    """Ask what is not in `lines` {(subject, id): sample}; each sample joins them and the file at once."""
-    by_module = {}
-    for p in prompts:
-        module = run.router.route(np.array([p.own]))[0] if variant == "routed" else variant
-        by_module.setdefault(module if run and module in run.names else None, []).append(p)
-    bar = tqdm(total=len(prompts), initial=len(lines), desc=path.stem, leave=False, disable=None)
-    with open(path, "a", encoding="utf-8") as file, bar:
-        for module, some in by_module.items():
-            for part in answers(model, tokenizer, some, run.module(module) if module else None, lines):
-                for p, found in part:
-                    about = dict(subject=p.item.subject, id=p.item.id, shots=p.shots, prompt_tokens=len(p.ids))
-                    lines[p.key] = about | dict(module=module) | found
-                    file.write(json.dumps(lines[p.key]) + "\n")
-                    file.flush()
-                    bar.update()
+def summary(samples):
+    """{metric: its mean or the standard error of that}, by the names of lm-evaluation-harness."""
+    out = {}
+    for metric in ("acc", "acc_norm"):
+        values = [sample[metric] for sample in samples]
+        mean, deviation = spread(values)
+        out[f"{metric},none"] = mean
+        if len(values) > 1:  # of a single question it is unknown
+            out[f"{metric}_stderr,none"] = deviation / math.sqrt(len(values))
+    return out
+
+
+# The command ---------------------------------------------------------------------------------------------------------
 
 
 def bench(args):
-    """Measure a run or a Hugging Face folder on a task: a table on the screen, results and samples in files."""
+    """Measure a run, or a pretrained model, on a task: a table on the screen, samples and results in files."""
     if (args.limit is not None and args.limit < 1) or (args.shots or 0) < 0:
         raise BadInput("give a --limit of at least 1 and --shots of at least 0.")
-    folder, run = model_folder(args.run), None
-    if (folder / "settings.json").exists() or not (folder / "config.json").exists():
-        run = Run(folder, args.device)
-    device, tokenizer = pick_device(args.device), run.tokenizer if run else Tokenizer.from_folder(folder)
-    dtype = run.dtype if run else pick_dtype("auto", device)
-    possible = ["unpruned"] + (["backbone"] if run else []) + (["routed", *run.names] if run and run.names else [])
-    if unknown := [name for name in args.on or () if name not in possible]:
-        raise BadInput(f"--on cannot be {unknown[0]!r}; {folder} has {', '.join(possible)}.")
-    items = benchmarks.load_items(args.task, args.rows, args.subjects, args.shots)
-    subjects = benchmarks.by_subject(items)
-    total = {subject: len(some) for subject, some in subjects.items()}
-    taken = run.settings.kv_tokens if run and run.names else 0  # the same prompts for every variant
-    room = read_config(folder / "backbone" if run else folder).max_position_embeddings - taken
-    kept = [item for some in subjects.values() for item in some[: args.limit]]
-    prompts = [benchmarks.encode(item, tokenizer, room) for item in kept]
-    asked = [(p.item.subject, p.item.id, p.ids, p.options, p.item.right) for p in prompts]
-    out = args.out or (folder / "bench" if run else Path("out/bench", args.run.resolve().name))
+    run, variants = open_variants(args.run, args.device, args.on)
+    items = load_items(args.task, args.rows, args.subjects, args.shots, args.limit)
+    _, git = subprocess.getstatusoutput(f"git -C '{HERE}' describe --always")
+    out = args.out or run.folder / "bench"
     rows = {}
-    for variant in args.on or possible[:3]:
-        model = load(run.settings.model if run else folder, dtype, device) if variant == "unpruned" else run.backbone
-        attached = run.names if run and variant == "routed" else [variant] if run and variant in run.names else []
-        config = dict(
-            modules={name: hashlib.sha256(run.module_path(name).read_bytes()).hexdigest()[:16] for name in attached},
-            task=args.task, variant=variant, model=str(folder.resolve()),
-            backbone=model.config.raw.get("koff_fingerprint"), dtype=str(dtype).removeprefix("torch."),
-            limit=args.limit, subjects=args.subjects, shots=len(items[0].shots),
-            questions=hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16],
-        )  # fmt: skip
+    for variant in variants:
+        model = model_of(run, variant)
+        room = model.config.max_position_embeddings - run.settings.kv_tokens  # the same prompts for every variant
+        prompts = [encode(item, run.tokenizer, room) for item in items]
+        config = {
+            "task": args.task,
+            "variant": variant,
+            "model": run.settings.model,
+            "dtype": str(run.dtype),
+            "limit": args.limit,
+            "fingerprint": fingerprint(run, model, variant, prompts),
+        }
         path = out / f"{args.task}-{variant}.jsonl"
-        lines = finished_samples(path, config, args.fresh)
-        measure(run, model, tokenizer, variant, prompts, path, lines)
-        results = bench_results(args.task, [lines[p.key] for p in prompts], total, config)
+        samples = saved_samples(path, config, args.fresh)
+        measure(run, model, variant, prompts, path, samples)
+
+        groups = {args.task: samples}
+        for sample in samples:
+            groups.setdefault(f"{args.task}_{sample['subject']}", []).append(sample)
+        means = {name: summary(group) for name, group in groups.items()}
+        accuracies = [mean["acc,none"] for name, mean in means.items() if name != args.task]
+        means[args.task]["acc_subjects,none"] = sum(accuracies) / len(accuracies)
+        results = {
+            "results": means,
+            "n-shot": dict.fromkeys(groups, len(items[0].shots)),
+            "n-samples": {name: {"effective": len(group)} for name, group in groups.items()},
+            "config": config,
+            "git_hash": git,
+            "date": time.time(),
+        }
         save(out, {f"{path.stem}.json": results})
-        found, rows[variant] = results["results"][args.task], {}
-        for name in ("acc", "acc_norm", "acc_subjects"):
-            if (x := found.get(f"{name},none")) is not None:
-                error = found.get(f"{name}_stderr,none")
-                rows[variant][name] = f"{x:.4f}" + ("" if error is None else f" +/- {error:.4f}")
-    columns = [{"acc_subjects": "mean of the subjects' acc"}.get(name, name) for name in rows[variant]]
-    text = table("", columns, {name: list(row.values()) for name, row in rows.items()})
-    print(f"\n{args.task}, {len(prompts)} questions, {config['shots']} shots\n\n{text}\n\nsaved in {out}")
+        rows[variant] = [f"{mean:.4f}" for mean in means[args.task].values()]
+    print(f"\n{args.task}, {len(items)} questions\n\n{table('', list(means[args.task]), rows)}\n\nsaved in {out}")
+
+
+def fingerprint(run, model, variant, prompts):
+    """Of the questions, the backbone (its config has one) and the modules: samples of others are no use."""
+    found = hashlib.sha256(repr((prompts, model.config.raw)).encode())
+    for name in run.names:
+        if variant in ("routed", name):
+            found.update(run.module_path(name).read_bytes())
+    return found.hexdigest()

@@ -4,7 +4,7 @@
     python tests/bench.py --model DIR step            a training step, ours and the peer's
     python tests/bench.py --model DIR inference       prefill and decoding: transformers, dense, compact, with a module
     python tests/bench.py --model DIR growth          our step against length, KV tokens, rank, domains, vocabulary
-    python tests/bench.py --model DIR benchmarks --rows DIR    MMLU, BBH and ARC questions: the same choices, how fast
+    python tests/bench.py --model DIR benchmarks --rows DIR    MMLU and ARC questions: the same choices, how fast
 
 Every subject of `step` runs in processes of its own, in turns with the others, those of `inference` in turns in one;
 the fastest round counts, so that all figures of a table are of one time. Memory is the peak of the resident set above
@@ -18,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,7 +34,7 @@ from data import BadInput
 from data.benchmarks import encode, load_items
 from data.checkpoint import load, load_module, read_config, save_module
 from data.run import pick_dtype
-from data.scoring import answers
+from data.scoring import log_likelihoods, remember
 from data.settings import Settings
 from data.tables import table
 from data.tokenizer import Tokenizer
@@ -45,8 +44,6 @@ from train import Trainer
 STEP = dict(blocks=18, sparsity=0.12, batch=2, seq_len=512)
 SIZES = {64: dict(rank=64, alpha=64.0, kv_tokens=64), 256: dict(rank=256, alpha=128.0, kv_tokens=256)}
 DTYPE = pick_dtype("auto", torch.device("cpu"))
-# BBH tasks with short prompts: on the others, transformers takes an hour for 100 questions.
-SHORT = ["disambiguation_qa", "hyperbaton", "movie_recommendation", "ruin_names", "snarks"]
 KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}  # what `run.keep_pages` asks for
 
 
@@ -289,49 +286,46 @@ def growth(model, rounds):
         print(table(axis, ["s a step", "MB of the step", "MB of the modules and AdamW"], rows))
 
 
-def chosen(task, rows, tokenizer, each, subjects=()):
-    """The first `each` multiple-choice questions of every subject, as prompts."""
-    seen, prompts = Counter(), []
-    for item in load_items(task, rows, subjects):
-        seen[item.subject] += bool(item.options)
-        if item.options and seen[item.subject] <= each:
-            prompts.append(encode(item, tokenizer, 2048))
-    return prompts
-
-
 def benchmarks(model, rows):
     """The same ids through ours and through transformers as one writes it, float32: no shared prefix, one at a time."""
     from transformers import AutoModelForCausalLM
 
-    tokenizer, ours = Tokenizer.from_folder(model), load(model)
-    peer, lines = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), {}
+    tokenizer = Tokenizer.from_folder(model)
+    ours = load(model)
+    peer = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    lines = {}
 
-    def theirs(p):
-        if max(map(len, p.options)) == 1:
-            log_p = peer(torch.tensor([p.ids]), logits_to_keep=1).logits[0, -1].log_softmax(-1)
-            return [log_p[option[0]].item() for option in p.options]
+    def theirs(item):
+        context = item.shared + item.context
+        if max(map(len, item.continuations)) == 1:
+            log_p = peer(torch.tensor([context]), logits_to_keep=1).logits[0, -1].log_softmax(-1)
+            return [log_p[ids[0]].item() for ids in item.continuations]
         found = []
-        for option in p.options:
-            logits = peer(torch.tensor([p.ids + list(option)]), logits_to_keep=len(option) + 1).logits[0, :-1]
-            found.append(logits.log_softmax(-1)[range(len(option)), option].sum().item())
+        for ids in item.continuations:
+            logits = peer(torch.tensor([context + ids]), logits_to_keep=len(ids) + 1).logits[0, :-1]
+            found.append(logits.log_softmax(-1)[range(len(ids)), ids].sum().item())
         return found
 
-    for task, each, subjects in ("mmlu", 50, ()), ("arc", 100, ()), ("bbh", 20, SHORT):
-        prompts = chosen(task, rows, tokenizer, each, subjects)
-        mine, peers, seconds = {}, {}, np.zeros(2)
-        for subject in tqdm(dict.fromkeys(p.item.subject for p in prompts), task, leave=False, disable=None):
-            some = [p for p in prompts if p.item.subject == subject]  # in turns: what else runs here meets both
+    for task, each in ("mmlu", 50), ("arc", 100):
+        items = [encode(item, tokenizer, 2048) for item in load_items(task, rows, limit=each)]
+        seconds = np.zeros(2)
+        mine, peers = [], []
+        shared = memory = None
+        for item in tqdm(items, task, leave=False, disable=None):  # in turns: what else runs here meets both
             begun = time.perf_counter()
-            for part in answers(ours, tokenizer, some):
-                mine |= {p.key: line["loglikelihoods"] for p, line in part}
+            if item.shared != shared:
+                shared = item.shared
+                memory = remember(ours, shared)
+            scores = log_likelihoods(ours, item.context, item.continuations, memory)
+            mine.append([log_p for log_p, _ in scores])
             middle = time.perf_counter()
             with torch.inference_mode():
-                peers |= {p.key: theirs(p) for p in some}
+                peers.append(theirs(item))
             seconds += middle - begun, time.perf_counter() - middle
-        same = {key: np.argmax(x) == np.argmax(mine[key]) for key, x in peers.items()}
-        apart = [key for key, x in peers.items() if np.subtract(*sorted(x)[:-3:-1]) > 1e-3]
-        furthest = max(np.abs(np.subtract(x, mine[key])).max() for key, x in peers.items())
-        lines[task] = [f"{sum(same.values())} of {len(same)}", f"{sum(same[key] for key in apart)} of {len(apart)}"]
+        same = [np.argmax(x) == np.argmax(y) for x, y in zip(mine, peers, strict=True)]
+        apart = [i for i, x in enumerate(peers) if np.subtract(*sorted(x)[:-3:-1]) > 1e-3]
+        furthest = max(np.abs(np.subtract(x, y)).max() for x, y in zip(mine, peers, strict=True))
+        lines[task] = [f"{sum(same)} of {len(same)}", f"{sum(same[i] for i in apart)} of {len(apart)}"]
         lines[task] += [f"{furthest:.0e}", *(f"{x:.0f}" for x in seconds), f"{seconds[1] / seconds[0]:.1f} x"]
     columns = ["same choice", "where the best two are 1e-3 nats apart", "largest difference in nats"]
     print("\n**Benchmarks, float32, the same prompts**\n")
