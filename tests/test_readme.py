@@ -28,10 +28,11 @@ def text_of(path):
 
 
 def commands(script):
-    """The arguments of every `python SCRIPT ...` in the documents."""
+    """The arguments of every `python SCRIPT ...` in the documents; test_forks.py has those of the forks."""
     found = []
     for path in DOCUMENTS:
-        for line in re.findall(rf"python {re.escape(script)}([^;#\n`|]*)", text_of(path)):
+        text = re.sub(r"\n## Three forks\n.*?\n## ", "\n## ", text_of(path), flags=re.DOTALL)
+        for line in re.findall(rf"python {re.escape(script)}([^;#\n`|]*)", text):
             found.append(shlex.split(line.replace("$s", "0")))
     return found
 
