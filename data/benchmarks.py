@@ -25,7 +25,10 @@ vitaminc_fact_verification winowhy""".split()  # noqa: SIM905
 
 @dataclass(frozen=True)
 class Item:
-    """A question. The model reads head + shots + question, and says how likely each option is behind that."""
+    """A question. The model reads head + shots + question; how likely is each option behind that?
+
+    `encode` fills in the last three, which are the same in ids.
+    """
 
     where: str  # file:line of its row
     subject: str
@@ -33,9 +36,7 @@ class Item:
     question: str
     options: list[str]
     right: list[int]  # which options are right: one, or several that are equally good
-    end: str = "\n\n"  # stands behind an example
     shots: list[str] = ()  # the examples
-    # The same in ids, which `encode` fills in:
     shared: list[int] = ()  # what the questions of the subject begin with
     context: list[int] = ()  # what follows it, up to the option
     continuations: list[list[int]] = ()  # the options
@@ -95,13 +96,13 @@ def bbl(row, where):
     """As in BIG-bench. The options are the choices themselves; those with the best score are right."""
     scores = row["target_scores"]
     best = max(scores.values())
-    question = "\nQ: " + row["input"]
+    question = "Q: " + row["input"]
     right = []
     for i, choice in enumerate(scores):
         question += "\n  choice: " + choice
         if scores[choice] == best > 0:
             right.append(i)
-    return Item(where, lite_task(Path(where)), "", question + "\nA: ", list(scores), right, end="\n")
+    return Item(where, lite_task(Path(where)), "\n", question + "\nA: ", list(scores), right)
 
 
 # task: (examples before a question, the function for its rows, pattern of the files of questions, of those of examples)
@@ -154,10 +155,10 @@ def items_by_subject(task, folder, pattern):
     subjects = {}
     for path in sorted(folder.glob(pattern)):
         if task == "bbl" and not lite_task(path):
-            continue
+            continue  # BIG-bench has 200 more tasks
         for where, row in rows_of(path):
             try:
-                item = item_of(row, where)
+                item = item_of(row, where)  # it takes the row's columns as they should be
             except (LookupError, TypeError, ValueError, AttributeError) as error:
                 raise BadInput(f"{where} is no row of {task} ({error!r}); mend or remove it.") from None
             if not item.right or item.right[0] not in range(len(item.options)):
@@ -177,7 +178,7 @@ def load_items(task, rows, subjects=(), shots=None, limit=None):
     usual, _, pattern, examples = TASKS[task]
     shots = usual if shots is None else shots
     folder = Path(rows)
-    if folder.is_file():
+    if folder.is_file():  # the examples lie beside it
         pattern = glob.escape(folder.name)
         folder = folder.parent
     questions = items_by_subject(task, folder, pattern)
@@ -188,7 +189,9 @@ def load_items(task, rows, subjects=(), shots=None, limit=None):
         if subject not in questions:
             raise BadInput(f"{task} has no subject {subject!r} in {rows}; --subjects can name {', '.join(questions)}.")
         asked = questions[subject][first:][:limit]
-        shown = [item.question + item.options[item.right[0]] + item.end for item in solved.get(subject, [])[:shots]]
+        shown = []
+        for item in solved.get(subject, [])[:shots]:
+            shown.append(item.question + item.options[item.right[0]] + "\n\n")
         if asked and len(shown) < shots:
             raise BadInput(f"{rows} has {len(shown)} examples for {subject}, not {shots}; lower --shots.")
         items += [replace(item, shots=shown) for item in asked]

@@ -20,13 +20,16 @@ BATCH = 16  # requests that are looked at together
 
 
 class RunModel:
-    """What the harness asks of a model. `harness` below joins it with the harness's own TemplateLM."""
+    """What the harness asks of a model. `harness` joins it with the harness's own TemplateLM, which splits context and
+    continuation into ids, and makes our methods those of a model that the harness accepts.
+    """
 
     def __init__(self, run, variant):
         super().__init__()
         self.run = run
         self.variant = variant
         self.model = model_of(run, variant)
+        # As many tokens as fit beside a module's keys and values.
         self.max_length = self.model.config.max_position_embeddings - run.settings.kv_tokens
 
     @property
@@ -35,9 +38,11 @@ class RunModel:
         return [*self.run.tokenizer.bos, *self.model.config.eos_token_ids, 0][0]
 
     def tok_encode(self, string, add_special_tokens=True, **_):
+        """The ids of a text, with the model's first token unless the harness says no."""
         return self.run.tokenizer.encode(string, bos=add_special_tokens is not False)
 
     def module(self, ids):
+        """The module that reads a context; in the variant routed that depends on it."""
         return module_for(self.run, self.variant, ids)[1]
 
     def _loglikelihood_tokens(self, requests, **_):
@@ -51,7 +56,7 @@ class RunModel:
             # The options of a question come one after the other: their context is read once.
             for context, group in groupby(pairs[start : start + BATCH], key=itemgetter(0)):
                 options = [option for _, option in group]
-                answers += log_likelihoods(self.model, context, options, self.module(context))
+                answers += zip(*log_likelihoods(self.model, context, options, self.module(context)), strict=True)
         return answers
 
     def loglikelihood_rolling(self, requests, **_):
@@ -64,7 +69,8 @@ class RunModel:
             total = 0.0
             for window in get_rolling_token_windows(ids, self.eot_token_id, self.max_length, context_len=1):
                 context, continuation = make_disjoint_window(window)
-                total += log_likelihoods(self.model, context, [continuation], self.module(ids))[0][0]
+                scores, _ = log_likelihoods(self.model, context, [continuation], self.module(ids))
+                total += scores[0]
             totals.append(total)
         return totals
 
@@ -77,12 +83,13 @@ class RunModel:
         texts = []
         for request in requests:
             context, settings = request.args
-            settings = normalize_gen_kwargs(settings)
+            settings = normalize_gen_kwargs(settings)  # tasks have several names for the same
             until = settings["until"]
             steps = min(settings["max_gen_toks"], self.max_length - 1)
-            ids = self.tok_encode(context)[steps - self.max_length :]
+            ids = self.tok_encode(context)[steps - self.max_length :]  # its end, with room for what is written
             tokens = torch.tensor([ids], device=self.run.device)
             written = []
+            # The harness stops at strings, which may end within a token or begin in an earlier one.
             for token in generate(self.model, tokens, steps, tokenizer.vocab_size, eos, module=self.module(ids)):
                 written.append(token.item())
                 if written[-1] in eos or any(stop in tokenizer.decode(written) for stop in until):
@@ -93,7 +100,11 @@ class RunModel:
 
 
 def harness(args):
-    """Measure a run on a task of the harness: tables on the screen, results in RUN/bench."""
+    """Measure a run on a task of the harness: its tables on the screen, what it returns in RUN/bench, samples included.
+
+    `args.shots`, `args.limit`: as the harness has them; `args.include`: a folder of further tasks. BadInput without the
+    package, or for a task that there is not.
+    """
     try:
         from lm_eval import simple_evaluate
         from lm_eval.api.model import TemplateLM

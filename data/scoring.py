@@ -49,27 +49,32 @@ def remember(model, ids, module=None):
 
 @torch.inference_mode()
 def log_likelihoods(model, context, continuations, module=None):
-    """For each continuation: (log p of its ids behind those of the context, would greedy decoding write them?)."""
+    """Two lists, with one entry for each of the continuations (ids) behind the context (ids):
+    log p, and whether greedy decoding would write it.
+    """
+    # The context is read once. Each continuation is a row behind it: the last token of the context, which predicts the
+    # first of the continuation, and so on. Nothing sees the padding on the right.
     memory = remember(model, context[:-1], module)
     rows = [torch.tensor([context[-1], *ids[:-1]]) for ids in continuations]
-    rows = pad_sequence(rows, batch_first=True).to(model.head.device)  # [N, longest]; nothing sees the padding
-    answers = []
+    rows = pad_sequence(rows, batch_first=True).to(model.head.device)  # [N, longest]
+    scores = []
+    greedy = []
     for ids, hidden in zip(continuations, model.hidden(rows, module=memory), strict=True):
         log_p = model.logits(hidden[: len(ids)]).log_softmax(-1)  # [len(ids), V]
         targets = torch.tensor(ids, device=log_p.device)
-        total = log_p.gather(1, targets[:, None]).double().sum().item()
-        answers.append((total, torch.equal(log_p.argmax(-1), targets)))
-    return answers
+        scores.append(log_p.gather(1, targets[:, None]).double().sum().item())
+        greedy.append(torch.equal(log_p.argmax(-1), targets))
+    return scores, greedy
 
 
 # What is measured ----------------------------------------------------------------------------------------------------
 
 
 class Pretrained:
-    """A pretrained model's folder, measured as a run that has neither backbone nor modules."""
+    """A pretrained model, seen as a `Run` that has neither backbone nor modules. Its results go to out/NAME/bench."""
 
-    def __init__(self, folder, device):
-        self.folder = Path("out", folder.resolve().name)
+    def __init__(self, name, folder, device):
+        self.folder = Path("out", Path(name).resolve().name)
         self.settings = Settings(model=str(folder), kv_tokens=0)
         self.device = pick_device(device)
         self.dtype = pick_dtype("auto", self.device)
@@ -77,12 +82,16 @@ class Pretrained:
         self.names = []
 
 
-def open_variants(folder, device, wanted=None):
-    """(run, variants): what is `wanted` of unpruned, backbone, routed and its modules' names, or the first three."""
-    folder = model_folder(folder)
+def open_variants(name, device, wanted=None):
+    """(run, variants of it that are to be measured). `name`: of a run's folder, or of a pretrained model.
+
+    A variant is unpruned, backbone (no module), routed (the router picks one for each question) or a module's name (it
+    reads every question). Without `wanted` it is the first three. BadInput for one that is not there.
+    """
+    folder = model_folder(name)
     variants = ["unpruned"]
     if (folder / "config.json").exists():
-        run = Pretrained(folder, device)
+        run = Pretrained(name, folder, device)
     else:
         run = Run(folder, device)
         variants.append("backbone")
@@ -90,11 +99,12 @@ def open_variants(folder, device, wanted=None):
         variants += ["routed", *run.names]
     for variant in wanted or ():
         if variant not in variants:
-            raise BadInput(f"--on cannot be {variant!r}; {folder} has {', '.join(variants)}.")
+            raise BadInput(f"--on cannot be {variant!r}; {name} has {', '.join(variants)}.")
     return run, wanted or variants[:3]
 
 
 def model_of(run, variant):
+    """The `Model` of a variant; what its module adds comes from `module_for`."""
     if variant == "unpruned":
         return load(model_folder(run.settings.model), run.dtype, run.device)
     return run.backbone
@@ -112,7 +122,10 @@ def module_for(run, variant, ids):
 
 
 def saved_samples(path, config, fresh):
-    """The samples of a command that was stopped, in a file ready for more; BadInput if its `config` was another."""
+    """The samples that a stopped command left. The file is then ready for more of them.
+
+    Its first line is the `config` of the command. BadInput where that differs: the samples answer another question.
+    """
     samples = []
     if path.exists() and not fresh:
         whole = path.read_text(encoding="utf-8").rpartition("\n")[0]  # a crash may have cut the last line
@@ -122,32 +135,39 @@ def saved_samples(path, config, fresh):
             before = "damaged"
         if before != config:
             raise BadInput(f"{path} holds other settings, questions or weights; say --fresh to begin it again.")
-    with atomic(path) as partial:
-        partial.write_text("".join(json.dumps(line) + "\n" for line in (config, *samples)), encoding="utf-8")
+    with atomic(path) as partial, open(partial, "w", encoding="utf-8") as file:
+        for line in (config, *samples):
+            file.write(json.dumps(line) + "\n")
     return samples
 
 
 def measure(run, model, variant, items, path, samples):
-    """Answer the items that have no sample yet; each answer joins the samples, and the file, at once."""
+    """Answer the items that have no sample yet. Each answer joins the samples, and the file, at once.
+
+    Every question is answered by itself, behind what its subject shares, so that the numbers are the same, bit for bit,
+    whether or not the command was stopped between two of them.
+    """
     shared = None
     remembered = {}  # {name of a module: the module once it has read what is shared}
     with open(path, "a", encoding="utf-8") as file:
         for item in tqdm(items[len(samples) :], path.stem, leave=False, disable=None):
-            if item.shared != shared:  # another subject
+            if item.shared != shared:  # another subject: what is remembered of the last one can go
                 shared = item.shared
                 remembered = {}
             name, module = module_for(run, variant, run.tokenizer.encode(item.question))
             if name not in remembered:
                 remembered[name] = remember(model, shared, module)
-            answers = log_likelihoods(model, item.context, item.continuations, remembered[name])
-            scores = [log_p for log_p, _ in answers]
+            scores, _ = log_likelihoods(model, item.context, item.continuations, remembered[name])
             samples.append({"module": name, "loglikelihoods": scores, **judge(item, scores)})
             file.write(json.dumps(samples[-1]) + "\n")
-            file.flush()
+            file.flush()  # now a crash cannot take it back
 
 
 def judge(item, scores):
-    """Is the option with the best log-likelihood right (acc), and the one with the best per character (acc_norm)?"""
+    """The sample of a question, given the log-likelihoods of its options.
+
+    acc: is the best option right? acc_norm: is the best per character right, which is fair to long options?
+    """
     normed = [score / len(option.strip()) for score, option in zip(scores, item.options, strict=True)]
     choice = scores.index(max(scores))
     return {
@@ -182,12 +202,13 @@ def bench(args):
         raise BadInput("give a --limit of at least 1 and --shots of at least 0.")
     run, variants = open_variants(args.run, args.device, args.on)
     items = load_items(args.task, args.rows, args.subjects, args.shots, args.limit)
-    _, git = subprocess.getstatusoutput(f"git -C '{HERE}' describe --always")
+    failed, git = subprocess.getstatusoutput(f"git -C '{HERE}' describe --always")
     out = args.out or run.folder / "bench"
     rows = {}
     for variant in variants:
         model = model_of(run, variant)
-        room = model.config.max_position_embeddings - run.settings.kv_tokens  # the same prompts for every variant
+        # Every variant gets the same prompts, those that fit beside a module's keys and values.
+        room = model.config.max_position_embeddings - run.settings.kv_tokens
         prompts = [encode(item, run.tokenizer, room) for item in items]
         config = {
             "task": args.task,
@@ -201,27 +222,29 @@ def bench(args):
         samples = saved_samples(path, config, args.fresh)
         measure(run, model, variant, prompts, path, samples)
 
+        # The samples of the task, and those of each subject.
         groups = {args.task: samples}
         for sample in samples:
             groups.setdefault(f"{args.task}_{sample['subject']}", []).append(sample)
-        means = {name: summary(group) for name, group in groups.items()}
-        accuracies = [mean["acc,none"] for name, mean in means.items() if name != args.task]
-        means[args.task]["acc_subjects,none"] = sum(accuracies) / len(accuracies)
-        results = {
-            "results": means,
+        results = {name: summary(group) for name, group in groups.items()}
+        total = results[args.task]
+        accuracies = [result["acc,none"] for result in results.values()]
+        total["acc_subjects,none"] = sum(accuracies[1:]) / len(accuracies[1:])  # the mean over subjects, not questions
+        rows[variant] = [f"{value:.4f}" for value in total.values()]
+        content = {
+            "results": results,
             "n-shot": dict.fromkeys(groups, len(items[0].shots)),
             "n-samples": {name: {"effective": len(group)} for name, group in groups.items()},
             "config": config,
-            "git_hash": git,
+            "git_hash": None if failed else git,
             "date": time.time(),
         }
-        save(out, {f"{path.stem}.json": results})
-        rows[variant] = [f"{mean:.4f}" for mean in means[args.task].values()]
-    print(f"\n{args.task}, {len(items)} questions\n\n{table('', list(means[args.task]), rows)}\n\nsaved in {out}")
+        save(out, {f"{path.stem}.json": content})
+    print(f"\n{args.task}, {len(items)} questions\n\n{table('', list(total), rows)}\n\nsaved in {out}")
 
 
 def fingerprint(run, model, variant, prompts):
-    """Of the questions, the backbone (its config has one) and the modules: samples of others are no use."""
+    """Changes with the questions, the backbone (its config has one of its own) and the modules that are at work."""
     found = hashlib.sha256(repr((prompts, model.config.raw)).encode())
     for name in run.names:
         if variant in ("routed", name):

@@ -316,8 +316,8 @@ def benchmarks(model, rows):
             if item.shared != shared:
                 shared = item.shared
                 memory = remember(ours, shared)
-            scores = log_likelihoods(ours, item.context, item.continuations, memory)
-            mine.append([log_p for log_p, _ in scores])
+            scores, _ = log_likelihoods(ours, item.context, item.continuations, memory)
+            mine.append(scores)
             middle = time.perf_counter()
             with torch.inference_mode():
                 peers.append(theirs(item))

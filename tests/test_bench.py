@@ -109,11 +109,16 @@ def test_prompts_are_those_that_the_papers_write(tmp_path):
     write(tmp_path / "bbl/winowhy.json", [row])
     write(tmp_path / "lite/strategyqa/task.json", [row, {**row, "target_scores": {"a": 1, "b": 1, "c": 0}}])
     (item,) = load_items("bbl", tmp_path / "bbl")
-    assert item.question == "\nQ: Is it?\n  choice: yes\n  choice: no\nA: " and item.options == ["yes", "no"]
+    assert item.head + item.question == "\nQ: Is it?\n  choice: yes\n  choice: no\nA: " and item.options == [
+        "yes",
+        "no",
+    ]
     one, two = load_items("bbl", tmp_path / "lite")
     assert (one.subject, one.right, two.right) == ("strategyqa", [1], [0, 1])
     first, second = load_items("bbl", tmp_path / "lite", shots=0)[0], load_items("bbl", tmp_path / "lite", shots=1)[0]
-    assert second.shots == [first.question + "no\n"] and len(LITE) == 18  # the first row is the example, and not asked
+    assert (
+        second.shots == [first.question + "no\n\n"] and len(LITE) == 18
+    )  # the first row is the example, and not asked
 
 
 def test_context_and_option_are_encoded_together_and_shots_are_dropped_until_they_fit(world):
@@ -121,7 +126,7 @@ def test_context_and_option_are_encoded_together_and_shots_are_dropped_until_the
     assert p.question.endswith("A: ")  # the space goes to the option
     for option, ids in zip(p.options, p.continuations, strict=True):
         assert tokenizer.decode(ids) == f" {option}"
-        assert p.shared + p.context + ids == tokenizer.encode(p.question + option)
+        assert p.shared + p.context + ids == tokenizer.encode(p.head + p.question + option)
     whole, _ = prompts_of(world, "mmlu")
     item, longest = load_items("mmlu", world / "rows")[0], len(whole[0].shared + whole[0].context) + 1
     assert encode(item, tokenizer, longest) == whole[0] and len(whole[0].shots) == 5
@@ -140,8 +145,7 @@ def scores_of(model, items, module=None):
     found = []
     for item in items:
         memory = scoring.remember(model, item.shared, module)
-        answers = scoring.log_likelihoods(model, item.context, item.continuations, memory)
-        found.append([log_p for log_p, _ in answers])
+        found.append(scoring.log_likelihoods(model, item.context, item.continuations, memory)[0])
     return found
 
 
@@ -171,8 +175,8 @@ def test_greedy_says_whether_the_model_would_write_the_option(world):
     context = [5, 6, 7]
     first = model(torch.tensor([context]))[0, -1].argmax().item()
     second = model(torch.tensor([[*context, first]]))[0, -1].argmax().item()
-    answers = scoring.log_likelihoods(model, context, [[first, second], [first, second + 1], [first], [second + 1]])
-    assert [greedy for _, greedy in answers] == [True, False, True, False]
+    _, greedy = scoring.log_likelihoods(model, context, [[first, second], [first, second + 1], [first], [second + 1]])
+    assert greedy == [True, False, True, False]
 
 
 def test_a_shared_prefix_changes_nothing_with_a_module_attached_and_saves_work(world, monkeypatch):
