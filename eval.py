@@ -31,6 +31,7 @@ from data.analyses import lape_report, probes
 from data.chat import chat, continue_text
 from data.corpus import read_documents, windows
 from data.export import export
+from data.harness import harness
 from data.modules import list_modules, remove_module, rename_module
 from data.pictures import plot
 from data.run import opened
@@ -324,8 +325,10 @@ def parse(argv):
     option("--texts", type=int, default=5000, help="held-out windows of 50 tokens a domain [5000]")
 
     option = command("bench", bench, "measure a run, or a pretrained model's folder, on a benchmark")
-    option("task", choices=benchmarks.TASKS)
-    option("--rows", required=True, help="file or folder of rows in the Hub's columns (data/prepare.py)")
+    option("task", help=f"{', '.join(benchmarks.TASKS)}; with --harness any task of lm-evaluation-harness")
+    option("--harness", action="store_true", help="through lm-evaluation-harness (pip install lm_eval)")
+    option("--include", type=Path, help="with --harness: folder of further task yamls")
+    option("--rows", help="without it: file or folder of rows in the Hub's columns (data/prepare.py)")
     option("--on", nargs="+", metavar="WHAT", help="unpruned, backbone, routed or names of modules [the first three]")
     option("--limit", type=int, help="questions of each subject [all]")
     option("--subjects", nargs="+", default=[], metavar="NAME", help="MMLU subjects or BBL tasks [all]")
@@ -353,7 +356,13 @@ def parse(argv):
     option("name", help="its new name")
     option = command("remove", remove_module, "delete a module", device=False)
     option("module")
-    return parser.parse_args(argv)
+
+    args = parser.parse_args(argv)
+    if args.command == "bench" and args.harness:
+        args.work = harness
+    elif args.command == "bench" and not (args.task in benchmarks.TASKS and args.rows):
+        parser.error(f"bench takes {', '.join(benchmarks.TASKS)} with --rows, or any task with --harness")
+    return args
 
 
 def sampling(option, tokens):

@@ -31,6 +31,7 @@ from data import BadInput, atomic, discard, run_script
 from data.checkpoint import load, read_config, save_backbone, save_gates, save_module
 from data.corpus import batch, domain_name
 from data.dryrun import dry_run
+from data.fast import keep_pages
 from data.hub import model_folder
 from data.router import Router
 from data.run import Run, Text, TextReader, finished, fitting_gates, pick_device, pick_dtype, read_training_text
@@ -530,6 +531,7 @@ def run(argv):
     s = args.settings
     if args.dry_run:
         return dry_run(s, Trainer)
+    keep_pages()
     if args.add:
         done = add(args.add, args.out, args.flags, args.fresh)
     elif args.sweep:

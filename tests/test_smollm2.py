@@ -60,7 +60,7 @@ def test_a_conversation_whose_module_changes_in_the_middle_equals_a_fresh_run(ru
         ids, memory = its.tokenizer.encode(template(messages, answer=True)), its.module(module)
         text = []
         for _ in range(16):  # greedy without a cache: each token from the whole text so far
-            new = its.backbone(torch.tensor([ids + text]), memory=memory)[0, -1].argmax().item()
+            new = its.backbone(torch.tensor([ids + text]), module=memory)[0, -1].argmax().item()
             if new in its.backbone.config.eos_token_ids:
                 break
             text.append(new)
