@@ -96,24 +96,26 @@ class Gates(nn.Module):
         that the expectation of a product is the product of the expectations.
         """
         c = self.config
-        fan_in = {name: columns for name, (_, columns) in c.shapes.items()}
-        fan_in["neuron"] = 2 * c.hidden_size  # the fan-in of its row of gate and that of its row of up
-        closed = {name: (1 - p).sum() for name, p in open.items()}
-        if count == "paper":
-            return sum(closed[name] * fan_in[name] for name in open)
+        removed = 0
+        for name, p in open.items():
+            closed = (1 - p).sum()
+            if name == "neuron":
+                fan_in = 2 * c.hidden_size  # that of its row of gate and that of its row of up
+            else:
+                fan_in = c.shapes[name][1]
+            if count == "paper":
+                removed = removed + closed * fan_in
+            elif name in ("q", "k", "v", "o"):
+                bias = c.o_bias if name == "o" else c.qkv_bias
+                removed = removed + closed * (fan_in + bias)  # a row of the matrix, and its bias where there is one
+        if count == "paper" or "down" not in open:  # without gates on the MLP nothing else is removed
+            return removed
 
-        attention = 0
-        for name in open:
-            if name in ("q", "k", "v"):
-                attention = attention + closed[name] * (fan_in[name] + c.qkv_bias)  # a row and its bias
-            elif name == "o":
-                attention = attention + closed[name] * (fan_in[name] + c.o_bias)
-        if "down" not in open:  # only attention has gates
-            return attention
+        # The MLP: what it has before, less what the open neurons and the open rows of down leave of it.
         neurons = open["neuron"] if "neuron" in open else open["gate"] * open["up"]
         before = self.blocks * self.mlp_size(c.intermediate_size, c.hidden_size)
-        after = self.mlp_size(neurons.sum(-1), open["down"].sum(-1)).sum()
-        return attention + (before - after)
+        after = self.mlp_size(neurons.sum(-1), open["down"].sum(-1))  # [N]
+        return removed + (before - after.sum())
 
     def mlp_size(self, neurons, rows):
         """Parameters of an MLP with so many neurons and so many rows of down left: numbers, or tensors of any shape."""
@@ -135,9 +137,10 @@ class Gates(nn.Module):
     @torch.no_grad()
     def start_from(self, scores, centre=3.0, half=2.0):
         """Start log alpha at centre -+ half, linear in the rank of `scores` {name: [N, channels]} over all gates."""
-        order = torch.cat([scores[name].flatten() for name in self.log_alpha]).argsort()
-        rank = order.argsort().float() / max(1, len(order) - 1)  # 0 for the lowest score, 1 for the highest
-        start = split_like(centre - half + 2 * half * rank, self.log_alpha)
+        flat = torch.cat([scores[name].flatten() for name in self.log_alpha])
+        rank = flat.argsort().argsort().float()  # 0 for the lowest score
+        share = rank / max(1, len(flat) - 1)  # 1 for the highest
+        start = split_like(centre - half + 2 * half * share, self.log_alpha)
         for name, log_alpha in self.log_alpha.items():
             log_alpha.copy_(start[name])
 
@@ -158,7 +161,8 @@ class Gates(nn.Module):
 
     def close_lowest(self, log_alpha, target, count, multiple=1, neurons=None):
         """The mask that closes as few gates as reach the target, in order of log alpha (see `final_mask`)."""
-        order = torch.cat([a.flatten() for a in log_alpha.values()]).argsort(stable=True)
+        flat = torch.cat([a.flatten() for a in log_alpha.values()])
+        order = flat.argsort(stable=True)
         # Closing one gate more never gives parameters back. So the least number that reaches the target is found by
         # halving the interval in which it lies.
         low = 0
@@ -166,7 +170,7 @@ class Gates(nn.Module):
         while low < high:
             middle = (low + high) // 2
             mask = mask_without(order[:middle], log_alpha, multiple, neurons)
-            if self.sparsity(mask, count).item() >= target:
+            if self.sparsity(mask, count) >= target:
                 high = middle
             else:
                 low = middle + 1
@@ -179,20 +183,28 @@ def count_parameters(module):
 
 def split_like(flat, like):
     """Cut a vector over all gates into {name: [N, channels]}, in the shapes and the order of `like`."""
-    parts = flat.split([t.numel() for t in like.values()])
-    return {name: part.view_as(like[name]) for name, part in zip(like, parts, strict=True)}
+    parts = {}
+    start = 0
+    for name, tensor in like.items():
+        end = start + tensor.numel()
+        parts[name] = flat[start:end].view_as(tensor)
+        start = end
+    return parts
 
 
 def mask_without(closed, log_alpha, multiple, neurons):
     """The mask whose `closed` gates (places among all gates) are False, with rounded or with given neurons."""
-    open = torch.ones(sum(a.numel() for a in log_alpha.values()), dtype=torch.bool)
+    gates = sum(a.numel() for a in log_alpha.values())
+    open = torch.ones(gates, dtype=torch.bool)
     open[closed] = False
     mask = split_like(open, log_alpha)
     if neurons is not None:
         mask["neuron"] = neurons
     elif multiple > 1:
-        wanted = (mask["neuron"].sum(-1, keepdim=True) / multiple).round() * multiple  # [N, 1]
-        rank = log_alpha["neuron"].argsort(dim=-1, stable=True).argsort(-1)  # within the block, the highest is the best
+        wanted = mask["neuron"].sum(-1, keepdim=True)  # [N, 1]
+        wanted = (wanted / multiple).round() * multiple
+        order = log_alpha["neuron"].argsort(dim=-1, stable=True)
+        rank = order.argsort(-1)  # within the block; the highest is the best
         mask["neuron"] = rank >= rank.shape[-1] - wanted
     return mask
 
@@ -216,7 +228,8 @@ class Penalty:
         self.kind = kind
         self.start = start
         self.scaled = scaled
-        self.multipliers = torch.tensor([0.0, start] if kind == "lagrangian" else [start, 0.0], device=device)
+        first = [0.0, start] if kind == "lagrangian" else [start, 0.0]
+        self.multipliers = torch.tensor(first, device=device)
 
     def __call__(self, gap):
         if self.kind == "lagrangian":
@@ -251,18 +264,21 @@ def fisher_scores(model, gates, batches):
             z[name] = score.new_ones(gates.blocks, len(tokens), 1, score.shape[1]).requires_grad_()
         with torch.no_grad():
             x = model.run(model.embed_tokens(tokens), 0, gates.first)
-        x = model.run(x, gates.first, c.num_hidden_layers, gates.by_block(z, x.dtype))
-        loss = in_chunks(model, x[:, :-1].flatten(0, 1), next_token_loss, tokens[:, 1:].flatten())
+        hidden = model.run(x, gates.first, c.num_hidden_layers, gates.by_block(z, x.dtype))
+        targets = tokens[:, 1:].flatten()
+        loss = in_chunks(model, hidden[:, :-1].flatten(0, 1), next_token_loss, targets)
         gradients = torch.autograd.grad(loss, list(z.values()))
-        squares = [gradient.square().sum(dim=(1, 2)) for gradient in gradients]  # each [N, channels]
-        whole = sum(square.sum() for square in squares)
-        for name, square in zip(scores, squares, strict=True):
+        squares = {}
+        for name, gradient in zip(z, gradients, strict=True):
+            squares[name] = gradient.square().sum(dim=(1, 2))  # over sequences: [N, channels]
+        whole = sum(square.sum() for square in squares.values())
+        for name, square in squares.items():
             scores[name] += square / whole / frees[name]
     return scores
 
 
-# Scores to start the gates from: (model, gates, batches) -> {name: [N, channels]}. To try one of your own, name it here:
-# it is a choice of --gate-init.
+# Scores to start the gates from: (model, gates, batches) -> {name: [N, channels]}. To try one of your own, name it
+# here: it is then a choice of --gate-init.
 SCORES = {"fisher": fisher_scores}
 
 
@@ -295,8 +311,9 @@ class MemoryModule(nn.Module):
 
     def parameter_groups(self):
         """{"lora": [...], "kv": [...]}: every parameter once, by the learning rate that it gets."""
+        lora = [*self.lora_a.values(), *self.lora_b.values()]
         kv = [] if self.keys is None else [self.keys, self.values]
-        return {"lora": [*self.lora_a.values(), *self.lora_b.values()], "kv": kv}
+        return {"lora": lora, "kv": kv}
 
     @torch.no_grad()
     def init_from_text(self, model, tokens):
@@ -310,16 +327,20 @@ class MemoryModule(nn.Module):
 
     def by_block(self, dtype):
         """{block: `Memory`} in `dtype`, the form that `Model` takes; cast once, then a view for each block."""
-        a = {name: t.to(dtype).unbind() for name, t in self.lora_a.items()}
-        b = {name: (self.scale * t).to(dtype).unbind() for name, t in self.lora_b.items()}
-        keys = values = [None] * self.blocks
+        lora = [{} for _ in range(self.blocks)]
+        for name in self.lora_a:
+            a = self.lora_a[name].to(dtype).unbind()  # N times [r, fan-in]
+            b = (self.scale * self.lora_b[name]).to(dtype).unbind()
+            for n in range(self.blocks):
+                lora[n][name] = (a[n], b[n])
+        keys = [None] * self.blocks
+        values = keys
         if self.keys is not None:
             keys = self.keys.to(dtype).unbind()
             values = self.values.to(dtype).unbind()
         module = {}
         for n in range(self.blocks):
-            lora = {name: (a[name][n], b[name][n]) for name in a}
-            module[self.first + n] = Memory(lora, keys[n], values[n])
+            module[self.first + n] = Memory(lora[n], keys[n], values[n])
         return module
 
 
@@ -339,7 +360,8 @@ def top_and_rest(logits, index):
 
 @torch.no_grad()
 def teacher_topk(model, hidden, top=100, chunk=128):
-    """hidden [n, D] -> (index [n, K], log p at index [n, K], log p of the rest [n, 1]), what distillation asks of it."""
+    """What distillation asks of the teacher: (index [n, K], log p there [n, K], log p of the rest [n, 1]) of its
+    hidden states [n, D]."""
     chunks = []
     for h in hidden.split(chunk):  # never more than a chunk of logits at a time: the vocabulary is wide
         logits = model.logits(h)
@@ -372,12 +394,6 @@ def kl_drop(logits, index, log_p, log_p_rest):
 TAILS = {"bucket": kl_bucket, "renormalise": kl_renormalise, "drop": kl_drop}
 
 
-def kl_topk(logits, teacher, tail="bucket"):
-    """KL(teacher || student) of each row, [n], for student logits [n, V] and `teacher_topk`. Its gradient in the logits
-    is q - p (autograd finds it); `tail` says what becomes of the outcomes outside the top K."""
-    return TAILS[tail](logits, *teacher)
-
-
 NO_TARGET = -100  # the last token of a sequence: what follows it is not known
 
 
@@ -387,22 +403,27 @@ def next_token_loss(logits, targets):
 
 
 # What a step of training minimises: (logits [n, V], `teacher_topk` of these rows, next tokens [n], tail) -> [n].
-# To try a loss of your own, write it in torch, and name it here: it is a choice of --objective.
 
 
-def kl(logits, teacher, targets, tail):
-    return kl_topk(logits, teacher, tail)
+def kl_topk(logits, teacher, targets=None, tail="bucket"):
+    """KL(teacher || student) of each row. In the top K its gradient in the logits is q - p, which autograd finds; the
+    tail says what becomes of the outcomes outside, and so what the gradient is there."""
+    return TAILS[tail](logits, *teacher)
 
 
 def next_token(logits, teacher, targets, tail):
+    """Plain language modelling: the teacher is not asked."""
     return next_token_loss(logits, targets)
 
 
 def blend(logits, teacher, targets, tail):
-    return 0.5 * kl(logits, teacher, targets, tail) + 0.5 * next_token(logits, teacher, targets, tail)
+    """Half of each. (It diverged in the paper.)"""
+    kl = kl_topk(logits, teacher, targets, tail)
+    return (kl + next_token_loss(logits, targets)) / 2
 
 
-OBJECTIVES = {"kl": kl, "next-token": next_token, "blend": blend}
+# To try a loss of your own, write it in torch and name it here: it is then a choice of --objective.
+OBJECTIVES = {"kl": kl_topk, "next-token": next_token, "blend": blend}
 
 
 class InChunks(torch.autograd.Function):
@@ -419,11 +440,10 @@ class InChunks(torch.autograd.Function):
         for start in range(0, len(hidden), size):
             rows = slice(start, start + size)
             part = hidden[rows].detach()
-            with torch.set_grad_enabled(ctx.needs_input_grad[0]):
-                part.requires_grad_(ctx.needs_input_grad[0])
-                value = loss(model.logits(part), *(t[rows] for t in beside)).sum()
-            if ctx.needs_input_grad[0]:
-                gradient[rows] = torch.autograd.grad(value, part)[0]
+            with torch.enable_grad():  # inside a Function autograd is off
+                part.requires_grad_()
+                value = loss(model.logits(part), *[t[rows] for t in beside]).sum()
+            gradient[rows] = torch.autograd.grad(value, part)[0]
             total += value.detach()
         ctx.save_for_backward(gradient)
         return total
@@ -448,7 +468,8 @@ def distill(model, hidden, teacher, tokens, objective="kl", tail="bucket"):
     def loss(logits, targets, *teacher):
         return OBJECTIVES[objective](logits, teacher, targets, tail)
 
-    return in_chunks(model, hidden.flatten(0, 1), loss, targets.flatten(), *teacher) / tokens.numel()
+    total = in_chunks(model, hidden.flatten(0, 1), loss, targets.flatten(), *teacher)
+    return total / tokens.numel()
 
 
 # Materialising the mask: closed channels leave the matrices ----------------------------------------------------------
@@ -462,13 +483,16 @@ def kept_channels(mask, config, first, device):
     blocks = config.num_hidden_layers - first
     open = {}
     for name, (channels, _) in config.shapes.items():
-        open[name] = mask.get(name, torch.ones(blocks, channels, dtype=torch.bool))
+        open[name] = torch.ones(blocks, channels, dtype=torch.bool)  # what has no gate stays
+    open.update(mask)
     neurons = mask["neuron"] if "neuron" in mask else open["gate"] & open["up"]
     for name in ("neuron", "gate", "up"):
         open[name] = neurons
     kept = {}
     for n in range(blocks):
-        kept[first + n] = {name: rows[n].nonzero()[:, 0].to(device) for name, rows in open.items()}
+        kept[first + n] = {}
+        for name, rows in open.items():
+            kept[first + n][name] = rows[n].nonzero()[:, 0].to(device)
     return kept
 
 

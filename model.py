@@ -1,11 +1,11 @@
 """A from-scratch Llama / Qwen decoder, with one seam through which knowledge offloading enters.
 
-It covers Llama 3, 3.1, 3.2 and SmolLM2 (`llama`), Qwen2 and Qwen2.5 (`qwen2`), Qwen3 (`qwen3`), and the sparse backbones
-that `koff.py` makes of them. `data/checkpoint.py` fills it from a Hugging Face folder.
+It covers Llama 3, 3.1, 3.2 and SmolLM2 (`llama`), Qwen2 and Qwen2.5 (`qwen2`), Qwen3 (`qwen3`), and the sparse
+backbones that `koff.py` makes of them. `data/checkpoint.py` fills it from a Hugging Face folder.
 
-The seam is `Projection`: each matrix of a block takes a gate z and a LoRA beside its input, and attention takes a memory
-of keys and values. Without them the model is the unchanged pretrained one, the *teacher*. With them it is the *student*.
-Both are the same weights in memory.
+The seam is `Projection`: each matrix of a block takes a gate z and a LoRA beside its input, and attention takes a
+memory of keys and values. Without them the model is the unchanged pretrained one, the *teacher*. With them it is the
+*student*. Both are the same weights in memory, until the mask is final and its closed channels are cut out.
 
 Shapes: B batch, T text tokens, M memory tokens, S = M + T keys, D model width, H query heads, G key-value heads,
 hd head dimension, F MLP neurons, V vocabulary rows, r LoRA rank.
@@ -120,7 +120,8 @@ def attend(q, k, v):
     rows = q.reshape(B, G, H // G * T, hd)
     mask = None  # one new token sees everything
     if T > 1:
-        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T).repeat(H // G, 1)  # [H / G T, S]
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+        mask = mask.repeat(H // G, 1)  # [H / G T, S]
     return F.scaled_dot_product_attention(rows, k, v, attn_mask=mask).view(B, H, T, hd)
 
 
@@ -173,18 +174,18 @@ class Cache:
 class Projection(nn.Linear):
     """y = z * (W x + B A x): one matrix with its gate and its LoRA.
 
-    After training the closed channels are cut out (`koff.materialise`): `weight` keeps the rows of the channels that are
-    left, and `kept` [rows] says which of the `channels` they are. It is None while all of them are there.
+    Once the mask is final the closed channels are cut out (`koff.materialise`): `weight` keeps the rows of those that
+    are left, and `kept` [rows] says which of the `channels` they are. It is None while all of them are there.
     """
 
-    def __init__(self, fan_in, channels, bias, rows=None):
-        rows = channels if rows is None else rows
+    def __init__(self, fan_in, channels, bias, rows):
         super().__init__(fan_in, rows, bias=bias)
         self.channels = channels
-        self.register_buffer("kept", torch.zeros(rows, dtype=torch.int64) if rows < channels else None)
+        kept = torch.zeros(rows, dtype=torch.int64) if rows < channels else None
+        self.register_buffer("kept", kept)
 
     def forward(self, x, z=None, lora=None):
-        """x [B, T, fan-in] -> [B, T, channels]. z [channels]: gates; lora (A [r, fan-in], B [rows, r]); None: without."""
+        """x [B, T, fan-in] -> [B, T, channels]. z [channels]: gates; lora: (A [r, fan-in], B [rows, r]); or None."""
         y = F.linear(x, self.weight, self.bias)  # [B, T, rows]
         if lora is not None:
             a, b = lora
@@ -221,8 +222,8 @@ class Attention(nn.Module):
         k = rotate(k.transpose(1, 2), rope)  # [B, G, T, hd]
         v = v.transpose(1, 2)
 
-        # Eq. 3: softmax(Q [K_mem; K]^T) [V_mem; V]. The memory is shared by the batch and passes no gate. With a cache it
-        # enters once, before the first text: afterwards the cache holds it.
+        # Eq. 3: softmax(Q [K_mem; K]^T) [V_mem; V]. The memory is shared by the batch and passes no gate. With a cache
+        # it enters once, before the first text: afterwards the cache holds it.
         if memory.length and (cache is None or cache.length(i) == 0):
             k = torch.cat([memory.keys.expand(B, -1, -1, -1), k], dim=2)  # [B, G, M + T, hd]
             v = torch.cat([memory.values.expand(B, -1, -1, -1), v], dim=2)
@@ -238,8 +239,8 @@ class MLP(nn.Module):
         super().__init__()
         # A neuron is a row of gate, a row of up and a column of down. Where it was cut out, all three are gone.
         neurons = rows["neuron"]
-        self.gate_proj = Projection(c.hidden_size, neurons, c.mlp_bias)
-        self.up_proj = Projection(c.hidden_size, neurons, c.mlp_bias)
+        self.gate_proj = Projection(c.hidden_size, neurons, c.mlp_bias, neurons)
+        self.up_proj = Projection(c.hidden_size, neurons, c.mlp_bias, neurons)
         self.down_proj = Projection(neurons, c.hidden_size, c.mlp_bias, rows["down"])
 
     def forward(self, x, z, memory):
@@ -251,6 +252,7 @@ class MLP(nn.Module):
         return self.down_proj(h, z.get("down"), memory.lora.get("down"))
 
 
+# The teacher's: every gate open, no memory.
 NO_GATES = {}
 NO_MEMORY = Memory()
 
@@ -268,10 +270,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
         self.mlp = MLP(c, rows)
 
-    def forward(self, x, i, rope, z=None, memory=None, cache=None):
+    def forward(self, x, i, rope, z=NO_GATES, memory=NO_MEMORY, cache=None):
         """x [B, T, D] -> [B, T, D]. i: number of this block, for the cache; z {name: [channels]}; memory: `Memory`."""
-        z = NO_GATES if z is None else z
-        memory = NO_MEMORY if memory is None else memory
         x = x + self.self_attn(self.input_layernorm(x), i, rope, z, memory, cache)
         return x + self.mlp(self.post_attention_layernorm(x), z, memory)
 
@@ -303,17 +303,19 @@ class Model(nn.Module):
     def run(self, x, first, last, z=None, module=None, cache=None, checkpointing=False):
         """Blocks first .. last - 1 on x [B, T, D] -> [B, T, D]. checkpointing: recompute them in backward."""
         T = x.shape[1]
+        z = z or {}
+        module = module or {}
         ropes = {}
         for i in range(first, last):
-            memory = module.get(i) if module else None
+            memory = module.get(i, NO_MEMORY)
             # In a block with a KV memory the text's positions start at M: its M tokens stand before the text. Once a
             # cache is filled, they start where it ends (it holds the memory as well).
             start = cache.length(i) if cache else 0
-            if start == 0 and memory is not None:
+            if start == 0:
                 start = memory.length
             if start not in ropes:
                 ropes[start] = rope_table(self.config, start, T, like=x)
-            inputs = (x, i, ropes[start], z.get(i) if z else None, memory, cache)
+            inputs = (x, i, ropes[start], z.get(i, NO_GATES), memory, cache)
             if checkpointing:
                 x = checkpoint(self.layers[i], *inputs, use_reentrant=False)
             else:
@@ -322,7 +324,8 @@ class Model(nn.Module):
 
     def hidden(self, tokens, z=None, module=None, cache=None):
         """tokens [B, T] -> hidden states [B, T, D] after the last block, before its norm."""
-        return self.run(self.embed_tokens(tokens), 0, len(self.layers), z, module, cache)
+        x = self.embed_tokens(tokens)
+        return self.run(x, 0, len(self.layers), z, module, cache)
 
     def logits(self, x):
         """Hidden states [..., D] after the last block -> float32 logits [..., V]."""
@@ -344,9 +347,7 @@ def generate(
     than the model's context has.
     """
     B, T = tokens.shape
-    M = 0
-    for memory in (module or {}).values():
-        M = max(M, memory.length)
+    M = max([memory.length for memory in (module or {}).values()], default=0)
     limit = model.config.max_position_embeddings
     if M + T + steps > limit:
         have = f"{M} memory tokens, {T} of the prompt and {steps} new ones"

@@ -15,7 +15,6 @@ import contextlib
 import json
 import math
 import shutil
-import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
@@ -33,6 +32,7 @@ from data.corpus import batch, domain_name
 from data.dryrun import dry_run
 from data.fast import keep_pages
 from data.hub import model_folder
+from data.progress import Log, ctrl_c
 from data.router import Router
 from data.run import Run, Text, TextReader, finished, fitting_gates, pick_device, pick_dtype, read_training_text
 from data.settings import GROUPS, HERE, PRESETS, Settings, flag
@@ -45,8 +45,8 @@ from eval import evaluate
 class Trainer:
     """The trainables of a run, in float32, and one optimizer over them. The model itself is frozen.
 
-    At first the gates and the modules learn together (`learn`, `retain`). Then the mask is frozen, and the modules go on
-    learning on the materialised student (`recover`).
+    At first the gates and the modules learn together (`learn`, `retain`). Then the mask is frozen, and the modules go
+    on learning on the materialised student (`recover`).
     """
 
     def __init__(self, model, s, domains):
@@ -54,9 +54,10 @@ class Trainer:
         self.device = model.head.device
         self.domains = list(domains)
         self.layers = model.config.num_hidden_layers
+        # From `split` on the student differs from the teacher: there the first gate or the first memory sits.
         first_gated, first_memory, self.split = s.first_blocks(self.layers)
         self.model = self.compiled(model)
-        torch.manual_seed(s.seed)
+        torch.manual_seed(s.seed)  # of LoRA's first numbers
         with self.device:
             self.gates = koff.Gates(model.config, first_gated, s.granularity, s.beta, s.gated)
         self.modules = nn.ModuleList()
@@ -98,6 +99,8 @@ class Trainer:
         """The two starts that look at data, {domain: ids}: gates by their score, KV memories from text."""
         s = self.s
         if s.gate_init in koff.SCORES:
+            # As many sequences of each domain, so that none decides alone what matters; drawn with another seed than
+            # the batches of the training.
             batches = []
             rounds = math.ceil(s.fisher_sequences / (s.batch * len(text)))
             for turn in range(rounds):
@@ -118,7 +121,7 @@ class Trainer:
         return tokens.to(self.device)
 
     def step(self, tokens, domain, index, generator=None):
-        """Step number `index` of the training, on tokens [B, T] of `domain`. Returns the loss, a scalar on the device."""
+        """Step number `index`, on tokens [B, T] of `domain`. Returns the loss, a scalar on the device."""
         if self.mask is None:
             loss = self.learn(tokens, domain, index, generator)
         else:
@@ -134,8 +137,9 @@ class Trainer:
             module = self.module(domain).by_block(shared.dtype)
         z = self.gates.sample(shared.dtype, generator)
         loss = self.student_loss(self.model, shared, teacher, tokens, z, module)
+        # lambda * Omega(z): how far what the gates close in expectation is from what should be closed by now.
         gap = self.gates.sparsity_gap(self.target(index), self.s.count)
-        self.update(loss + self.penalty(gap), index)  # the penalty is lambda * Omega(z)
+        self.update(loss + self.penalty(gap), index)
         return loss.detach()
 
     def retain(self, tokens, domain, index, generator=None):
@@ -216,7 +220,8 @@ class Trainer:
         turn, place = divmod(index, len(self.domains) + self.s.focus)
         if place == 0 and self.s.focus:
             self.before_round = self.recent.tolist()  # a GPU waits here, once a round
-        order = np.random.default_rng([self.s.seed, turn]).permutation(len(self.domains))
+        rng = np.random.default_rng([self.s.seed, turn])  # a function of the round: resuming needs no saved state
+        order = rng.permutation(len(self.domains))
         d = order[place] if place < len(order) else int(np.argmax(self.before_round))
         self.visits[d] += 1
         return self.domains[d], self.visits[d] - 1
@@ -273,18 +278,19 @@ def loop(trainer, text, out, begun):
     log = Log(out, start)
     resumed = time.time()
     bar = tqdm(total=last, initial=start, desc=out.name, mininterval=1)
-    with ctrl_c() as pressed, bar, log:
+    with ctrl_c() as pressed, bar, contextlib.closing(log):
         for index in range(start, last):
             trainer.start_step(index)
+            # Data and noise follow from the number of the step alone: a resumed run sees what it would have seen.
             domain, turn = trainer.next_domain(index)
             tokens = trainer.on_device(batch(text.train[domain], turn, s.batch, s.seq_len, s.seed))
             generator = torch.Generator(trainer.device).manual_seed(s.seed * 1_000_003 + index)
             loss = trainer.step(tokens, domain, index, generator)
 
+            # Eq. 2, now and then. Once the mask is frozen there are no gates left that it could move.
             if text.general is not None and trainer.mask is None and (index + 1) % s.retention_every == 0:
-                general = batch(
-                    text.general, index // s.retention_every, s.retention_batch or s.batch, s.seq_len, s.seed
-                )
+                turn = index // s.retention_every
+                general = batch(text.general, turn, s.retention_batch or s.batch, s.seq_len, s.seed)
                 anyone = np.random.default_rng([s.seed, index, 1]).integers(len(trainer.domains))
                 trainer.retain(trainer.on_device(general), trainer.domains[anyone], index, generator)
 
@@ -316,54 +322,6 @@ def resume(trainer, text, out, begun):
     return state["step"], begun - state["seconds"]
 
 
-@contextlib.contextmanager
-def ctrl_c():
-    """Yield a list that Ctrl-C makes true: the loop then ends after its step, never in the middle of one."""
-    pressed = []
-    before = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
-    try:
-        yield pressed
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-class Log:
-    """The curves of a run: a line of JSON every ten steps in log.jsonl; a TensorBoard where that is installed."""
-
-    def __init__(self, out, start):
-        self.path = out / "log.jsonl"
-        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
-        with atomic(self.path) as partial:  # what was written after the checkpoint comes again
-            partial.write_text("".join(line for line in lines if json.loads(line)["step"] < start))
-        self.board = None
-        with contextlib.suppress(ImportError):
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(out / "tensorboard", purge_step=start)
-
-    def write(self, step, trainer, loss):
-        """Add the numbers of a step; returns them as the progress line shows them."""
-        line = {
-            "step": step,
-            "loss": loss.item(),
-            "physical": trainer.gates.sparsity(trainer.mask, "physical").item(),
-            "paper": trainer.gates.sparsity(trainer.mask, "paper").item(),
-            "lambda": trainer.penalty.multipliers[0].item(),
-        }
-        with open(self.path, "a") as file:
-            file.write(json.dumps(line) + "\n")
-        for name in list(line)[1:] if self.board else ():
-            self.board.add_scalar(name, line[name], step)
-        return f"loss {line['loss']:.3f}, sparsity {line['physical']:.3f} physical, {line['paper']:.3f} paper"
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        if self.board:
-            self.board.close()
-
-
 # A run, from its settings to its report ------------------------------------------------------------------------------
 
 
@@ -378,6 +336,7 @@ class Opened:
 
 def open_run(s, out, paths=None):
     """Check everything that a run needs, before anything is written. `paths`: see `read_training_text`."""
+    # The order matters: what is cheap to check comes first, the weights come last.
     folder = model_folder(s.model)
     config = read_config(folder)
     fitting_gates(s, config)
@@ -385,6 +344,8 @@ def open_run(s, out, paths=None):
     text = read_training_text(s, TextReader(folder, config, out.parent / ".tokens"), config, paths)
     model = load(folder, pick_dtype(s.dtype, device), device)
     trainer = Trainer(model, s, text.train)
+    # Everything is in order. The first thing that is written is the cache of token ids, so that the next run need not
+    # tokenise.
     for split in text.splits:
         split.store()
     return Opened(trainer, text, folder)
@@ -451,11 +412,13 @@ def add(path, out, given, fresh=False):
         raise BadInput(f"{work} holds a stopped training with other settings; give the same or --fresh.")
     opened = open_run(s, out, paths={name: path})
     trainer = opened.trainer
+    # The backbone stays as it is: with its mask frozen from the start, every step is one of `Trainer.recover`.
     _, mask = run.gates(trainer.model)
-    trainer.freeze_mask(mask)  # so that every step is one of `Trainer.recover`
+    trainer.freeze_mask(mask)
     check_backbone(run, trainer)
     if loop(trainer, opened.text, work, time.time()) is None:
         return False
+    # The router comes after the module: it is its row there that makes the module part of the run.
     save_modules(trainer, out, run.backbone.config.raw["koff_fingerprint"])
     run.router.add(name, opened.text.train[name])
     run.router.paths[name] = str(path.resolve())
@@ -495,7 +458,7 @@ def check_backbone(run, trainer):
 
 
 def parse(argv):
-    """Command line -> its arguments. `settings`: the `Settings`; `given`: those of preset and flags; `flags`: of flags."""
+    """Command line -> its arguments. `settings` of the run; `given`, those of preset and flags; `flags`, of flags only."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="handbook", help="named settings; flags override them")
     other = parser.add_mutually_exclusive_group()

@@ -35,7 +35,7 @@ def read_config(folder):
 
 
 def parse_config(raw, where="config.json"):
-    """What a config.json says, old and new spellings. BadInput for anything that model.py does not have, by its name."""
+    """What a config.json says, old and new spellings. BadInput for anything that model.py has not, by its name."""
     kind = raw.get("model_type")
     if kind not in ("llama", "qwen2", "qwen3"):
         raise BadInput(f"{where}: model_type {kind!r} is not implemented; use llama, qwen2 or qwen3.")
@@ -174,8 +174,9 @@ def load(folder, dtype=torch.float32, device="cpu"):
     if missing:
         one = checkpoint_name(min(missing))
         raise BadInput(f"{folder}: {len(missing)} tensors are missing, {one} among them; download it again.")
-    if config.tie_word_embeddings and "lm_head.weight" in state:  # some files hold the shared matrix twice
-        if not torch.equal(state.pop("lm_head.weight"), state["embed_tokens.weight"]):
+    if config.tie_word_embeddings:  # some files hold the shared matrix twice
+        embedding = state["embed_tokens.weight"]
+        if not torch.equal(state.pop("lm_head.weight", embedding), embedding):
             raise BadInput(f"{folder}: lm_head.weight differs from the embedding that config.json ties it to.")
     model.load_state_dict(state, assign=True)
     return model.requires_grad_(False)
@@ -197,8 +198,10 @@ def check_tensor(path, name, tensor, expected, model):
 
 
 def save_backbone(folder, model, pretrained):
-    """Write the materialised backbone, with the tokenizer's files from the folder `pretrained`; returns its fingerprint,
-    which every module trained with it carries."""
+    """Write the materialised backbone, with the tokenizer's files from the folder `pretrained`.
+
+    Returns its fingerprint, a hash of the weights, which every module trained with it carries.
+    """
     folder = Path(folder)
     state = {checkpoint_name(name): tensor.contiguous() for name, tensor in model.state_dict().items()}
     with atomic(folder / SINGLE) as partial:

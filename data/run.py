@@ -68,7 +68,7 @@ def fitting_gates(s, config):
 
 @dataclass
 class Text:
-    """What a run trains on. `train`: {domain: ids}; `general`: ids for retention, or None; `splits`: all that was read."""
+    """What a run trains on: `train` {domain: ids}; `general`, ids for retention or None; `splits`, all that was read."""
 
     train: dict[str, np.ndarray]
     general: np.ndarray | None

@@ -309,7 +309,7 @@ def test_kl_against_the_whole_vocabulary(tail, sharpness):
     torch.manual_seed(0)
     teacher, student = torch.randn(60, 300) * sharpness, torch.randn(60, 300) * sharpness
     before = student.clone()
-    found = koff.kl_topk(student, koff.teacher_topk(Head(), teacher, 100, chunk=7), tail)
+    found = koff.kl_topk(student, koff.teacher_topk(Head(), teacher, 100, chunk=7), tail=tail)
     assert found.shape == (60,) and torch.equal(student, before)
     assert found.sum().item() == pytest.approx(reference(teacher, student, 100, tail), rel=1e-4)
 
@@ -320,7 +320,7 @@ def test_gradient_of_the_kl_is_the_finite_difference(tail):
     index, *log_p = koff.teacher_topk(Head(), torch.randn(3, 12) * 3, 5)
     teacher = (index, *(a.double() for a in log_p))
     student = (torch.randn(3, 12, dtype=torch.float64) * 3).requires_grad_()
-    assert torch.autograd.gradcheck(lambda logits: koff.kl_topk(logits, teacher, tail), student)
+    assert torch.autograd.gradcheck(lambda logits: koff.kl_topk(logits, teacher, tail=tail), student)
 
 
 def test_the_gradient_of_the_bucket_is_q_minus_p():

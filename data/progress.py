@@ -1,0 +1,52 @@
+"""The progress of a training: its curves on disk, and Ctrl-C between two steps."""
+
+import contextlib
+import json
+import signal
+
+from data import atomic
+
+
+@contextlib.contextmanager
+def ctrl_c():
+    """Yield a list that Ctrl-C makes true: the loop then ends after its step, never in the middle of one."""
+    pressed = []
+    before = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class Log:
+    """The curves of a run: a line of JSON every ten steps in log.jsonl; a TensorBoard where that is installed."""
+
+    def __init__(self, out, start):
+        self.path = out / "log.jsonl"
+        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
+        with atomic(self.path) as partial:  # what was written after the checkpoint comes again
+            partial.write_text("".join(line for line in lines if json.loads(line)["step"] < start))
+        self.board = None
+        with contextlib.suppress(ImportError):
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(out / "tensorboard", purge_step=start)
+
+    def write(self, step, trainer, loss):
+        """Add the numbers of a step; returns them as the progress line shows them."""
+        line = {
+            "step": step,
+            "loss": loss.item(),
+            "physical": trainer.gates.sparsity(trainer.mask, "physical").item(),
+            "paper": trainer.gates.sparsity(trainer.mask, "paper").item(),
+            "lambda": trainer.penalty.multipliers[0].item(),
+        }
+        with open(self.path, "a") as file:
+            file.write(json.dumps(line) + "\n")
+        for name in list(line)[1:] if self.board else ():
+            self.board.add_scalar(name, line[name], step)
+        return f"loss {line['loss']:.3f}, sparsity {line['physical']:.3f} physical, {line['paper']:.3f} paper"
+
+    def close(self):
+        if self.board:
+            self.board.close()
