@@ -34,9 +34,9 @@ from data.export import export
 from data.harness import harness
 from data.modules import list_modules, remove_module, rename_module
 from data.pictures import plot
-from data.run import opened
+from data.run import open_finished
 from data.scoring import bench
-from data.settings import HERE
+from data.settings import ROOT
 from data.tables import ledger, ratios, save, saved_results, side_by_side, table, together
 
 # Perplexity ----------------------------------------------------------------------------------------------------------
@@ -51,7 +51,9 @@ def window_losses(model, module, shared, first, tokens):
     hidden = model.run(shared, first, len(model.layers), module=module)
     losses = []
     for states, row in zip(hidden, tokens, strict=True):  # one row's logits at a time: the vocabulary is wide
-        losses.append(koff.next_token_loss(model.logits(states[:-1]), row[1:]).double().sum())
+        logits = model.logits(states[:-1])  # [T - 1, V]: the last token predicts nothing that we know
+        loss = koff.next_token_loss(logits, row[1:])
+        losses.append(loss.double().sum())
     return torch.stack(losses)
 
 
@@ -67,34 +69,37 @@ def losses_of(variants, tokens, first, size=8):
         shared = some_model.run(some_model.embed_tokens(part), 0, first)
         for name, (model, module) in variants.items():
             parts[name].append(window_losses(model, module, shared, first, part))
-    return {name: torch.cat(losses).cpu().numpy() for name, losses in parts.items()}
+    return {name: torch.cat(parts[name]).cpu().numpy() for name in variants}
 
 
 def perplexities(run, base, text):
     """Two tables, {variant: {domain: perplexity}} and the swap matrix {domain: {module: perplexity}}."""
+    # Every text is read by every variant, on the same windows: what differs is the model alone.
     s = run.settings
     _, _, first = s.first_blocks(len(base.layers))
     variants = {"unpruned": (base, None), "backbone": (run.backbone, None)}
     for name, module in run.modules.items():
         variants[f"module {name}"] = (run.backbone, module)
-    table = {"unpruned": {}, "backbone": {}, "koff": {}, "routed": {}}
+    ppl = {"unpruned": {}, "backbone": {}, "koff": {}, "routed": {}}
     swap = {}
     for domain, split in text.items():
         x = windows(split.heldout, s.eval_len, s.eval_windows)
         losses = losses_of(variants, torch.from_numpy(x).to(run.device), first)
         predicted = x.shape[0] * (x.shape[1] - 1)  # the first token of a window is given
-        table["unpruned"][domain] = perplexity(losses["unpruned"], predicted)
-        table["backbone"][domain] = perplexity(losses["backbone"], predicted)
-        if not run.names:
+        ppl["unpruned"][domain] = perplexity(losses["unpruned"], predicted)
+        ppl["backbone"][domain] = perplexity(losses["backbone"], predicted)
+        if not run.names:  # pruned only: there are no modules to attach
             continue
-        table["koff"][domain] = perplexity(losses[f"module {domain}"], predicted)
+        swap[domain] = {}
+        for name in run.names:
+            swap[domain][name] = perplexity(losses[f"module {name}"], predicted)
+        ppl["koff"][domain] = swap[domain][domain]  # with its own module
         routed = []  # each window with the module that the router picks for it; with none where it is unsure
         for i, name in enumerate(run.router.route(x)):
             variant = f"module {name}" if name in run.names else "backbone"
             routed.append(losses[variant][i])
-        table["routed"][domain] = perplexity(routed, predicted)
-        swap[domain] = {name: perplexity(losses[f"module {name}"], predicted) for name in run.names}
-    return table, swap
+        ppl["routed"][domain] = perplexity(routed, predicted)
+    return ppl, swap
 
 
 def perplexity(losses, predicted):
@@ -106,23 +111,30 @@ def perplexity(losses, predicted):
 
 
 def router_quality(run, text):
-    """Accuracy on held-out windows of 50 tokens, share of them called unsure, and that of other languages' text."""
+    """Of held-out windows of 50 tokens: accuracy, and the share called unsure; this also of other languages' text."""
     right = []
     unsure = []
     for domain, split in text.items():
         x = windows(split.heldout, run.router.WINDOW)
-        for best, routed in zip(run.router.scores(x).argmax(1), run.router.route(x), strict=True):
+        for best in run.router.scores(x).argmax(1):
             right.append(run.router.domains[best] == domain)
-            unsure.append(routed is None)
-    quality = {"accuracy": float(np.mean(right)), "unsure": float(np.mean(unsure)), "windows": len(right)}
-    if Path(run.settings.data).resolve() == HERE / "data/handbook":
-        documents, _ = read_documents(HERE / "data/other_languages.jsonl")
-        routed = []
+        for name in run.router.route(x):
+            unsure.append(name is None)
+    quality = {
+        "accuracy": float(np.mean(right)),
+        "unsure": float(np.mean(unsure)),
+        "windows": len(right),
+    }
+    # The default's text has sixteen more translations, which belong to none of its domains.
+    if Path(run.settings.data).resolve() == ROOT / "data/handbook":
+        documents, _ = read_documents(ROOT / "data/other_languages.jsonl")
+        unsure = []
         for document in documents:
             ids = np.array(run.tokenizer.encode(document))
-            routed += run.router.route(windows(ids, run.router.WINDOW))
-        quality["unsure_other_languages"] = float(np.mean([name is None for name in routed]))
-        quality["other_windows"] = len(routed)
+            for name in run.router.route(windows(ids, run.router.WINDOW)):
+                unsure.append(name is None)
+        quality["unsure_other_languages"] = float(np.mean(unsure))
+        quality["other_windows"] = len(unsure)
     return quality
 
 
@@ -130,7 +142,9 @@ def wrong_route_cost(swap):
     """Geometric mean of what another domain's module does to a perplexity, as a factor of the own module's."""
     factors = []
     for domain, row in swap.items():
-        factors += [ppl / row[domain] for name, ppl in row.items() if name != domain]
+        for name, ppl in row.items():
+            if name != domain:
+                factors.append(ppl / row[domain])
     return math.exp(np.mean(np.log(factors)))
 
 
@@ -141,13 +155,21 @@ def sparsity(run, base):
     """
     s = run.settings
     gates, mask = run.gates(base)
-    total = {count: gates.sparsity(mask, count).item() for count in ("physical", "paper")}
-    total["expected"] = gates.sparsity(count=s.count).item()
-    layers = {gates.first + n: {} for n in range(gates.blocks)}
-    for name in gates.log_alpha:
-        for n, open in enumerate(mask[name].double().mean(1).tolist()):
-            layers[gates.first + n][name] = 1 - open
-    sizes = ledger(gates.total, round(total["physical"] * gates.total), run.modules)
+    total = {
+        "physical": gates.sparsity(mask, "physical").item(),
+        "paper": gates.sparsity(mask, "paper").item(),
+        "expected": gates.sparsity(count=s.count).item(),
+    }
+    layers = {}
+    for n in range(gates.blocks):
+        closed = {}
+        for name in gates.log_alpha:
+            is_open = mask[name][n].double()  # [channels]
+            closed[name] = 1 - is_open.mean().item()
+        layers[gates.first + n] = closed
+    removed = round(total["physical"] * gates.total)
+    sizes = ledger(gates.total, removed, run.modules)
+    # On disk, in the dtype that the run was saved in.
     bytes_each = getattr(torch, run.backbone.config.raw["dtype"]).itemsize
     for name in ("removed", "one_module", "all_modules"):
         sizes[f"{name}_bytes"] = sizes[name] * bytes_each
@@ -155,22 +177,25 @@ def sparsity(run, base):
 
 
 def evaluate(folder, begun=None, device="auto"):
-    """All tables of the run: screen, report.md, results.json. `begun`: when it began; None: long ago."""
-    run, base, text = opened(folder, device)
+    """All tables of the run: screen, report.md, results.json. `begun`: when it began; None: another day."""
+    run, base, text = open_finished(folder, device)
+    # A report that is made again keeps what it cannot measure: the time, and the run that was put beside it.
     before = {}
     if not begun and Path(folder, "results.json").exists():
         before = saved_results(folder)
-    table, swap = perplexities(run, base, text)
+    ppl, swap = perplexities(run, base, text)
     pruned = before.get("perplexity", {}).get("pruned", {})  # of a run beside this one, see `report_again`
     if pruned.keys() == text.keys():
-        table["pruned"] = {domain: pruned[domain] for domain in text}
+        ppl["pruned"] = {domain: pruned[domain] for domain in text}
     total, layers, sizes = sparsity(run, base)
     router = router_quality(run, text)
     if len(swap) > 1:
         router["wrong_route_cost"] = wrong_route_cost(swap)
-    seconds = round(time.time() - begun, 1) if begun else before.get("seconds", 0.0)
+    seconds = before.get("seconds", 0.0)
+    if begun:
+        seconds = round(time.time() - begun, 1)
     results = {
-        "perplexity": table,
+        "perplexity": ppl,
         "swap": swap,
         "sparsity": total,
         "router": router,
@@ -184,6 +209,7 @@ def evaluate(folder, begun=None, device="auto"):
 
 # The report as text --------------------------------------------------------------------------------------------------
 
+# How results.json's names read in the report.
 LABELS = {
     "backbone": "backbone alone",
     "koff": "KOFF, matching module",
@@ -209,17 +235,23 @@ def report(results):
 
 def perplexity_table(results):
     rows = {}
+    perplexity = results["perplexity"]
     for variant, ratio in ratios(results).items():
-        cells = [f"{ppl:.2f}" for ppl in results["perplexity"][variant].values()]
-        rows[LABELS.get(variant, variant)] = [*cells, f"{np.mean(ratio):.3f} x", f"{max(ratio):.3f} x"]
-    return table("", [*results["perplexity"]["unpruned"], "mean ratio", "worst"], rows)
+        cells = [f"{ppl:.2f}" for ppl in perplexity[variant].values()]
+        cells.append(f"{np.mean(ratio):.3f} x")
+        cells.append(f"{max(ratio):.3f} x")
+        rows[LABELS.get(variant, variant)] = cells
+    return table("", [*perplexity["unpruned"], "mean ratio", "worst"], rows)
 
 
 def swap_table(swap):
     rows = {}
     for domain, row in swap.items():
         best = min(row, key=row.get)
-        rows[domain] = [f"{ppl:.2f}*" if name == best else f"{ppl:.2f} " for name, ppl in row.items()]
+        rows[domain] = []
+        for name, ppl in row.items():
+            star = "*" if name == best else " "
+            rows[domain].append(f"{ppl:.2f}{star}")
     return table("", list(row), rows)
 
 
@@ -231,8 +263,13 @@ def held_table(results):
     rows = {}
     for domain, row in results["swap"].items():
         others = [ppl for name, ppl in row.items() if name != domain]
-        cells = [perplexity["unpruned"][domain], perplexity["koff"][domain], perplexity["backbone"][domain]]
-        cells += [np.mean(others), max(others)]
+        cells = [
+            perplexity["unpruned"][domain],
+            perplexity["koff"][domain],
+            perplexity["backbone"][domain],
+            np.mean(others),
+            max(others),
+        ]
         if "pruned" in perplexity:
             cells.append(perplexity["pruned"][domain])
         rows[domain] = [f"{cell:.2f}" for cell in cells]
@@ -275,6 +312,7 @@ def report_again(args):
     results = saved_results(args.run)
     other = saved_results(args.beside)["perplexity"]
     unpruned = results["perplexity"]["unpruned"]
+    # It has no modules, and its unpruned model has the same perplexity on each domain: so it is the same text, too.
     same = not other["koff"] and unpruned.keys() == other["unpruned"].keys()
     for domain, ppl in unpruned.items() if same else ():
         same = same and abs(other["unpruned"][domain] / ppl - 1) <= 1e-3
@@ -297,7 +335,7 @@ def compare(args):
 
 
 def parse(argv):
-    """Command line -> its arguments; `work` among them is the function that does it."""
+    """Command line -> its arguments; `work` among them is the function that does it, found in the file of its name."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -328,7 +366,7 @@ def parse(argv):
     option("task", help=f"{', '.join(benchmarks.TASKS)}; with --harness any task of lm-evaluation-harness")
     option("--harness", action="store_true", help="through lm-evaluation-harness (pip install lm_eval)")
     option("--include", type=Path, help="with --harness: folder of further task yamls")
-    option("--rows", help="without it: file or folder of rows in the Hub's columns (data/prepare.py)")
+    option("--rows", help="file or folder of rows in the Hub's columns (data/prepare.py); needed without --harness")
     option("--on", nargs="+", metavar="WHAT", help="unpruned, backbone, routed or names of modules [the first three]")
     option("--limit", type=int, help="questions of each subject [all]")
     option("--subjects", nargs="+", default=[], metavar="NAME", help="MMLU subjects or BBL tasks [all]")

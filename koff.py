@@ -26,10 +26,12 @@ from torch import nn
 
 from model import Cache, Memory, Model, matrix_name
 
-# Hard Concrete gates (Louizos et al. 2018, arXiv 1712.01312) on the output channels of k, v, gate, up and down -------
+# Hard Concrete gates (Louizos et al. 2018, arXiv 1712.01312) on output channels --------------------------------------
 
 GAMMA, ZETA = -0.1, 1.1  # the stretch of the concrete distribution; the paper gives none, these are Louizos'
-GATED = ("kv", "qkv", "kv+mlp", "kv+mlp+o")  # the sets that the paper compares; its choice is the third
+# Which projections have gates: the sets that the paper compares; its choice is "kv+mlp". (To gate q too, add "qkv+mlp":
+# nothing else has to change. The modules have no LoRA on q, see `LORA`.)
+GATED = ("kv", "qkv", "kv+mlp", "kv+mlp+o")
 MLP_GATES = {"projection": ("gate", "up", "down"), "neuron": ("neuron", "down")}
 
 
@@ -58,14 +60,14 @@ class Gates(nn.Module):
         self.beta = beta
         names = []
         for part in gated.split("+"):
-            names += MLP_GATES[granularity] if part == "mlp" else part  # "kv" is the two projections k and v
+            names += MLP_GATES[granularity] if part == "mlp" else list(part)  # "kv" is k and v
         self.blocks = config.num_hidden_layers - first  # N
         log_alpha = {}
         for name in names:
             channels = config.intermediate_size if name == "neuron" else config.shapes[name][0]
             log_alpha[name] = torch.full((self.blocks, channels), start)
         self.log_alpha = nn.ParameterDict(log_alpha)
-        with torch.device("meta"):  # shapes without numbers
+        with torch.device("meta"):  # shapes without numbers: how many parameters has the whole unpruned model?
             self.total = count_parameters(Model(config))
 
     def by_block(self, z, dtype):
@@ -86,10 +88,13 @@ class Gates(nn.Module):
 
     def p_open(self):
         """{name: [N, channels]}: the probability that each gate is not zero."""
-        return {name: p_open(log_alpha, self.beta) for name, log_alpha in self.log_alpha.items()}
+        p = {}
+        for name, log_alpha in self.log_alpha.items():
+            p[name] = p_open(log_alpha, self.beta)
+        return p
 
-    def removed(self, open, count):
-        """Parameters removed, a scalar, where `open` {name: [N, channels]} is P(open), or 0 and 1: exact in float64.
+    def removed(self, is_open, count):
+        """Parameters removed, a scalar, for `is_open` {name: [N, channels]}: P(open), or 0 and 1 (exact in float64).
 
         count "paper": closed channels x fan-in. "physical": parameters missing from the materialised backbone. They
         follow from the joint state: a neuron lives only if its gate *and* its up are open. Gates are independent, so
@@ -97,7 +102,7 @@ class Gates(nn.Module):
         """
         c = self.config
         removed = 0
-        for name, p in open.items():
+        for name, p in is_open.items():
             closed = (1 - p).sum()
             if name == "neuron":
                 fan_in = 2 * c.hidden_size  # that of its row of gate and that of its row of up
@@ -108,13 +113,15 @@ class Gates(nn.Module):
             elif name in ("q", "k", "v", "o"):
                 bias = c.o_bias if name == "o" else c.qkv_bias
                 removed = removed + closed * (fan_in + bias)  # a row of the matrix, and its bias where there is one
-        if count == "paper" or "down" not in open:  # without gates on the MLP nothing else is removed
+        if count == "paper" or "down" not in is_open:  # without gates on the MLP nothing else is removed
             return removed
 
         # The MLP: what it has before, less what the open neurons and the open rows of down leave of it.
-        neurons = open["neuron"] if "neuron" in open else open["gate"] * open["up"]
+        neurons = is_open["neuron"] if "neuron" in is_open else is_open["gate"] * is_open["up"]
         before = self.blocks * self.mlp_size(c.intermediate_size, c.hidden_size)
-        after = self.mlp_size(neurons.sum(-1), open["down"].sum(-1))  # [N]
+        alive = neurons.sum(-1)  # [N], in each block
+        rows = is_open["down"].sum(-1)
+        after = self.mlp_size(alive, rows)
         return removed + (before - after.sum())
 
     def mlp_size(self, neurons, rows):
@@ -127,8 +134,10 @@ class Gates(nn.Module):
     def sparsity(self, mask=None, count="physical"):
         """Share of all parameters removed: the expected one, differentiable; with a 0/1 mask the exact one."""
         if mask is None:
-            return self.removed(self.p_open(), count) / self.total
-        return self.removed({name: m.double() for name, m in mask.items()}, count) / self.total
+            is_open = self.p_open()
+        else:
+            is_open = {name: rows.double() for name, rows in mask.items()}
+        return self.removed(is_open, count) / self.total
 
     def sparsity_gap(self, target, count):
         """How much of the target is still missing in expectation, a scalar; negative beyond the target."""
@@ -151,18 +160,20 @@ class Gates(nn.Module):
         With granularity "neuron" the open neurons of a block are rounded to a `multiple`, which GPUs like; the other
         gates make up for it. Overshoots by one gate at most, by one multiple where hardly any other gate is closed.
         """
-        log_alpha = {name: a.float().cpu() for name, a in self.log_alpha.items()}
+        log_alpha = {}
+        for name, a in self.log_alpha.items():
+            log_alpha[name] = a.float().cpu()
         if multiple == 1 or "neuron" not in log_alpha:
             return self.close_lowest(log_alpha, target, count)
         rounded = self.close_lowest(log_alpha, target, count, multiple)
-        # Once more with the neurons as they are now: a search in steps of `multiple` neurons overshoots by as many, and
-        # the finer gates of k, v and down can land closer.
+        # Once more with the neurons as they are now, so that their places in the order do nothing: a search in steps of
+        # `multiple` neurons overshoots by as many, and the finer gates of k, v and down can land closer.
         return self.close_lowest(log_alpha, target, count, neurons=rounded["neuron"])
 
     def close_lowest(self, log_alpha, target, count, multiple=1, neurons=None):
         """The mask that closes as few gates as reach the target, in order of log alpha (see `final_mask`)."""
-        flat = torch.cat([a.flatten() for a in log_alpha.values()])
-        order = flat.argsort(stable=True)
+        flat = [a.flatten() for a in log_alpha.values()]
+        order = torch.cat(flat).argsort(stable=True)
         # Closing one gate more never gives parameters back. So the least number that reaches the target is found by
         # halving the interval in which it lies.
         low = 0
@@ -195,9 +206,9 @@ def split_like(flat, like):
 def mask_without(closed, log_alpha, multiple, neurons):
     """The mask whose `closed` gates (places among all gates) are False, with rounded or with given neurons."""
     gates = sum(a.numel() for a in log_alpha.values())
-    open = torch.ones(gates, dtype=torch.bool)
-    open[closed] = False
-    mask = split_like(open, log_alpha)
+    is_open = torch.ones(gates, dtype=torch.bool)
+    is_open[closed] = False
+    mask = split_like(is_open, log_alpha)
     if neurons is not None:
         mask["neuron"] = neurons
     elif multiple > 1:
@@ -232,6 +243,7 @@ class Penalty:
         self.multipliers = torch.tensor(first, device=device)
 
     def __call__(self, gap):
+        """The penalty for a gap, a scalar. Each call also moves the multipliers, for the next step."""
         if self.kind == "lagrangian":
             loss = self.multipliers[0] * gap + self.multipliers[1] * gap.square()
             climb = torch.stack([self.SLOWLY * gap, gap.square()]).detach()
@@ -240,8 +252,9 @@ class Penalty:
         omega = gap.clamp(min=0)
         loss = self.multipliers[0] * omega
         if self.scaled:
-            factor = torch.where(omega.detach() > self.CLOSE, self.GROWTH, 1 / self.GROWTH)
-            self.multipliers = (self.multipliers * factor).clamp(1.0, 1e6)
+            behind = omega.detach() > self.CLOSE
+            factor = torch.where(behind, self.GROWTH, 1 / self.GROWTH)
+            self.multipliers = (self.multipliers * factor).clamp(1.0, 1e6)  # neither lost for good nor infinite
         return loss
 
 
@@ -261,12 +274,14 @@ def fisher_scores(model, gates, batches):
         # One gate per sequence, [N, B, 1, channels], so that one backward pass gives each sequence's own gradient.
         z = {}
         for name, score in scores.items():
-            z[name] = score.new_ones(gates.blocks, len(tokens), 1, score.shape[1]).requires_grad_()
+            ones = score.new_ones(gates.blocks, len(tokens), 1, score.shape[1])
+            z[name] = ones.requires_grad_()
         with torch.no_grad():
             x = model.run(model.embed_tokens(tokens), 0, gates.first)
         hidden = model.run(x, gates.first, c.num_hidden_layers, gates.by_block(z, x.dtype))
         targets = tokens[:, 1:].flatten()
-        loss = in_chunks(model, hidden[:, :-1].flatten(0, 1), next_token_loss, targets)
+        rows = hidden[:, :-1].flatten(0, 1)  # the last token predicts nothing that is known
+        loss = in_chunks(model, rows, next_token_loss, targets)
         gradients = torch.autograd.grad(loss, list(z.values()))
         squares = {}
         for name, gradient in zip(z, gradients, strict=True):
@@ -282,13 +297,16 @@ def fisher_scores(model, gates, batches):
 SCORES = {"fisher": fisher_scores}
 
 
-# The memory module of a domain: LoRA on five projections, M trainable keys and values, in blocks first .. L - 1 -------
+# The memory module of a domain: LoRA on five projections, and M trainable keys and values ----------------------------
 
 LORA = ("k", "v", "gate", "up", "down")
 
 
 class MemoryModule(nn.Module):
-    """M_d, float32. LoRA A [N, r, fan-in] and B [N, channels, r]; keys and values [N, G, M, hd], keys after RoPE."""
+    """M_d, float32, in the upper blocks from `first` on; here N is their number (see `--memory-blocks`).
+
+    LoRA A [N, r, fan-in] and B [N, channels, r]; keys and values [N, G, M, hd], keys after RoPE.
+    """
 
     def __init__(self, config, first, rank, alpha, kv_tokens):
         super().__init__()
@@ -300,7 +318,8 @@ class MemoryModule(nn.Module):
         for name in LORA if rank else ():
             channels, fan_in = config.shapes[name]
             bound = fan_in**-0.5  # Kaiming-uniform with a = sqrt(5), as peft; B = 0: training starts at the teacher
-            self.lora_a[name] = torch.empty(self.blocks, rank, fan_in).uniform_(-bound, bound)
+            a = torch.empty(self.blocks, rank, fan_in)
+            self.lora_a[name] = a.uniform_(-bound, bound)
             self.lora_b[name] = torch.zeros(self.blocks, channels, rank)
         self.keys = None
         self.values = None
@@ -317,7 +336,7 @@ class MemoryModule(nn.Module):
 
     @torch.no_grad()
     def init_from_text(self, model, tokens):
-        """Keys and values become what the frozen model computes on `tokens` [M] of the domain's own text."""
+        """Keys and values become what the frozen model computes on `tokens` [M], the first of the domain's own text."""
         cache = Cache(room=0)
         model.hidden(tokens[None], cache=cache)
         for n in range(self.blocks):
@@ -353,7 +372,8 @@ def top_and_rest(logits, index):
     The others are summed by themselves and not got as 1 - the sum of the top, so that a rest of 1e-9 is exact.
     """
     top = logits.gather(-1, index)
-    rest = logits.scatter(-1, index, float("-inf")).logsumexp(-1, keepdim=True)
+    others = logits.scatter(-1, index, float("-inf"))  # a copy without the top
+    rest = others.logsumexp(-1, keepdim=True)
     log_z = torch.logaddexp(top.logsumexp(-1, keepdim=True), rest)  # logsumexp of all logits
     return top - log_z, rest - log_z
 
@@ -365,7 +385,8 @@ def teacher_topk(model, hidden, top=100, chunk=128):
     chunks = []
     for h in hidden.split(chunk):  # never more than a chunk of logits at a time: the vocabulary is wide
         logits = model.logits(h)
-        index = logits.topk(min(top, logits.shape[-1] - 1), dim=-1).indices
+        K = min(top, logits.shape[-1] - 1)  # something has to be left outside
+        index = logits.topk(K, dim=-1).indices
         chunks.append((index, *top_and_rest(logits, index)))
     return tuple(torch.cat(parts) for parts in zip(*chunks, strict=True))
 
@@ -406,8 +427,11 @@ def next_token_loss(logits, targets):
 
 
 def kl_topk(logits, teacher, targets=None, tail="bucket"):
-    """KL(teacher || student) of each row. In the top K its gradient in the logits is q - p, which autograd finds; the
-    tail says what becomes of the outcomes outside, and so what the gradient is there."""
+    """KL(teacher || student) of each row. Autograd finds its gradient in the logits (p and q are the probabilities):
+
+    bucket: q - p in the top K, q (1 - p_rest / q_rest) outside; renormalise: q - p of the renormalised two, 0 outside;
+    drop: q sum(p) - p in the top K, q sum(p) outside, with the sum over the top K.
+    """
     return TAILS[tail](logits, *teacher)
 
 
@@ -442,7 +466,8 @@ class InChunks(torch.autograd.Function):
             part = hidden[rows].detach()
             with torch.enable_grad():  # inside a Function autograd is off
                 part.requires_grad_()
-                value = loss(model.logits(part), *[t[rows] for t in beside]).sum()
+                logits = model.logits(part)
+                value = loss(logits, *[t[rows] for t in beside]).sum()
             gradient[rows] = torch.autograd.grad(value, part)[0]
             total += value.detach()
         ctx.save_for_backward(gradient)
@@ -465,10 +490,11 @@ def distill(model, hidden, teacher, tokens, objective="kl", tail="bucket"):
     targets = torch.full_like(tokens, NO_TARGET)
     targets[:, :-1] = tokens[:, 1:]
 
-    def loss(logits, targets, *teacher):
-        return OBJECTIVES[objective](logits, teacher, targets, tail)
+    def loss(logits, next_tokens, *outcomes):  # of one chunk of rows
+        return OBJECTIVES[objective](logits, outcomes, next_tokens, tail)
 
-    total = in_chunks(model, hidden.flatten(0, 1), loss, targets.flatten(), *teacher)
+    rows = hidden.flatten(0, 1)  # [B T, D]
+    total = in_chunks(model, rows, loss, targets.flatten(), *teacher)
     return total / tokens.numel()
 
 
@@ -481,18 +507,19 @@ def kept_channels(mask, config, first, device):
     "neuron" is the same as "gate" and "up": a neuron needs both.
     """
     blocks = config.num_hidden_layers - first
-    open = {}
+    is_open = {}
     for name, (channels, _) in config.shapes.items():
-        open[name] = torch.ones(blocks, channels, dtype=torch.bool)  # what has no gate stays
-    open.update(mask)
-    neurons = mask["neuron"] if "neuron" in mask else open["gate"] & open["up"]
+        is_open[name] = torch.ones(blocks, channels, dtype=torch.bool)  # what has no gate stays
+    is_open.update(mask)
+    neurons = mask["neuron"] if "neuron" in mask else is_open["gate"] & is_open["up"]
     for name in ("neuron", "gate", "up"):
-        open[name] = neurons
+        is_open[name] = neurons
     kept = {}
     for n in range(blocks):
         kept[first + n] = {}
-        for name, rows in open.items():
-            kept[first + n][name] = rows[n].nonzero()[:, 0].to(device)
+        for name, rows in is_open.items():
+            index = rows[n].nonzero()[:, 0]
+            kept[first + n][name] = index.to(device)
     return kept
 
 
@@ -503,20 +530,23 @@ def materialise(model, kept):
     state = dict(model.state_dict())
     sizes = [None] * c.num_hidden_layers
     for i, index in kept.items():
-        sizes[i] = {name: len(index[name]) for name in ("q", "k", "v", "o", "neuron", "down")}
+        sizes[i] = {}
+        for name in ("q", "k", "v", "o", "neuron", "down"):
+            sizes[i][name] = len(index[name])
         for name, (channels, _) in c.shapes.items():
             if len(index[name]) == channels:
                 continue
-            for tensor in (f"{matrix_name(i, name)}.weight", f"{matrix_name(i, name)}.bias"):
-                if tensor in state:
-                    state[tensor] = state[tensor][index[name]]
+            for key in (f"{matrix_name(i, name)}.weight", f"{matrix_name(i, name)}.bias"):
+                if key in state:
+                    state[key] = state[key][index[name]]
             if name not in ("gate", "up"):  # cut-out neurons are gone for good, other channels are zeros at their place
                 state[f"{matrix_name(i, name)}.kept"] = index[name]
         if len(index["neuron"]) < c.intermediate_size:
             down = f"{matrix_name(i, 'down')}.weight"
             state[down] = state[down][:, index["neuron"]].contiguous()  # the columns that dead neurons fed
     with torch.device("meta"):
-        small = Model(replace(c, kept=tuple(sizes), raw={**c.raw, "koff_kept": sizes}))
+        raw = {**c.raw, "koff_kept": sizes}  # so that the saved config.json says it too
+        small = Model(replace(c, rows_left=tuple(sizes), raw=raw))
     small.load_state_dict(state, assign=True)
     return small.requires_grad_(False)
 

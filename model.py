@@ -5,7 +5,8 @@ backbones that `koff.py` makes of them. `data/checkpoint.py` fills it from a Hug
 
 The seam is `Projection`: each matrix of a block takes a gate z and a LoRA beside its input, and attention takes a
 memory of keys and values. Without them the model is the unchanged pretrained one, the *teacher*. With them it is the
-*student*. Both are the same weights in memory, until the mask is final and its closed channels are cut out.
+*student*. Both are the same weights in memory, until the mask is frozen; from then on the student is a copy from which
+the closed channels are cut out.
 
 Shapes: B batch, T text tokens, M memory tokens, S = M + T keys, D model width, H query heads, G key-value heads,
 hd head dimension, F MLP neurons, V vocabulary rows, r LoRA rank.
@@ -43,7 +44,7 @@ class Config:
     qk_norm: bool
     eos_token_ids: tuple[int, ...]
     # Ours: per block how many channels are left, {"q", "k", "v", "o", "neuron", "down"}; None for an untouched block.
-    kept: tuple[dict | None, ...] = ()
+    rows_left: tuple[dict | None, ...] = ()
     raw: dict = field(default_factory=dict, repr=False, compare=False)  # the file itself, written back with a backbone
 
     @property
@@ -93,14 +94,17 @@ def rope_table(config, start, length, like):
     positions = torch.arange(start, start + length, dtype=torch.float32, device=like.device)
     angles = torch.outer(positions, rope_frequencies(config, like.device))  # [length, hd / 2]
     angles = torch.cat([angles, angles], dim=-1)  # channel i turns with channel i + hd / 2, as Hugging Face has it
-    return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
+    cos = angles.cos().to(like.dtype)
+    sin = angles.sin().to(like.dtype)
+    return cos, sin
 
 
 def rotate(x, rope):
     """Rotate x [B, heads, T, hd] by a `rope_table`."""
     cos, sin = rope
     first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+    quarter_turn = torch.cat([-second, first], dim=-1)
+    return x * cos + quarter_turn * sin
 
 
 # Attention -----------------------------------------------------------------------------------------------------------
@@ -120,17 +124,19 @@ def attend(q, k, v):
     rows = q.reshape(B, G, H // G * T, hd)
     mask = None  # one new token sees everything
     if T > 1:
-        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device)
+        mask = mask.tril(S - T)  # True where it may look: row t sees the first S - T + t + 1 keys
         mask = mask.repeat(H // G, 1)  # [H / G T, S]
-    return F.scaled_dot_product_attention(rows, k, v, attn_mask=mask).view(B, H, T, hd)
+    y = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask)
+    return y.view(B, H, T, hd)
 
 
 @dataclass
 class Memory:
     """One domain's memory in one block, in the dtype of the model. (All blocks of a domain together are its module.)
 
-    lora: projection -> (A [r, fan-in], B [channels, r]), alpha / r is in B already.
-    keys, values: [G, M, hd], keys after RoPE; None: no KV memory.
+    lora: projection -> (A [r, fan-in], B [rows, r]), alpha / r is in B already.
+    keys, values: [G, M, hd]; None: no KV memory. The keys are as after RoPE, at positions 0 .. M - 1.
     """
 
     lora: dict = field(default_factory=dict)
@@ -159,7 +165,8 @@ class Cache:
         start = self.length(i)
         end = start + k.shape[2]
         if start == 0:
-            shape = (*k.shape[:2], end + self.room, k.shape[3])
+            B, G, _, hd = k.shape
+            shape = (B, G, end + self.room, hd)
             self.layers[i] = (k.new_empty(shape), v.new_empty(shape))
         keys, values = self.layers[i]
         keys[:, :, start:end] = k
@@ -185,7 +192,7 @@ class Projection(nn.Linear):
         self.register_buffer("kept", kept)
 
     def forward(self, x, z=None, lora=None):
-        """x [B, T, fan-in] -> [B, T, channels]. z [channels]: gates; lora: (A [r, fan-in], B [rows, r]); or None."""
+        """x [batch, T, fan-in] -> [batch, T, channels]. z [channels]: gates; lora: (A [r, fan-in], B [rows, r])."""
         y = F.linear(x, self.weight, self.bias)  # [B, T, rows]
         if lora is not None:
             a, b = lora
@@ -212,9 +219,10 @@ class Attention(nn.Module):
     def forward(self, x, i, rope, z, memory, cache):
         B, T, _ = x.shape
         heads = (B, T, -1, self.head_dim)
-        q = self.q_proj(x, z.get("q"), memory.lora.get("q")).view(heads)  # [B, T, H, hd]
-        k = self.k_proj(x, z.get("k"), memory.lora.get("k")).view(heads)  # [B, T, G, hd]
-        v = self.v_proj(x, z.get("v"), memory.lora.get("v")).view(heads)  # [B, T, G, hd]
+        lora = memory.lora
+        q = self.q_proj(x, z.get("q"), lora.get("q")).view(heads)  # [B, T, H, hd]
+        k = self.k_proj(x, z.get("k"), lora.get("k")).view(heads)  # [B, T, G, hd]
+        v = self.v_proj(x, z.get("v"), lora.get("v")).view(heads)  # [B, T, G, hd]
         if self.q_norm is not None:  # Qwen3 normalises each head
             q = self.q_norm(q)
             k = self.k_norm(k)
@@ -225,13 +233,16 @@ class Attention(nn.Module):
         # Eq. 3: softmax(Q [K_mem; K]^T) [V_mem; V]. The memory is shared by the batch and passes no gate. With a cache
         # it enters once, before the first text: afterwards the cache holds it.
         if memory.length and (cache is None or cache.length(i) == 0):
-            k = torch.cat([memory.keys.expand(B, -1, -1, -1), k], dim=2)  # [B, G, M + T, hd]
-            v = torch.cat([memory.values.expand(B, -1, -1, -1), v], dim=2)
+            keys = memory.keys.expand(B, -1, -1, -1)  # [B, G, M, hd]
+            values = memory.values.expand(B, -1, -1, -1)
+            k = torch.cat([keys, k], dim=2)  # [B, G, M + T, hd]
+            v = torch.cat([values, v], dim=2)
         if cache is not None:
             k, v = cache.extend(i, k, v)
 
-        y = attend(q, k, v).transpose(1, 2).reshape(B, T, -1)  # [B, T, H hd]
-        return self.o_proj(y, z.get("o"), memory.lora.get("o"))
+        y = attend(q, k, v)  # [B, H, T, hd]
+        y = y.transpose(1, 2).reshape(B, T, -1)  # [B, T, H hd]
+        return self.o_proj(y, z.get("o"), lora.get("o"))
 
 
 class MLP(nn.Module):
@@ -244,12 +255,13 @@ class MLP(nn.Module):
         self.down_proj = Projection(neurons, c.hidden_size, c.mlp_bias, rows["down"])
 
     def forward(self, x, z, memory):
-        gate = self.gate_proj(x, z.get("gate"), memory.lora.get("gate"))  # [B, T, F]
-        up = self.up_proj(x, z.get("up"), memory.lora.get("up"))  # [B, T, F]
+        lora = memory.lora
+        gate = self.gate_proj(x, z.get("gate"), lora.get("gate"))  # [B, T, F]
+        up = self.up_proj(x, z.get("up"), lora.get("up"))  # [B, T, F]
         h = F.silu(gate) * up
         if "neuron" in z:  # one gate for all three parts of a neuron
             h = h * z["neuron"]
-        return self.down_proj(h, z.get("down"), memory.lora.get("down"))
+        return self.down_proj(h, z.get("down"), lora.get("down"))
 
 
 # The teacher's: every gate open, no memory.
@@ -258,13 +270,13 @@ NO_MEMORY = Memory()
 
 
 class Block(nn.Module):
-    """One decoder block. `kept` (see `Config`): how many channels each of its matrices has left."""
+    """One decoder block. rows_left (see `Config`): how many channels each of its matrices has left."""
 
-    def __init__(self, c, kept=None):
+    def __init__(self, c, rows_left=None):
         super().__init__()
         rows = {name: channels for name, (channels, _) in c.shapes.items()}
         rows["neuron"] = c.intermediate_size
-        rows.update(kept or {})
+        rows.update(rows_left or {})
         self.input_layernorm = nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
         self.self_attn = Attention(c, rows)
         self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
@@ -272,7 +284,8 @@ class Block(nn.Module):
 
     def forward(self, x, i, rope, z=NO_GATES, memory=NO_MEMORY, cache=None):
         """x [B, T, D] -> [B, T, D]. i: number of this block, for the cache; z {name: [channels]}; memory: `Memory`."""
-        x = x + self.self_attn(self.input_layernorm(x), i, rope, z, memory, cache)
+        h = self.input_layernorm(x)
+        x = x + self.self_attn(h, i, rope, z, memory, cache)
         return x + self.mlp(self.post_attention_layernorm(x), z, memory)
 
 
@@ -288,9 +301,9 @@ class Model(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        kept = config.kept or [None] * config.num_hidden_layers
+        rows_left = config.rows_left or [None] * config.num_hidden_layers
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, channels) for channels in kept)
+        self.layers = nn.ModuleList(Block(config, rows) for rows in rows_left)
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -323,7 +336,7 @@ class Model(nn.Module):
         return x
 
     def hidden(self, tokens, z=None, module=None, cache=None):
-        """tokens [B, T] -> hidden states [B, T, D] after the last block, before its norm."""
+        """tokens [B, T] -> hidden states [B, T, D] after the last block, before the final norm."""
         x = self.embed_tokens(tokens)
         return self.run(x, 0, len(self.layers), z, module, cache)
 
@@ -364,11 +377,13 @@ def generate(
         if temperature == 0:
             new = logits.argmax(-1)
         else:
-            p, order = (logits / temperature).softmax(-1).sort(dim=-1, descending=True)
+            p = (logits / temperature).softmax(-1)
+            p, order = p.sort(dim=-1, descending=True)
             before = p.cumsum(-1) - p  # probability of all better tokens
             before[:, 0] = -1.0  # the best token always stays
             p = p.masked_fill(before >= top_p, 0)
-            new = order.gather(1, torch.multinomial(p, 1, generator=generator))[:, 0]
+            drawn = torch.multinomial(p, 1, generator=generator)  # places in the order, [B, 1]
+            new = order.gather(1, drawn)[:, 0]
         last = torch.where(done, last, new)
         done = done | torch.isin(last, stop)
         yield last

@@ -35,7 +35,7 @@ from data.hub import model_folder
 from data.progress import Log, ctrl_c
 from data.router import Router
 from data.run import Run, Text, TextReader, finished, fitting_gates, pick_device, pick_dtype, read_training_text
-from data.settings import GROUPS, HERE, PRESETS, Settings, flag
+from data.settings import GROUPS, PRESETS, ROOT, Settings, flag
 from data.sweeps import SWEEPS, sweep
 from eval import evaluate
 
@@ -63,7 +63,8 @@ class Trainer:
         self.modules = nn.ModuleList()
         with torch.device("cpu") if s.offload else self.device:
             for _ in self.domains if s.memory else ():
-                self.modules.append(koff.MemoryModule(model.config, first_memory, s.rank, s.alpha, s.kv_tokens))
+                module = koff.MemoryModule(model.config, first_memory, s.rank, s.alpha, s.kv_tokens)
+                self.modules.append(module)
         self.optimizer = self.make_optimizer()
         self.penalty = koff.Penalty(s.constraint, s.penalty, s.scaled, self.device)
 
@@ -77,17 +78,27 @@ class Trainer:
 
     def make_optimizer(self):
         """AdamW with three groups, each with its own rate: LoRA, gates, keys and values."""
-        parameters = {"lora": [], "gates": list(self.gates.parameters()), "kv": []}
+        parameters = {
+            "lora": [],
+            "gates": list(self.gates.parameters()),
+            "kv": [],
+        }
         for module in self.modules:
             for name, group in module.parameter_groups().items():
                 parameters[name] += group
-        rates = {"lora": self.s.lora_rate, "gates": self.s.gate_rate, "kv": self.s.kv_rate}
+        rates = {
+            "lora": self.s.lora_rate,
+            "gates": self.s.gate_rate,
+            "kv": self.s.kv_rate,
+        }
         groups = []
         for name, members in parameters.items():
+            rate = rates[name]
             if members:
-                groups.append({"params": members, "lr": rates[name], "peak": rates[name], "name": name})
-        # A module sees only its own domain's steps, some hundred in a short run: a mean over 1,000 would come too late.
-        fused = self.device.type != "meta"
+                groups.append({"params": members, "lr": rate, "peak": rate, "name": name})
+        fused = self.device.type != "meta"  # on which the tests run a step without numbers
+        # betas: a module sees only its own domain's steps, some hundred in a short run. A mean of squares over the
+        # usual 1,000 steps would come too late.
         return torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, 0.99), fused=fused)
 
     def compiled(self, model):
@@ -105,7 +116,8 @@ class Trainer:
             rounds = math.ceil(s.fisher_sequences / (s.batch * len(text)))
             for turn in range(rounds):
                 for ids in text.values():
-                    batches.append(self.on_device(batch(ids, turn, s.batch, s.seq_len, s.seed + 1)))
+                    tokens = batch(ids, turn, s.batch, s.seq_len, s.seed + 1)
+                    batches.append(self.on_device(tokens))
             scores = koff.SCORES[s.gate_init](self.model, self.gates, batches)
             self.gates.start_from(scores)
         if s.kv_tokens and s.kv_init == "text":
@@ -130,11 +142,11 @@ class Trainer:
         return loss
 
     def learn(self, tokens, domain, index, generator=None):
-        """Eq. 1: the gates and the domain's module learn together."""
+        """Eq. 1: the gates and the domain's module learn together; with --order prune-first the gates alone."""
         shared, teacher = self.ask_teacher(tokens)
         module = None
         if self.s.memory and self.s.order == "joint":
-            module = self.module(domain).by_block(shared.dtype)
+            module = self.memory_module(domain).by_block(shared.dtype)
         z = self.gates.sample(shared.dtype, generator)
         loss = self.student_loss(self.model, shared, teacher, tokens, z, module)
         # lambda * Omega(z): how far what the gates close in expectation is from what should be closed by now.
@@ -143,12 +155,15 @@ class Trainer:
         return loss.detach()
 
     def retain(self, tokens, domain, index, generator=None):
-        """Eq. 2: general text, with the module of some domain attached, moves the gates only."""
+        """Eq. 2: general text, with the module of some domain attached, moves the gates only.
+
+        There is no penalty here: Omega and its lambda belong to the domains' steps.
+        """
         shared, teacher = self.ask_teacher(tokens)
         module = None
         if self.s.memory and self.s.order == "joint":
             with torch.no_grad():  # here the module stays as it is: no gradient can reach its parameters
-                module = self.module(domain).by_block(shared.dtype)
+                module = self.memory_module(domain).by_block(shared.dtype)
         z = self.gates.sample(shared.dtype, generator)
         loss = self.student_loss(self.model, shared, teacher, tokens, z, module)
         self.update(loss, index)
@@ -157,7 +172,7 @@ class Trainer:
     def recover(self, tokens, domain, index):
         """The mask is frozen: only the domain's module learns, on the model from which the closed channels are gone."""
         shared, teacher = self.ask_teacher(tokens)
-        module = koff.materialise_module(self.module(domain).by_block(shared.dtype), self.kept)
+        module = koff.materialise_module(self.memory_module(domain).by_block(shared.dtype), self.kept)
         loss = self.student_loss(self.student, shared, teacher, tokens, None, module)
         self.update(loss, index)
         return loss.detach()
@@ -170,17 +185,20 @@ class Trainer:
         """
         shared = self.model.run(self.model.embed_tokens(tokens), 0, self.split)
         hidden = self.model.run(shared, self.split, self.layers)
-        return shared, koff.teacher_topk(self.model, hidden.flatten(0, 1), self.s.top)
+        teacher = koff.teacher_topk(self.model, hidden.flatten(0, 1), self.s.top)
+        return shared, teacher
 
     def student_loss(self, student, shared, teacher, tokens, z, module):
         """The distillation loss of the student from block `split` on, a scalar."""
         checkpointing = self.s.checkpointing
         hidden = student.run(shared, self.split, self.layers, z, module, checkpointing=checkpointing)
+        # The final norm and the output matrix have no gates: the model's are the student's too.
         return koff.distill(self.model, hidden, teacher, tokens, self.s.objective, self.s.tail)
 
     def update(self, loss, index):
         """One optimizer step. LoRA's and the KV memory's rates fall to 0 in the last `decay` of the steps."""
-        left = (self.s.steps - index) / max(1.0, self.s.decay * self.s.steps)
+        falling = max(1.0, self.s.decay * self.s.steps)  # so many steps
+        left = (self.s.steps - index) / falling
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"]
             if group["name"] != "gates":
@@ -194,39 +212,47 @@ class Trainer:
         """What should be closed, in expectation, at step `index`: a ramp, but for the plain hinge."""
         if self.s.constraint == "hinge":
             return self.s.sparsity
-        ramp = (index + 1) / (self.s.ramp * max(1, self.s.steps))
-        return self.s.sparsity * min(1.0, ramp)
+        rising = self.s.ramp * max(1, self.s.steps)  # so many steps
+        share = min(1.0, (index + 1) / rising)
+        return self.s.sparsity * share
 
     def start_step(self, index):
         """What changes with the number of the step: the gates' temperature, and whether the mask is frozen by now."""
         s = self.s
         learning = s.steps * (1 - s.fix_mask)  # the steps in which the gates learn
         if s.beta_end:
-            self.gates.beta = s.beta + (s.beta_end - s.beta) * min(1.0, index / max(1.0, learning))
+            share = min(1.0, index / max(1.0, learning))
+            self.gates.beta = s.beta + (s.beta_end - s.beta) * share
         if self.mask is None and index >= learning:
             self.freeze_mask(self.gates.final_mask(s.sparsity, s.count, s.multiple))
 
     def freeze_mask(self, mask):
         """From now on the student is the materialised model: what `mask` closes takes no more arithmetic."""
-        self.mask = {name: open.to(self.device) for name, open in mask.items()}
+        self.mask = {}
+        for name, is_open in mask.items():
+            self.mask[name] = is_open.to(self.device)
         self.kept = koff.kept_channels(mask, self.model.config, self.gates.first, self.device)
         self.student = self.compiled(koff.materialise(self.model, self.kept))
 
     def next_domain(self, index):
         """(domain, number of its batch) for step `index`.
 
-        A round visits each domain once, in a new order, and then `focus` times the one whose loss had been highest.
+        A round visits each domain once, in a new order, and then `focus` times the one whose loss had been highest
+        when the round began. (In the first round nothing is known: these turns go to the first domain.)
         """
         turn, place = divmod(index, len(self.domains) + self.s.focus)
         if place == 0 and self.s.focus:
             self.before_round = self.recent.tolist()  # a GPU waits here, once a round
         rng = np.random.default_rng([self.s.seed, turn])  # a function of the round: resuming needs no saved state
         order = rng.permutation(len(self.domains))
-        d = order[place] if place < len(order) else int(np.argmax(self.before_round))
+        if place < len(order):
+            d = order[place]
+        else:
+            d = int(np.argmax(self.before_round))
         self.visits[d] += 1
         return self.domains[d], self.visits[d] - 1
 
-    def module(self, domain):
+    def memory_module(self, domain):
         """Its `MemoryModule`, on the device; with --offload the one that was there before makes room."""
         if self.s.offload and domain != self.at_work:
             if self.at_work:
@@ -274,7 +300,9 @@ def loop(trainer, text, out, begun):
     s = trainer.s
     start, begun = resume(trainer, text, out, begun)
     # Without modules there is nothing left to learn once the mask is frozen.
-    last = s.steps if s.memory else math.ceil(s.steps * (1 - s.fix_mask))
+    last = s.steps
+    if not s.memory:
+        last = math.ceil(s.steps * (1 - s.fix_mask))
     log = Log(out, start)
     resumed = time.time()
     bar = tqdm(total=last, initial=start, desc=out.name, mininterval=1)
@@ -283,7 +311,8 @@ def loop(trainer, text, out, begun):
             trainer.start_step(index)
             # Data and noise follow from the number of the step alone: a resumed run sees what it would have seen.
             domain, turn = trainer.next_domain(index)
-            tokens = trainer.on_device(batch(text.train[domain], turn, s.batch, s.seq_len, s.seed))
+            tokens = batch(text.train[domain], turn, s.batch, s.seq_len, s.seed)
+            tokens = trainer.on_device(tokens)  # [B, T]
             generator = torch.Generator(trainer.device).manual_seed(s.seed * 1_000_003 + index)
             loss = trainer.step(tokens, domain, index, generator)
 
@@ -291,17 +320,20 @@ def loop(trainer, text, out, begun):
             if text.general is not None and trainer.mask is None and (index + 1) % s.retention_every == 0:
                 turn = index // s.retention_every
                 general = batch(text.general, turn, s.retention_batch or s.batch, s.seq_len, s.seed)
-                anyone = np.random.default_rng([s.seed, index, 1]).integers(len(trainer.domains))
-                trainer.retain(trainer.on_device(general), trainer.domains[anyone], index, generator)
+                rng = np.random.default_rng([s.seed, index, 1])
+                anyone = trainer.domains[rng.integers(len(trainer.domains))]
+                trainer.retain(trainer.on_device(general), anyone, index, generator)
 
             bar.update()
             if index % 10 == 0:  # reading numbers makes a GPU wait, so not at every step
                 line = log.write(index, trainer, loss)
-                speed = s.batch * s.seq_len * (index + 1 - start) / (time.time() - resumed)
+                tokens_seen = s.batch * s.seq_len * (index + 1 - start)
+                speed = tokens_seen / (time.time() - resumed)
                 bar.set_postfix_str(f"{line}, {speed:,.0f} tokens/s", refresh=False)
             if pressed or (index + 1) % s.save_every == 0 or index + 1 == last:
+                place = {"step": index + 1, "seconds": time.time() - begun}
                 with atomic(out / "checkpoint.pt") as partial:
-                    torch.save(trainer.state() | {"step": index + 1, "seconds": time.time() - begun}, partial)
+                    torch.save(trainer.state() | place, partial)
             if pressed:
                 bar.close()
                 print(f"stopped after step {index + 1}; the same command, less --fresh, continues", file=sys.stderr)
@@ -375,7 +407,7 @@ def train(s, out, fresh=False):
 def save(opened, out):
     """Freeze the mask, if it is not frozen yet, and write backbone, gates, modules and router."""
     trainer = opened.trainer
-    trainer.start_step(trainer.s.steps)
+    trainer.start_step(trainer.s.steps)  # past the last step the mask is frozen, whatever --fix-mask is
     fingerprint = save_backbone(out / "backbone", trainer.student, opened.folder)
     save_gates(out / "gates.safetensors", trainer.gates, trainer.mask)
     save_modules(trainer, out, fingerprint)
@@ -385,7 +417,7 @@ def save(opened, out):
 @torch.no_grad()
 def save_modules(trainer, out, fingerprint):
     for domain in trainer.domains if trainer.s.memory else ():
-        module = trainer.module(domain).by_block(trainer.model.head.dtype)
+        module = trainer.memory_module(domain).by_block(trainer.model.head.dtype)
         module = koff.materialise_module(module, trainer.kept)
         save_module(out / "modules" / f"{domain}.safetensors", module, fingerprint)
 
@@ -400,7 +432,8 @@ MAY_DIFFER = (  # settings in which a module can differ from the run that it joi
 def add(path, out, given, fresh=False):
     """Train one more module, for the text at `path`, on the finished run in `out`. False if Ctrl-C stopped it.
 
-    Router, report and its results change, no other file. `given`: the settings of `MAY_DIFFER` that do differ.
+    One file of a module comes; router, report and its results change; no other file does. `given`: settings that
+    differ from the run's, of `MAY_DIFFER`.
     """
     run = Run(out, given.get("device") or Settings.from_file(out / "settings.json").device)
     name = domain_name(path)
@@ -441,6 +474,7 @@ def settings_to_add(run, name, given):
         raise BadInput(f"{run.folder} has a domain {name} already; remove it first, or rename the text.")
     steps = 3 * math.ceil(run.settings.steps / len(run.names))  # three times what each of the first got (measured)
     changed = {"steps": steps, **given}
+    # One domain and no gates: what chooses among domains, or starts or moves gates, has nothing to do.
     return replace(run.settings, **changed, gate_init="constant", focus=0, order="joint", retention="")
 
 
@@ -449,7 +483,8 @@ def check_backbone(run, trainer):
     saved_as = getattr(torch, run.backbone.config.raw["dtype"])
     ours = dict(trainer.student.named_parameters())
     for name, saved in run.backbone.named_parameters():
-        if not torch.equal(saved, ours[name].to(saved_as).to(saved.dtype)):
+        cut = ours[name].to(saved_as)  # the file may be coarser than what we compute in
+        if not torch.equal(saved, cut.to(saved.dtype)):
             model = trainer.s.model
             raise BadInput(f"{run.folder}/backbone was not cut from {model}; give the model that it was trained with.")
 
@@ -458,7 +493,9 @@ def check_backbone(run, trainer):
 
 
 def parse(argv):
-    """Command line -> its arguments. `settings` of the run; `given`, those of preset and flags; `flags`, of flags only."""
+    """Command line -> its arguments, among them `settings`, all of the run, and those that were given: `given`, by the
+    preset or a flag, and `flags`, by a flag.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="handbook", help="named settings; flags override them")
     other = parser.add_mutually_exclusive_group()
@@ -470,18 +507,20 @@ def parse(argv):
     for f in fields(Settings):
         if f.name in GROUPS:
             group = parser.add_argument_group(GROUPS[f.name])
-        default = Path(f.default).relative_to(HERE) if f.name in ("model", "data") else f.default
+        default = f.default
+        if f.name in ("model", "data"):
+            default = Path(default).relative_to(ROOT)
         about = {
             "default": argparse.SUPPRESS,
             "help": f"{f.metadata['help']} [{default}]",
-        }  # SUPPRESS: only what is given
+        }  # SUPPRESS: what is not given leaves no trace, so that no default overrides a preset
         if isinstance(f.default, bool):
             group.add_argument(flag(f.name), action=argparse.BooleanOptionalAction, **about)
         else:
             group.add_argument(flag(f.name), type=type(f.default), choices=f.metadata["choices"], **about)
     args = parser.parse_args(argv)
-    names = {f.name for f in fields(Settings)}
-    args.flags = {name: value for name, value in vars(args).items() if name in names}
+    names = [f.name for f in fields(Settings)]
+    args.flags = {name: getattr(args, name) for name in names if hasattr(args, name)}
     args.given = {**PRESETS[args.preset], **args.flags}
     args.settings = Settings(**args.given)
     args.out = args.out or Path("out", args.sweep or args.preset)

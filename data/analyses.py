@@ -18,7 +18,7 @@ from tqdm import tqdm
 from data import BadInput, atomic
 from data.corpus import windows
 from data.router import Router
-from data.run import opened
+from data.run import open_finished
 from data.tables import save, table
 
 # LAPE ----------------------------------------------------------------------------------------------------------------
@@ -86,7 +86,7 @@ def activations(model, tokens, name, size=8):
 
 def lape_report(args):
     """Does the mask close the neurons that few domains use? Counted on --tokens of each domain's training text."""
-    run, base, domains = opened(args.run, args.device)
+    run, base, domains = open_finished(args.run, args.device)
     length = run.settings.seq_len
     gates, mask = run.gates(base)
     if args.tokens < length or len(domains) < 2 or not ("neuron" in mask or "gate" in mask):
@@ -203,7 +203,7 @@ def embeddings(model, ids, name, size=64):
 
 def probes(args, k=10):
     """Is the backbone without a module still the model that it was? At most --texts held-out windows of each domain."""
-    run, base, domains = opened(args.run, args.device)
+    run, base, domains = open_finished(args.run, args.device)
     texts = [windows(split.heldout, Router.WINDOW, max(0, args.texts)) for split in domains.values()]
     lengths = list(map(len, texts))
     if len(texts) < 2 or min(lengths) <= k:

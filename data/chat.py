@@ -34,7 +34,7 @@ def encode(run, text, bos=False):
 
 
 def pick_module(run, text, name=None):
-    """(module {block: Memory}, its name and why it was picked): the module `name`, or what the router says to `text`.
+    """(module {block: Memory}, a line that says which it is and why): the module `name`, or the router's choice.
 
     The module is None where the router is unsure, and in a run without modules: then the backbone answers alone.
     """
@@ -45,8 +45,10 @@ def pick_module(run, text, name=None):
     ids = np.array(encode(run, text))
     [routed] = run.router.route(ids[None])  # a batch of one text
     best, probability = run.router.best(ids)
-    if routed not in run.names:  # None: the text is like that of no domain
+    if routed is None:  # the text is like that of no domain
         return None, f"none, the router is unsure ({best} would be the first choice)"
+    if routed not in run.names:  # its file was left behind
+        return None, f"none, the router's choice is {routed} ({probability:.1%}), which is not here"
     return run.module(routed), f"{routed}, the router's choice ({probability:.1%})"
 
 

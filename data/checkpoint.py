@@ -39,13 +39,15 @@ def parse_config(raw, where="config.json"):
     kind = raw.get("model_type")
     if kind not in ("llama", "qwen2", "qwen3"):
         raise BadInput(f"{where}: model_type {kind!r} is not implemented; use llama, qwen2 or qwen3.")
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # transformers 5 writes the former
+    # transformers 5 writes rope_parameters; before, rope_scaling held the scaling and rope_theta stood by itself.
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     scaling = rope_scaling(rope, where)
     refuse_unsupported(raw, rope, where)
 
     for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
         if type(raw.get(key)) is not int or raw[key] < 1:
             raise BadInput(f"{where}: {key} is missing or not a size; take the checkpoint's own config.json.")
+    # What older or smaller configs leave out has a meaning: as many key-value heads as heads, which share the width.
     heads = raw["num_attention_heads"]
     groups = raw.get("num_key_value_heads") or heads
     head_dim = raw.get("head_dim") or raw["hidden_size"] // heads
@@ -55,6 +57,7 @@ def parse_config(raw, where="config.json"):
     bias = raw.get("attention_bias", False)
     if kind == "qwen2":
         bias = True  # always, on q, k and v, without a key for it
+    # One id, several, or none.
     eos = raw.get("eos_token_id")
     if eos is None:
         eos = []
@@ -79,7 +82,7 @@ def parse_config(raw, where="config.json"):
         mlp_bias=kind == "llama" and raw.get("mlp_bias", False),
         qk_norm=kind == "qwen3",
         eos_token_ids=tuple(eos),
-        kept=tuple(raw.get("koff_kept", ())),
+        rows_left=tuple(raw.get("koff_kept", ())),
         raw=raw,
     )
 
@@ -105,7 +108,7 @@ def refuse_unsupported(raw, rope, where):
         unsupported = "partial rotary embedding"
     if raw.get("use_sliding_window") or "sliding_attention" in (raw.get("layer_types") or ()):
         unsupported = "sliding-window attention"
-    if raw["model_type"] == "llama" and raw.get("sliding_window"):  # Qwen lists a size even where it is switched off
+    if raw["model_type"] not in ("qwen2", "qwen3") and raw.get("sliding_window"):  # Qwen lists it even where it is off
         unsupported = "sliding-window attention"
     if raw.get("hidden_act", "silu") != "silu":
         unsupported = f"activation {raw['hidden_act']!r}"
@@ -156,6 +159,7 @@ def load(folder, dtype=torch.float32, device="cpu"):
         model = Model(config)
     expected = model.state_dict()
     state = {}
+    # Shard by shard, tensor by tensor: never two copies of the model in memory.
     for path in weight_files(folder):
         try:
             with safe_open(path, "pt") as file:
@@ -170,6 +174,7 @@ def load(folder, dtype=torch.float32, device="cpu"):
             raise BadInput(f"{path} does not exist, though the index names it; download it again.") from None
         except (SafetensorError, OSError) as error:
             raise BadInput(f"{path} is truncated or not a safetensors file ({error}); download it again.") from None
+    # Nothing may be left at random: a tensor that no file has is an error, not a default.
     missing = expected.keys() - state.keys()
     if missing:
         one = checkpoint_name(min(missing))
@@ -212,6 +217,7 @@ def save_backbone(folder, model, pretrained):
         if source.exists():
             with atomic(folder / name) as partial:
                 partial.write_bytes(source.read_bytes())
+    # The pretrained config.json, with what is new about this model: channels left, dtype, fingerprint.
     dtype = str(model.head.dtype).removeprefix("torch.")
     config = {**model.config.raw, "dtype": dtype, "koff_fingerprint": fingerprint}
     with atomic(folder / "config.json") as partial:
@@ -243,6 +249,7 @@ def save_module(path, module, fingerprint):
 def load_module(path, config, dtype, device="cpu"):
     """{block: `Memory`} of a saved module. BadInput if it was trained with another backbone than `config`'s."""
     tensors, metadata = read_tensors(path, device=device)
+    # A module fits the channels that its backbone kept. On another backbone it would load and mean nothing.
     made_for = metadata.get("koff_backbone")
     if made_for is None or made_for != config.raw.get("koff_fingerprint"):
         raise BadInput(f"{path} was trained with another backbone ({made_for}); load it with the run it belongs to.")
@@ -261,8 +268,8 @@ def load_module(path, config, dtype, device="cpu"):
 def save_gates(path, gates, mask):
     """Write every log alpha and the final mask, each [N, channels]."""
     tensors = {f"log_alpha.{name}": a.detach().contiguous() for name, a in gates.log_alpha.items()}
-    for name, open in mask.items():
-        tensors[f"mask.{name}"] = open.to(torch.uint8)
+    for name, is_open in mask.items():
+        tensors[f"mask.{name}"] = is_open.to(torch.uint8)
     with atomic(path) as partial:
         save_file(tensors, partial)
 

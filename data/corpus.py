@@ -63,16 +63,17 @@ def text_of(line, where, template):
         row = json.loads(line)
         if isinstance(row.get("text"), str):
             return row["text"]
-        # A sum that is no text is refused by `join`, and a missing key by itself.
-        if not "".join(message["role"] + message["content"] for message in row["messages"]):
+        # What the messages may hold is for the template to say: content can be null beside a tool call, or a list.
+        if not row["messages"] or not all(message["role"] for message in row["messages"]):
             raise ValueError("an empty conversation")
     except (ValueError, LookupError, TypeError, AttributeError):
         raise BadInput(f'{where} is not a JSON object with "text" or "messages"; mend or remove the line.') from None
     if template is None:
         raise BadInput(f"{where} is a conversation, but the model has no chat template; give text.")
-    if row.get("tools"):
-        return template(row["messages"], tools=row["tools"])
-    return template(row["messages"])
+    try:
+        return template(row["messages"], tools=row.get("tools"))
+    except BadInput as error:
+        raise BadInput(f"{where}: {error}") from None
 
 
 # Tokens --------------------------------------------------------------------------------------------------------------
@@ -227,7 +228,7 @@ def batch(ids, index, size, length, seed):
 
     Each epoch tiles the text anew from a random offset and visits the windows in a new random order.
     """
-    per_epoch = max(1, (len(ids) // length - 1) // size)
+    per_epoch = max(1, (len(ids) // length - 1) // size)  # less one window: the offset may cost it
     epoch, step = divmod(index, per_epoch)
     rng = np.random.default_rng([seed, epoch])
     # The offset leaves room for one batch at least, even in a text that holds no more than that.

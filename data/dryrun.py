@@ -35,6 +35,7 @@ class Usage(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         out = function(*args, **kwargs)
+        # torch has a formula for each matrix product and attention; the rest is not worth counting.
         count = flop_registry.get(function._overloadpacket)
         if count:
             self.operations += count(*args, **kwargs, out_val=out)
@@ -79,11 +80,13 @@ def dry_run(s, Trainer):
     with torch.device("meta"):
         model = Model(config).to(pick_dtype(s.dtype, torch.device("cuda")))
 
+    # From here on no tensor has numbers, and none takes memory: an 8B model is measured on a laptop.
     with FakeTensorMode(allow_non_fake_inputs=True), Usage() as usage:
         state = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in model.state_dict().items()}
         model.load_state_dict(state, assign=True)
         del state
         weights = usage.now
+        # One domain is enough: what the others own is added below, and only one is at work at a time.
         trainer = Trainer(model.requires_grad_(False), replace(s, compile=False), ["one"])
         tokens = torch.zeros(s.batch, s.seq_len, dtype=torch.int64)
         usage_of_step(usage, trainer, tokens)  # the first step makes AdamW's state
@@ -94,12 +97,13 @@ def dry_run(s, Trainer):
         trainer.student = koff.materialise(model, kept)
         materialised = usage.now - before
         recovering, fewer_operations = 0, 0
-        if s.memory:
+        if s.memory:  # else nothing is left to learn by then
             recovering, fewer_operations = usage_of_step(usage, trainer, tokens)
 
     gate_count = koff.count_parameters(trainer.gates)
     module_count = koff.count_parameters(trainer.modules)
     on_device = gate_count + module_count * (1 if s.offload else domains)
+    # In float32 a parameter takes 4 bytes, and its two means in AdamW 8.
     peak = weights + 12 * on_device + max(learning, materialised + recovering)
     physical = gates.sparsity(mask, "physical").item()
     paper = gates.sparsity(mask, "paper").item()

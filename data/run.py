@@ -1,7 +1,8 @@
 """A run's folder, and the way into it.
 
 Opening a run goes through each room once: settings -> the model's folder -> config.json and what has to fit it -> text
--> weights. `train.py` puts a Trainer on top (`open_run`); what looks at a finished run begins with `Run` or `opened`.
+-> weights. `train.py` puts a Trainer on top (`open_run`). What looks at a finished run begins with `Run` or
+`open_finished`.
 """
 
 import math
@@ -58,6 +59,7 @@ def fitting_gates(s, config):
         raise BadInput(f"--blocks is {most}, but {s.model} has {config.num_hidden_layers} blocks; give fewer.")
     first_gated, _, _ = s.first_blocks(config.num_hidden_layers)
     gates = koff.Gates(config, first_gated, s.granularity, gated=s.gated)
+    # The most that could be removed: every gate closed.
     all_closed = {name: torch.zeros(a.shape) for name, a in gates.log_alpha.items()}
     most = gates.sparsity(all_closed, s.count).item()
     if not 0 <= s.sparsity < most:
@@ -68,7 +70,7 @@ def fitting_gates(s, config):
 
 @dataclass
 class Text:
-    """What a run trains on: `train` {domain: ids}; `general`, ids for retention or None; `splits`, all that was read."""
+    """What a run trains on. train {domain: ids}; general: ids for retention, or None; splits: all that was read."""
 
     train: dict[str, np.ndarray]
     general: np.ndarray | None
@@ -99,12 +101,14 @@ def read_training_text(s, reader, config, paths=None):
 
     `paths` {domain: its text}: where it is not that of `s.data`.
     """
+    # A memory's tokens take positions too.
     longest = max(s.seq_len, s.eval_len) + s.kv_tokens
     if longest > config.max_position_embeddings:
         limit = config.max_position_embeddings
         raise BadInput(f"{longest} tokens, --kv-tokens included, exceed the model's context of {limit}; lower them.")
     if paths is None:
         paths = find_domains(s.data, s.domains, least=1 if s.domains else 2)
+    # At least one batch, and enough for the router to learn from and to be tested on.
     one_batch = max(s.batch, s.retention_batch) * (s.seq_len + 1)
     training = max(one_batch, 10 * Router.WINDOW)
     heldout = max(s.eval_len, Router.WINDOW)
@@ -130,6 +134,7 @@ def finished(s, out, fresh=False):
         raise BadInput(f"{out} holds something that is not a run; name another folder with --out.")
     if fresh or not ours.exists():
         return False
+    # The same command finds its own run again; any other would mix two runs in one folder.
     old = asdict(Settings.from_file(ours))
     for name, value in asdict(s).items():
         if old[name] != value:
@@ -187,7 +192,7 @@ class Run:
         return gates, load_gates(self.folder / "gates.safetensors", gates)
 
 
-def opened(folder, device="auto"):
+def open_finished(folder, device="auto"):
     """What an evaluation looks at: the run, its unpruned model, its text {domain: Split}."""
     run = Run(folder, device)
     base = load(model_folder(run.settings.model), run.dtype, run.device)
@@ -201,6 +206,7 @@ def opened(folder, device="auto"):
 
 def texts_of(run):
     """{domain: path of its text}: in the folder that the run was trained on, or where a later domain was found."""
+    # The router's own paths win: of domains that came later, or were renamed.
     there = find_domains(run.settings.data) | run.router.paths
     paths = {}
     for name in run.names or run.router.domains:

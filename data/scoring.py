@@ -22,7 +22,7 @@ from data.benchmarks import encode, load_items
 from data.checkpoint import load
 from data.hub import model_folder
 from data.run import Run, pick_device, pick_dtype
-from data.settings import HERE, Settings
+from data.settings import ROOT, Settings
 from data.tables import save, spread, table
 from data.tokenizer import Tokenizer
 from model import Cache, Memory
@@ -202,7 +202,7 @@ def bench(args):
         raise BadInput("give a --limit of at least 1 and --shots of at least 0.")
     run, variants = open_variants(args.run, args.device, args.on)
     items = load_items(args.task, args.rows, args.subjects, args.shots, args.limit)
-    failed, git = subprocess.getstatusoutput(f"git -C '{HERE}' describe --always")
+    git = subprocess.run(["git", "describe", "--always"], cwd=ROOT, capture_output=True, text=True)
     out = args.out or run.folder / "bench"
     rows = {}
     for variant in variants:
@@ -236,7 +236,7 @@ def bench(args):
             "n-shot": dict.fromkeys(groups, len(items[0].shots)),
             "n-samples": {name: {"effective": len(group)} for name, group in groups.items()},
             "config": config,
-            "git_hash": None if failed else git,
+            "git_hash": git.stdout.strip() or None,
             "date": time.time(),
         }
         save(out, {f"{path.stem}.json": content})

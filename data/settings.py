@@ -7,7 +7,7 @@ from pathlib import Path
 from data import BadInput
 from koff import GATED, OBJECTIVES, SCORES, TAILS
 
-HERE = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 CONSTRAINTS = ("progressive", "hinge", "lagrangian")
 
 
@@ -27,27 +27,27 @@ class Settings:
 
     # The model and its text
     model: str = option(
-        str(HERE / "data/base"),
+        str(ROOT / "data/base"),
         "pretrained model: a folder (Hugging Face layout, safetensors) or owner/name on the Hub",
     )
-    data: str = option(str(HERE / "data/handbook"), "folder with one <domain>.txt, .jsonl or sub-folder per domain")
+    data: str = option(str(ROOT / "data/handbook"), "folder with one <domain>.txt, .jsonl or sub-folder per domain")
     domains: str = option("", "some of the domains there: names with commas, or how many; empty: all")
     text: float = option(1.0, "share of the training text that is used", low=0.001, high=1)
 
     # The mask
-    blocks: int = option(4, "how many upper blocks carry gates and memories (paper: 18 of 28)", low=1)
+    blocks: int = option(4, "how many upper blocks carry gates and memories (paper: 16 or 18 of 28)", low=1)
     sparsity: float = option(0.25, "share of all parameters to remove (paper: 0.12 of 3B)", low=0, high=0.99)
     count: str = option("physical", "what that share counts: parameters gone, or the paper's", "physical", "paper")
-    gated: str = option("kv+mlp", "projections with gates: the paper's set, or one it compares", *GATED)
+    gated: str = option("kv+mlp", "projections with gates (paper: kv+mlp); attention is a few per cent only", *GATED)
     granularity: str = option("neuron", "gate MLP neurons, or each projection (paper)", "neuron", "projection")
-    gate_init: str = option("fisher", "start of log alpha: by a score, or all 3", *SCORES, "constant")
+    gate_init: str = option("fisher", "start of log alpha: by a score, or 3 for every gate", *SCORES, "constant")
     fisher_sequences: int = option(48, "sequences of the calibration pass for it (measured)", low=1)
     multiple: int = option(8, "a block keeps a multiple of this many neurons (granularity neuron)", low=1)
     beta: float = option(2 / 3, "temperature of the gates (Louizos; at the paper's 2 the cost misleads)", low=0.05)
     beta_end: float = option(0.0, "temperature to which it falls while gates learn; 0: it does not", low=0)
     ramp: float = option(0.2, "share of the steps in which the target rises to --sparsity (measured)", low=0.01, high=1)
     fix_mask: float = option(0.75, "last share of the steps, under the final 0/1 mask (measured)", low=0, high=0.99)
-    constraint: str = option("progressive", "hinge behind a rising target, at once, or koff.Penalty", *CONSTRAINTS)
+    constraint: str = option("progressive", "hinge with a rising target, or at once; see koff.Penalty", *CONSTRAINTS)
     penalty: float = option(60.0, "first lambda (paper); lagrangian: first lambda_2", low=1)
     scaled: bool = option(True, "lambda x 1.03 a step while behind, / 1.03 while not")
 
@@ -94,6 +94,7 @@ class Settings:
     def __post_init__(self):
         for f in fields(self):
             check_value(f, getattr(self, f.name))
+        # Each value may be fine by itself and the run impossible: say which two contradict each other.
         if self.memory and not (self.rank or self.kv_tokens):
             raise BadInput("--rank 0 and --kv-tokens 0 contradict --memory: nothing is left of it; say --no-memory.")
         if self.ramp + self.fix_mask > 1:
@@ -152,6 +153,7 @@ def check_value(f, value):
         raise BadInput(f"{flag(f.name)} is {value!r}; give one of {', '.join(choices)}.")
 
 
+# The best recipe that we know for a real model (measured on SmolLM2-135M).
 BEST = dict(blocks=18, sparsity=0.12, kv_tokens=64, steps=1350, focus=5, batch=2, lora_rate=2e-3, eval_len=512)
 
 PAPER = dict(  # 150M tokens; what it leaves open (start of log alpha, scaling of lambda, final mask) is as by default

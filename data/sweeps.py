@@ -45,6 +45,7 @@ MATCHED = dict(PRESETS["paper-matched"], focus=0)
 for name in ("blocks", "sparsity", "rank", "alpha", "kv_tokens", "steps", "batch", "seq_len", "eval_len"):
     del MATCHED[name]
 
+# How often, and how much at a time (the paper compares these).
 INTERVALS = {}
 for every in (20, 50, 100):
     for size in (1, 2, 4):
@@ -93,6 +94,8 @@ SWEEPS = {
 
 def runs_of(name, given, out):
     """{label: {run folder: its `Settings`}}. A row's own settings win over `given`, and these over the sweep's."""
+    # A row's own settings are what it is about, so they win over the command line, which wins over the sweep's common
+    # ones.
     chosen = SWEEPS[name]
     first_seed = given.get("seed", 0)
     runs = {}

@@ -189,7 +189,9 @@ def in_inference(model, rounds, prompt=512, new=128):
         trainer.start_step(s.steps)
         with torch.no_grad(), tempfile.TemporaryDirectory() as at:
             path, config = Path(at, "one.safetensors"), replace(trainer.model.config, raw={"koff_fingerprint": "here"})
-            save_module(path, koff.materialise_module(trainer.module("one").by_block(DTYPE), trainer.kept), "here")
+            save_module(
+                path, koff.materialise_module(trainer.memory_module("one").by_block(DTYPE), trainer.kept), "here"
+            )
             memory = load_module(path, config, DTYPE)
             swap = fastest(lambda a=(path, config, DTYPE): load_module(*a), 20)
         subjects[f"compact, {sparsity:.0%}"] = ours(trainer.student)

@@ -191,7 +191,7 @@ def test_expanding_is_the_inverse_of_materialising_bit_for_bit(tiny, kind):
     kept, mask = closed(model)
     small = koff.materialise(model, kept)
     dense = export.expand(small, kept)
-    assert dense.state_dict().keys() == model.state_dict().keys() and not dense.config.kept
+    assert dense.state_dict().keys() == model.state_dict().keys() and not dense.config.rows_left
     for (name, theirs), ours in zip(model.state_dict().items(), dense.state_dict().values(), strict=True):
         expected = theirs.clone()
         for i in (1, 2):

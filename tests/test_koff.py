@@ -323,7 +323,7 @@ def test_gradient_of_the_kl_is_the_finite_difference(tail):
     assert torch.autograd.gradcheck(lambda logits: koff.kl_topk(logits, teacher, tail=tail), student)
 
 
-def test_the_gradient_of_the_bucket_is_q_minus_p():
+def test_the_gradient_of_the_bucket_is_q_minus_p_inside_and_scales_the_rest():
     torch.manual_seed(0)
     teacher, student = torch.randn(4, 12).double() * 3, (torch.randn(4, 12).double() * 3).requires_grad_()
     index, log_p, log_p_rest = koff.teacher_topk(Head(), teacher, 5)

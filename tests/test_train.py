@@ -97,13 +97,13 @@ def test_a_step_moves_gates_and_its_own_module_only(world):
     tokens = torch.from_numpy(corpus.batch(text["german"], 0, 2, 16, 0))
     for index in range(3):  # after the first, AdamW would move a module with zero gradients by its momentum
         trainer.step(tokens, "french", index)
-    before, french = trainer.gates.state_dict(), trainer.module("french").state_dict()
+    before, french = trainer.gates.state_dict(), trainer.memory_module("french").state_dict()
     before, french = ({n: p.clone() for n, p in state.items()} for state in (before, french))
-    german = {n: p.clone() for n, p in trainer.module("german").state_dict().items()}
+    german = {n: p.clone() for n, p in trainer.memory_module("german").state_dict().items()}
     trainer.step(tokens, "german", 3)
     assert any(not torch.equal(p, before[n]) for n, p in trainer.gates.state_dict().items())
-    assert all(torch.equal(p, french[n]) for n, p in trainer.module("french").state_dict().items())
-    moved = [n for n, p in trainer.module("german").state_dict().items() if not torch.equal(p, german[n])]
+    assert all(torch.equal(p, french[n]) for n, p in trainer.memory_module("french").state_dict().items())
+    moved = [n for n, p in trainer.memory_module("german").state_dict().items() if not torch.equal(p, german[n])]
     assert {"keys", "values", "lora_b.k", "lora_b.down"} <= set(moved)
     assert all(torch.equal(p, weights[n]) for n, p in trainer.model.named_parameters())
 
@@ -247,7 +247,7 @@ def student_loss(trainer, tokens, tail="bucket"):
     model, s = trainer.model, trainer.s
     shared = model.run(model.embed_tokens(tokens), 0, trainer.split)
     answer = koff.teacher_topk(model, model.run(shared, trainer.split, 3).flatten(0, 1), s.top)
-    memory = trainer.module("german").by_block(shared.dtype)
+    memory = trainer.memory_module("german").by_block(shared.dtype)
     z = {n: koff.hard_concrete(a, s.beta, torch.full_like(a, 0.5)) for n, a in trainer.gates.log_alpha.items()}
     hidden = model.run(shared, trainer.split, 3, trainer.gates.by_block(z, shared.dtype), memory)
     return koff.distill(model, hidden, answer, tokens, "blend", tail), memory
@@ -562,12 +562,12 @@ def test_offloading_moves_one_memory_in_and_the_last_one_out(world, monkeypatch)
     spy = lambda x, target, *more, **kw: moved.append((x.data_ptr(), str(target))) or to(x, target, *more, **kw)  # noqa: E731
     monkeypatch.setattr(torch.Tensor, "to", spy)
     trainer.at_work, first, second = "french", "french", "german"
-    trainer.module(second)
+    trainer.memory_module(second)
     assert sorted(moved) == sorted(
         [(x.data_ptr(), "cpu") for x in state[first]] + [(x.data_ptr(), str(where)) for x in state[second]]
     )
     moved.clear()
-    trainer.module(second)
+    trainer.memory_module(second)
     assert not moved
 
 
