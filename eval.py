@@ -372,7 +372,7 @@ def parse(argv):
     option("--subjects", nargs="+", default=[], metavar="NAME", help="MMLU subjects or BBL tasks [all]")
     option("--shots", type=int, help="examples before a question [5 for mmlu, else 0]")
     option("--fresh", action="store_true", help="begin again, whatever RUN/bench/*.jsonl holds")
-    option("--out", type=Path, help="folder of the results [RUN/bench; out/bench/NAME for a model]")
+    option("--out", type=Path, help="folder of the results [RUN/bench; out/pretrained/NAME/bench for a model]")
 
     command("plot", plot_run, "draw what a run or sweep has saved (needs matplotlib)", device=False)
 
@@ -418,7 +418,9 @@ def plot_run(args):
 
 def main(argv=None):
     args = parse(argv)
-    stopped = "the same command continues" if args.command == "bench" else "the same command begins again"
+    stopped = "the same command begins again"
+    if args.work is bench:
+        stopped = "the same command continues"
     return run_script("eval.py", lambda: args.work(args), stopped) or 0
 
 

@@ -436,7 +436,7 @@ def kl_topk(logits, teacher, targets=None, tail="bucket"):
 
 
 def next_token(logits, teacher, targets, tail):
-    """Plain language modelling: the teacher is not asked."""
+    """Plain language modelling, without the teacher. The last token of a sequence counts as 0."""
     return next_token_loss(logits, targets)
 
 

@@ -110,10 +110,24 @@ def rotate(x, rope):
 # Attention -----------------------------------------------------------------------------------------------------------
 
 
-def attend(q, k, v):
+def earlier_mask(T, S, copies, like):
+    """What T text tokens may see of S keys, of which S - T stand before the text, as attention adds it: 0 or -inf.
+
+    [copies T, S], a copy for each query head of a group (see `attend`); None where no mask is needed.
+    """
+    if T == 1 or T == S:  # one token sees everything; a text without anything before it is causal
+        return None
+    visible = torch.ones(T, S, dtype=torch.bool, device=like.device)
+    visible = visible.tril(S - T)  # row t sees the first S - T + t + 1 keys
+    mask = torch.zeros(T, S, dtype=like.dtype, device=like.device)
+    return mask.masked_fill(~visible, -math.inf).repeat(copies, 1)
+
+
+def attend(q, k, v, mask):
     """softmax(Q K^T / sqrt(hd)) V. Text token t sees all S - T earlier positions, and the text up to itself.
 
     q [B, H, T, hd]; k, v [B, G, S, hd] -> [B, H, T, hd]; query head h reads key-value head h G // H.
+    mask: see `earlier_mask`.
     """
     B, H, T, hd = q.shape
     G, S = k.shape[1:3]
@@ -122,13 +136,8 @@ def attend(q, k, v):
     # Memory or earlier text stands before this text, which the kernel's own causal mask does not know: it takes a mask.
     # The H / G query heads of a group become rows of one head, so that its keys need no copies.
     rows = q.reshape(B, G, H // G * T, hd)
-    mask = None  # one new token sees everything
-    if T > 1:
-        mask = torch.ones(T, S, dtype=torch.bool, device=q.device)
-        mask = mask.tril(S - T)  # True where it may look: row t sees the first S - T + t + 1 keys
-        mask = mask.repeat(H // G, 1)  # [H / G T, S]
     y = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask)
-    return y.view(B, H, T, hd)
+    return y.reshape(B, H, T, hd)  # not a view: some kernels of a GPU return another layout
 
 
 @dataclass
@@ -216,7 +225,7 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(c.head_dim, eps=c.rms_norm_eps) if c.qk_norm else None
         self.k_norm = nn.RMSNorm(c.head_dim, eps=c.rms_norm_eps) if c.qk_norm else None
 
-    def forward(self, x, i, rope, z, memory, cache):
+    def forward(self, x, i, rope, mask, z, memory, cache):
         B, T, _ = x.shape
         heads = (B, T, -1, self.head_dim)
         lora = memory.lora
@@ -240,7 +249,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.extend(i, k, v)
 
-        y = attend(q, k, v)  # [B, H, T, hd]
+        y = attend(q, k, v, mask)  # [B, H, T, hd]
         y = y.transpose(1, 2).reshape(B, T, -1)  # [B, T, H hd]
         return self.o_proj(y, z.get("o"), lora.get("o"))
 
@@ -282,10 +291,11 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
         self.mlp = MLP(c, rows)
 
-    def forward(self, x, i, rope, z=NO_GATES, memory=NO_MEMORY, cache=None):
-        """x [B, T, D] -> [B, T, D]. i: number of this block, for the cache; z {name: [channels]}; memory: `Memory`."""
+    def forward(self, x, i, rope, mask, z=NO_GATES, memory=NO_MEMORY, cache=None):
+        """x [B, T, D] -> [B, T, D]. i: number of this block, for the cache; rope and mask: see `Model.run`;
+        z {name: [channels]}; memory: `Memory`."""
         h = self.input_layernorm(x)
-        x = x + self.self_attn(h, i, rope, z, memory, cache)
+        x = x + self.self_attn(h, i, rope, mask, z, memory, cache)
         return x + self.mlp(self.post_attention_layernorm(x), z, memory)
 
 
@@ -318,7 +328,9 @@ class Model(nn.Module):
         T = x.shape[1]
         z = z or {}
         module = module or {}
-        ropes = {}
+        heads_a_group = self.config.num_attention_heads // self.config.num_key_value_heads
+        ropes = {}  # where the text starts -> what the blocks in which it starts there have in common
+        masks = {}
         for i in range(first, last):
             memory = module.get(i, NO_MEMORY)
             # In a block with a KV memory the text's positions start at M: its M tokens stand before the text. Once a
@@ -328,7 +340,8 @@ class Model(nn.Module):
                 start = memory.length
             if start not in ropes:
                 ropes[start] = rope_table(self.config, start, T, like=x)
-            inputs = (x, i, ropes[start], z.get(i, NO_GATES), memory, cache)
+                masks[start] = earlier_mask(T, start + T, heads_a_group, like=x)
+            inputs = (x, i, ropes[start], masks[start], z.get(i, NO_GATES), memory, cache)
             if checkpointing:
                 x = checkpoint(self.layers[i], *inputs, use_reentrant=False)
             else:

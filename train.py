@@ -330,11 +330,12 @@ def loop(trainer, text, out, begun):
                 tokens_seen = s.batch * s.seq_len * (index + 1 - start)
                 speed = tokens_seen / (time.time() - resumed)
                 bar.set_postfix_str(f"{line}, {speed:,.0f} tokens/s", refresh=False)
-            if pressed or (index + 1) % s.save_every == 0 or index + 1 == last:
+            stop = bool(pressed)  # asked once: it can be pressed at any moment
+            if stop or (index + 1) % s.save_every == 0 or index + 1 == last:
                 place = {"step": index + 1, "seconds": time.time() - begun}
                 with atomic(out / "checkpoint.pt") as partial:
                     torch.save(trainer.state() | place, partial)
-            if pressed:
+            if stop:
                 bar.close()
                 print(f"stopped after step {index + 1}; the same command, less --fresh, continues", file=sys.stderr)
                 return None
@@ -368,11 +369,11 @@ class Opened:
 
 def open_run(s, out, paths=None):
     """Check everything that a run needs, before anything is written. `paths`: see `read_training_text`."""
-    # The order matters: what is cheap to check comes first, the weights come last.
-    folder = model_folder(s.model)
-    config = read_config(folder)
+    # The order matters: what is cheap to check comes first, gigabytes of weights come last.
+    config = read_config(model_folder(s.model, weights=False))
     fitting_gates(s, config)
     device = pick_device(s.device)
+    folder = model_folder(s.model)
     text = read_training_text(s, TextReader(folder, config, out.parent / ".tokens"), config, paths)
     model = load(folder, pick_dtype(s.dtype, device), device)
     trainer = Trainer(model, s, text.train)

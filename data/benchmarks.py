@@ -119,9 +119,12 @@ TASKS = {
 
 def lite_task(path):
     """Which task of BIG-bench Lite is in strategyqa.json, or in strategyqa/task.json? None: another file."""
-    for part in (path.stem, *reversed(path.parts)):
-        if part in LITE:
-            return part
+    if path.stem in LITE:
+        return path.stem
+    if path.stem == "task":  # other files there hold scores of models
+        for part in reversed(path.parts):
+            if part in LITE:
+                return part
     return None
 
 

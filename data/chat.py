@@ -153,6 +153,7 @@ def chat(args):
         except EOFError:
             return
         command, _, domain = line.partition(" ")  # "/domain german"
+        domain = domain.strip()
         if line == "/quit":
             return
         if line == "/reset":

@@ -49,17 +49,21 @@ class ChatTemplate:
         if source:
             return cls(source, special)
 
-    def __call__(self, messages, answer=False, tools=None):
+    def __call__(self, messages, answer=False, tools=None, now=None):
         """The text of a conversation; with `answer`, up to where the assistant's next message begins.
 
-        tools: JSON schemas of the functions that the model may call. BadInput where the template refuses.
+        tools: JSON schemas of the functions that the model may call; now: a datetime, what day it is (default: today).
+        BadInput where the template refuses.
         """
         given = []
         try:
             for message in messages:
                 # Without what is null: beside a tool call, a template would write a content of null as "None".
                 given.append({key: value for key, value in message.items() if value is not None})
-            return self.program.render(messages=given, tools=tools, add_generation_prompt=answer, **self.special)
+            strftime_now = (now or datetime.now()).strftime  # some templates tell the model what day it is
+            return self.program.render(
+                messages=given, tools=tools, add_generation_prompt=answer, strftime_now=strftime_now, **self.special
+            )
         except Exception as error:  # somebody else's program may fail in any way
             raise BadInput(f"the model's chat template refuses this conversation: {error}.") from None
 
@@ -71,7 +75,6 @@ class ChatTemplate:
         )
         sandbox.filters["tojson"] = tojson
         sandbox.globals["raise_exception"] = raise_exception
-        sandbox.globals["strftime_now"] = datetime.now().strftime  # the date, which some templates tell the model
         sandbox.globals["documents"] = None
         # {% generation %} is transformers' own and marks what the model writes: a block without effect replaces it.
         return sandbox.from_string(re.sub(r"({%[-+]?\s*(end)?)generation\b", r"\1with", self.source))

@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +58,11 @@ def read_documents(path, template=None):
     return documents, False
 
 
+# A template may write the date into a conversation. In text it is always this one: else a run that goes on tomorrow, or
+# is evaluated then, would see other text. (It is the default of Llama's own templates.)
+SOME_DAY = datetime(2024, 7, 26)
+
+
 def text_of(line, where, template):
     """The text of one line of a .jsonl, which stands at `where`; BadInput if it has none."""
     try:
@@ -71,7 +77,7 @@ def text_of(line, where, template):
     if template is None:
         raise BadInput(f"{where} is a conversation, but the model has no chat template; give text.")
     try:
-        return template(row["messages"], tools=row.get("tools"))
+        return template(row["messages"], tools=row.get("tools"), now=SOME_DAY)
     except BadInput as error:
         raise BadInput(f"{where}: {error}") from None
 
@@ -177,7 +183,7 @@ def find_domains(folder, only="", least=1):
     chosen = list(paths)
     if only.isdigit():
         chosen = chosen[: int(only)]
-        if len(chosen) < int(only):
+        if not 0 < int(only) <= len(paths):
             raise BadInput(f"--domains is {only}, and {folder} holds {len(paths)} domains; give 1 to that many.")
     elif only:
         chosen = only.split(",")

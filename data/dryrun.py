@@ -20,6 +20,12 @@ from data.hub import model_folder
 from data.run import fitting_gates, pick_dtype
 from model import Model
 
+# torch has no formula for attention on a CPU, where these steps run. So many products of queries and keys are in it:
+ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: 2,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: 5,
+}
+
 
 class Usage(TorchDispatchMode):
     """Counts, of all that runs under it, the bytes of living tensors `now`, the most that ever lived (`peak`), and the
@@ -35,10 +41,13 @@ class Usage(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         out = function(*args, **kwargs)
-        # torch has a formula for each matrix product and attention; the rest is not worth counting.
-        count = flop_registry.get(function._overloadpacket)
-        if count:
-            self.operations += count(*args, **kwargs, out_val=out)
+        # torch has a formula for each matrix product; what is not in one is not worth counting.
+        kind = function._overloadpacket
+        if kind in flop_registry:
+            self.operations += flop_registry[kind](*args, **kwargs, out_val=out)
+        elif kind in ATTENTION:
+            query, key = args[:2] if ATTENTION[kind] == 2 else args[1:3]  # a gradient comes first in backward
+            self.operations += ATTENTION[kind] * 2 * query.numel() * key.shape[2]
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor):
                 self.born(tensor.untyped_storage())

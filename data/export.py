@@ -55,7 +55,7 @@ def expand(small, kept):
     raw = dict(config.raw)
     raw.pop("koff_kept")  # the loader would expect the smaller shapes
     with torch.device("meta"):
-        dense = Model(replace(config, kept=(), raw=raw))
+        dense = Model(replace(config, rows_left=(), raw=raw))
     dense.load_state_dict(state, assign=True)
     return dense.requires_grad_(False)
 
@@ -160,6 +160,8 @@ def export(args):
         else:
             export_adapters(partial, run, dense, kept, [args.module] if args.module else run.names)
     print(f"{out}, read again and compared with the run")
+    if args.form == "peft":
+        print(f"for the model that eval.py export {run.folder} hf writes")
 
 
 def export_dense(folder, run, dense, kept, name):

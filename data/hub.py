@@ -34,8 +34,9 @@ def model_folder(name, weights=True):
     if weights:
         files = CONFIG + TEXT + WEIGHTS
     try:
-        # Sub-folders hold the same weights for other libraries.
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=files, ignore_patterns="*/*"))
+        others = ["*/*", "consolidated*"]  # sub-folders and these hold the same weights for other libraries
+        folder = snapshot_download(repo, revision=revision, allow_patterns=files, ignore_patterns=others)
+        return Path(folder)
     except errors.GatedRepoError:
         raise BadInput(f"{where}, and gated on the Hub; ask for access on its page there, and set HF_TOKEN.") from None
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError):

@@ -44,7 +44,7 @@ def rename_module(args):
     if domain_name(path) != new or new in router.domains:
         raise BadInput(f"{run.folder} cannot have another module {new!r}; give a new name.")
     # The text is still called as the domain was: from now on only the router knows where to find it.
-    router.paths[new] = str(texts_of(run)[old].resolve())
+    router.paths[new] = router.paths.pop(old, None) or str(texts_of(run)[old].resolve())
     router.domains[router.domains.index(old)] = new
     with atomic(path) as partial:
         partial.write_bytes(run.module_path(old).read_bytes())

@@ -52,7 +52,8 @@ def stream(source, files, hub, seed=None):
             rows = rows.shuffle(seed=seed, buffer_size=SHUFFLED)
         yield from rows
     except Exception as error:  # `datasets` and what it reads with raise kinds of their own
-        raise BadInput(f"{name} cannot be read: {str(error).splitlines()[0]}") from None
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise BadInput(f"{name} cannot be read: {reason}") from None
 
 
 def topic_of(row):

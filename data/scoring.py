@@ -71,10 +71,10 @@ def log_likelihoods(model, context, continuations, module=None):
 
 
 class Pretrained:
-    """A pretrained model, seen as a `Run` that has neither backbone nor modules. Its results go to out/NAME/bench."""
+    """A pretrained model, seen as a `Run` that has neither backbone nor modules. Its folder is out/pretrained/NAME."""
 
     def __init__(self, name, folder, device):
-        self.folder = Path("out", Path(name).resolve().name)
+        self.folder = Path("out/pretrained", Path(name).resolve().name)
         self.settings = Settings(model=str(folder), kv_tokens=0)
         self.device = pick_device(device)
         self.dtype = pick_dtype("auto", self.device)
@@ -128,9 +128,9 @@ def saved_samples(path, config, fresh):
     """
     samples = []
     if path.exists() and not fresh:
-        whole = path.read_text(encoding="utf-8").rpartition("\n")[0]  # a crash may have cut the last line
+        whole = path.read_bytes().rpartition(b"\n")[0]  # a crash may have cut the last line
         try:
-            before, *samples = map(json.loads, whole.split("\n"))
+            before, *samples = map(json.loads, whole.split(b"\n"))
         except ValueError:
             before = "damaged"
         if before != config:
@@ -245,7 +245,8 @@ def bench(args):
 
 def fingerprint(run, model, variant, prompts):
     """Changes with the questions, the backbone (its config has one of its own) and the modules that are at work."""
-    found = hashlib.sha256(repr((prompts, model.config.raw)).encode())
+    asked = [(item.shared, item.context, item.continuations, item.right) for item in prompts]
+    found = hashlib.sha256(repr((asked, model.config.raw)).encode())
     for name in run.names:
         if variant in ("routed", name):
             found.update(run.module_path(name).read_bytes())

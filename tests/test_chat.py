@@ -26,7 +26,13 @@ def test_conversations_are_training_text(tmp_path):
     assert texts == [ChatTemplate(SMOLLM2)(TALK), "plain"] and not stream
     with pytest.raises(BadInput, match=r"talk.jsonl:1 is a conversation, but the model has no chat template"):
         read_documents(path)
-    for wrong in {"messages": []}, {"messages": [{"role": "user"}]}, {"messages": "hello"}, ["text"], {"text": 3}:
+    path.write_text(json.dumps({"messages": [{"role": "user"}]}) + "\n")
+    with pytest.raises(BadInput, match=r"talk.jsonl:1: the model's chat template refuses"):
+        read_documents(path, ChatTemplate(SMOLLM2))
+    dated = ChatTemplate("{{ strftime_now('%d %b %Y') }}")  # the same text on any day
+    path.write_text(json.dumps({"messages": TALK}) + "\n")
+    assert read_documents(path, dated)[0] == ["26 Jul 2024"] and dated(TALK) != "26 Jul 2024"
+    for wrong in {"messages": []}, {"messages": [{"content": "?"}]}, {"messages": "hello"}, ["text"], {"text": 3}:
         path.write_text(json.dumps(wrong) + "\n")
         with pytest.raises(BadInput, match=r"talk.jsonl:1 is not a JSON object"):
             read_documents(path, ChatTemplate(SMOLLM2))
@@ -145,8 +151,8 @@ def test_which_module_answers():
     with pytest.raises(BadInput, match="the prompt is empty"):
         chat.pick_module(run, "")
     unsure = (None, "none, the router is unsure (french would be the first choice)")
-    run.names = ["german"]  # the module of the router's choice was deleted
-    assert chat.pick_module(run, "x") == unsure
+    run.names = ["german"]  # the module of the router's choice was left behind
+    assert chat.pick_module(run, "x") == (None, "none, the router's choice is french (75.0%), which is not here")
     router.route = lambda ids: [None]
     assert chat.pick_module(run, "x") == unsure
     run.names = []

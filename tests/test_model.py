@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from data import BadInput
 from data.checkpoint import load
-from model import Cache, attend, generate
+from model import Cache, attend, earlier_mask, generate
 
 transformers = pytest.importorskip("transformers")
 
@@ -116,10 +116,24 @@ def test_row_t_sees_what_it_may(T, S):
     visible = torch.arange(S) <= torch.arange(T)[:, None] + S - T  # row t sees the first S - T + t + 1 keys
     keys, values = (x.repeat_interleave(3, dim=1) for x in (k, v))  # query head h reads key-value head h G // H
     scores = (q @ keys.mT / 4).masked_fill(~visible, -torch.inf)
-    expected, ours, grad = scores.softmax(-1) @ values, attend(q, k, v), torch.randn(2, 6, T, 16)
+    expected, ours, grad = (
+        scores.softmax(-1) @ values,
+        attend(q, k, v, earlier_mask(T, S, 3, q)),
+        torch.randn(2, 6, T, 16),
+    )
     assert (ours - expected).abs().max() < 1e-5
     for a, b in zip(*(torch.autograd.grad(y, (q, k, v), grad) for y in (ours, expected)), strict=True):
         assert (a - b).abs().max() < 1e-4
+
+
+def test_attention_takes_the_layout_of_a_gpu_kernel(monkeypatch):
+    """CUDA's memory-efficient kernel returns [B, T, H, hd] seen as [B, H, T, hd]."""
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    q, k, v = (torch.randn(2, n, t, 16) for n, t in ((6, 5), (2, 12), (2, 12)))
+    expected = attend(q, k, v, earlier_mask(5, 12, 3, q))
+    turned = lambda *a, **kw: sdpa(*a, **kw).transpose(1, 2).contiguous().transpose(1, 2)  # noqa: E731
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", turned)
+    assert torch.equal(attend(q, k, v, earlier_mask(5, 12, 3, q)), expected)
 
 
 REFUSED = [
