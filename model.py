@@ -117,10 +117,9 @@ def earlier_mask(T, S, copies, like):
     """
     if T == 1 or T == S:  # one token sees everything; a text without anything before it is causal
         return None
-    visible = torch.ones(T, S, dtype=torch.bool, device=like.device)
-    visible = visible.tril(S - T)  # row t sees the first S - T + t + 1 keys
-    mask = torch.zeros(T, S, dtype=like.dtype, device=like.device)
-    return mask.masked_fill(~visible, -math.inf).repeat(copies, 1)
+    mask = torch.full((T, S), -math.inf, dtype=like.dtype, device=like.device)
+    mask = mask.triu(S - T + 1)  # 0 up to there: row t sees the first S - T + t + 1 keys
+    return mask.repeat(copies, 1)
 
 
 def attend(q, k, v, mask):

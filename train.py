@@ -126,11 +126,8 @@ class Trainer:
                 module.init_from_text(self.model, self.on_device(tokens))
 
     def on_device(self, ids):
-        """numpy ids of any shape -> tensor; a GPU takes them from pinned memory when it gets there."""
-        tokens = torch.from_numpy(ids)
-        if self.device.type == "cuda":
-            return tokens.pin_memory().to(self.device, non_blocking=True)
-        return tokens.to(self.device)
+        """numpy ids of any shape -> tensor."""
+        return torch.from_numpy(ids).to(self.device)
 
     def step(self, tokens, domain, index, generator=None):
         """Step number `index`, on tokens [B, T] of `domain`. Returns the loss, a scalar on the device."""
@@ -305,7 +302,7 @@ def loop(trainer, text, out, begun):
         last = math.ceil(s.steps * (1 - s.fix_mask))
     log = Log(out, start)
     resumed = time.time()
-    bar = tqdm(total=last, initial=start, desc=out.name, mininterval=1)
+    bar = tqdm(total=last, initial=start, desc=out.name)
     with ctrl_c() as pressed, bar, contextlib.closing(log):
         for index in range(start, last):
             trainer.start_step(index)
@@ -389,11 +386,11 @@ def train(s, out, fresh=False):
     begun = time.time()
     opened = open_run(s, out)
     if fresh:  # nothing of an old run goes before the new one is known to work
-        for pattern in ("checkpoint.pt", "log.jsonl", "*.safetensors", "*.json", "*.md", "*.png"):
+        files = ("checkpoint.pt", "log.jsonl", "*.safetensors", "*.json", "*.md", "*.png")
+        folders = ("modules", "backbone", "later", "export", "bench", "tensorboard")
+        for pattern in files + folders:
             for path in out.glob(pattern):
                 discard(path)
-        for name in ("modules", "backbone", "later", "export", "bench", "tensorboard"):
-            discard(out / name)
     begun = loop(opened.trainer, opened.text, out, begun)
     if begun is None:
         return False

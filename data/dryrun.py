@@ -80,6 +80,7 @@ def dry_run(s, Trainer):
     """Print the sizes, the memory and the operations of the run `s`. `Trainer` is train.py's. Returns exit status 0."""
     config = read_config(model_folder(s.model, weights=False))
     gates = fitting_gates(s, config)
+    # How many modules there will be: one a domain; without a folder of text, the fewest that make sense.
     domains = len(find_domains(s.data, s.domains)) if Path(s.data).is_dir() else 2
     torch.manual_seed(s.seed)
     # Before training nobody knows what will close: chance decides here.

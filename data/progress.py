@@ -10,6 +10,7 @@ from data import atomic
 @contextlib.contextmanager
 def ctrl_c():
     """Yield a list that Ctrl-C makes true: the loop then ends after its step, never in the middle of one."""
+    # A signal handler may run between any two lines: it only leaves a mark, and the loop looks for it.
     pressed = []
     before = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
     try:
@@ -26,6 +27,7 @@ class Log:
         lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
         with atomic(self.path) as partial:  # what was written after the checkpoint comes again
             partial.write_text("".join(line for line in lines if json.loads(line)["step"] < start))
+        # TensorBoard draws over old points only if it is told where the new ones begin.
         self.board = None
         with contextlib.suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
@@ -33,7 +35,10 @@ class Log:
             self.board = SummaryWriter(out / "tensorboard", purge_step=start)
 
     def write(self, step, trainer, loss):
-        """Add the numbers of a step; returns them as the progress line shows them."""
+        """Add the numbers of a step; returns them as the progress line shows them.
+
+        Each `.item()` waits until a GPU has got that far.
+        """
         line = {
             "step": step,
             "loss": loss.item(),
@@ -43,6 +48,7 @@ class Log:
         }
         with open(self.path, "a") as file:
             file.write(json.dumps(line) + "\n")
+        # Without a board there is nothing to do; the first name is the step itself.
         for name in list(line)[1:] if self.board else ():
             self.board.add_scalar(name, line[name], step)
         return f"loss {line['loss']:.3f}, sparsity {line['physical']:.3f} physical, {line['paper']:.3f} paper"

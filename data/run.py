@@ -45,6 +45,7 @@ def pick_dtype(name, device):
         return getattr(torch, name)
     if device.type == "cuda":
         return torch.bfloat16
+    # A private name of torch: where it is gone, float32 is never wrong.
     cpu_is_fast = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     return torch.bfloat16 if device.type == "cpu" and cpu_is_fast() else torch.float32
 
@@ -157,6 +158,7 @@ class Run:
         if not (self.folder / "router.safetensors").exists():  # the last part that train.py saves
             raise BadInput(f"{self.folder} is not finished; continue it with the train.py command that began it.")
         self.device = pick_device(device)
+        # What was saved in bfloat16 is computed in float32 where that is faster.
         self.dtype = dtype or pick_dtype(self.settings.dtype, self.device)
         self.tokenizer = Tokenizer.from_folder(self.folder / "backbone")
         self.router = Router.load(self.folder / "router.safetensors")

@@ -113,6 +113,7 @@ class Settings:
             first_memory = 0
         else:
             first_memory = layers - self.memory_blocks
+        # Without modules only the gates make a difference.
         split = min(first_gated, first_memory) if self.memory else first_gated
         return first_gated, first_memory, split
 
@@ -140,7 +141,10 @@ GROUPS = {
 
 
 def check_value(f, value):
-    """BadInput unless the value of a field is within its bounds and among its choices."""
+    """BadInput unless the value of a field is within its bounds and among its choices.
+
+    A folder's settings.json comes this way too: argparse alone would not be enough.
+    """
     low = f.metadata["low"]
     high = f.metadata["high"]
     choices = f.metadata["choices"]

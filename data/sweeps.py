@@ -38,6 +38,7 @@ PARTS = {
     "both": {},
     "prune first, recover afterwards": dict(order="prune-first"),
 }
+# One seed shows a direction, three whether it is more than noise.
 SEEDS = dict.fromkeys(PARTS, 3)  # where a row carries a claim
 
 # The paper's protocol on whatever model, text, steps and module size a sweep is given.
@@ -120,6 +121,7 @@ def sweep(name, given, out, fresh, train):
         for folder, s in members.items():  # what cannot work shows before hours are spent
             fitting_gates(s, read_config(model_folder(s.model, weights=False)))
             finished(s, folder, fresh)
+    # The table is written again after each row, so that a long sweep can be read while it runs.
     done = {}
     for label, members in runs.items():
         for folder, s in members.items():
