@@ -11,8 +11,8 @@ python eval.py chat out/handbook                                    a conversati
 python eval.py export out/handbook hf                               for transformers; peft: one adapter for each module
 python eval.py modules out/handbook                                 what it holds; rename and remove change it
 
-This file has what a finished run is worth: `perplexities`, the swap matrix, router, ledger, report. The other commands
-are in `data/`, a file for each.
+This file has what a finished run is worth: `perplexities`, the swap matrix, router, ledger, report. What the other
+commands do is in `data/`; the imports say where.
 """
 
 import argparse
@@ -177,7 +177,7 @@ def sparsity(run, base):
 
 
 def evaluate(folder, begun=None, device="auto"):
-    """All tables of the run: screen, report.md, results.json. `begun`: when it began; None: another day."""
+    """All tables of the run: screen, report.md, results.json. `begun`: when it began; None: the saved time stays."""
     run, base, text = open_finished(folder, device)
     # A report that is made again keeps what it cannot measure: the time, and the run that was put beside it.
     before = {}
@@ -335,7 +335,7 @@ def compare(args):
 
 
 def parse(argv):
-    """Command line -> its arguments; `work` among them is the function that does it, found in the file of its name."""
+    """Command line -> its arguments; `work` among them is the function that does it (see the imports)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
 

@@ -224,11 +224,12 @@ class Penalty:
     """lambda * Omega(z) of Eq. 1 from the sparsity gap, with multipliers [2] that follow it.
 
     hinge, progressive: Omega is the gap, 0 at the target and beyond ("progressive" is the hinge behind a rising target,
-    see `Trainer.target`). The paper's "auto-scaling" of lambda is not given; here lambda grows by 3% a step while the
-    gap is above `CLOSE`, and shrinks by as much while it is not.
+    see `Trainer.target`). The paper's "auto-scaling" of lambda is not given; here, with --scaled, lambda grows by 3% a
+    step while the gap is above `CLOSE`, and shrinks by as much while it is not.
     lagrangian: lambda_1 gap + lambda_2 gap^2, whose multipliers climb their own gradients (Sheared LLaMA, arXiv
     2310.06694). It pulls back what went too far, so that it lands on the target. lambda_2 begins at `start`, lambda_1
-    at 0 and climbs slowly: with both from 0 the sparsity swings around the target for hundreds of steps.
+    at 0 and climbs slowly: with both from 0 the sparsity swings around the target for hundreds of steps. `start` is
+    also the rate at which both climb.
     """
 
     CLOSE = 0.002  # of all parameters: the gap at which lambda need not grow
@@ -317,7 +318,7 @@ class MemoryModule(nn.Module):
         self.lora_b = nn.ParameterDict()
         for name in LORA if rank else ():
             channels, fan_in = config.shapes[name]
-            bound = fan_in**-0.5  # Kaiming-uniform with a = sqrt(5), as peft; B = 0: training starts at the teacher
+            bound = fan_in**-0.5  # Kaiming-uniform with a = sqrt(5), as peft; B = 0: at first LoRA adds nothing
             a = torch.empty(self.blocks, rank, fan_in)
             self.lora_a[name] = a.uniform_(-bound, bound)
             self.lora_b[name] = torch.zeros(self.blocks, channels, rank)
@@ -441,7 +442,7 @@ def next_token(logits, teacher, targets, tail):
 
 
 def blend(logits, teacher, targets, tail):
-    """Half of each. (It diverged in the paper.)"""
+    """(KL + next-token loss) / 2. (It diverged in the paper.)"""
     kl = kl_topk(logits, teacher, targets, tail)
     return (kl + next_token_loss(logits, targets)) / 2
 

@@ -5,8 +5,8 @@ backbones that `koff.py` makes of them. `data/checkpoint.py` fills it from a Hug
 
 The seam is `Projection`: each matrix of a block takes a gate z and a LoRA beside its input, and attention takes a
 memory of keys and values. Without them the model is the unchanged pretrained one, the *teacher*. With them it is the
-*student*. Both are the same weights in memory, until the mask is frozen; from then on the student is a copy from which
-the closed channels are cut out.
+*student*. Both are the same weights in memory, until the mask is frozen; from then on the student is a smaller `Model`,
+which shares every matrix from which nothing was cut.
 
 Shapes: B batch, T text tokens, M memory tokens, S = M + T keys, D model width, H query heads, G key-value heads,
 hd head dimension, F MLP neurons, V vocabulary rows, r LoRA rank.

@@ -110,8 +110,8 @@ class Trainer:
         """The two starts that look at data, {domain: ids}: gates by their score, KV memories from text."""
         s = self.s
         if s.gate_init in koff.SCORES:
-            # As many sequences of each domain, so that none decides alone what matters; drawn with another seed than
-            # the batches of the training.
+            # Equally many sequences of each domain, so that none decides alone what matters; drawn with another seed
+            # than the batches of the training.
             batches = []
             rounds = math.ceil(s.fisher_sequences / (s.batch * len(text)))
             for turn in range(rounds):
@@ -146,7 +146,7 @@ class Trainer:
             module = self.memory_module(domain).by_block(shared.dtype)
         z = self.gates.sample(shared.dtype, generator)
         loss = self.student_loss(self.model, shared, teacher, tokens, z, module)
-        # lambda * Omega(z): how far what the gates close in expectation is from what should be closed by now.
+        # lambda * Omega(z), from the gap: the target of this step less the sparsity that the gates have in expectation.
         gap = self.gates.sparsity_gap(self.target(index), self.s.count)
         self.update(loss + self.penalty(gap), index)
         return loss.detach()
@@ -235,7 +235,8 @@ class Trainer:
         """(domain, number of its batch) for step `index`.
 
         A round visits each domain once, in a new order, and then `focus` times the one whose loss had been highest
-        when the round began. (In the first round nothing is known: these turns go to the first domain.)
+        when the round began. (At first nothing is known: these turns go to the first domain, whose running mean is
+        then ahead of the others' for some rounds.)
         """
         turn, place = divmod(index, len(self.domains) + self.s.focus)
         if place == 0 and self.s.focus:
@@ -267,7 +268,7 @@ class Trainer:
                 state[name] = state[name].to(device)
 
     def state(self):
-        """What a checkpoint needs to go on bit for bit (batches and noise follow from the number of the step)."""
+        """What a checkpoint needs to go on bit for bit (the noise follows from the number of the step)."""
         return {
             "gates": self.gates.state_dict(),
             "modules": self.modules.state_dict(),
@@ -306,7 +307,8 @@ def loop(trainer, text, out, begun):
     with ctrl_c() as pressed, bar, contextlib.closing(log):
         for index in range(start, last):
             trainer.start_step(index)
-            # Data and noise follow from the number of the step alone: a resumed run sees what it would have seen.
+            # A resumed run sees what it would have seen: noise and order follow from seed and step, and how often each
+            # domain was visited is in the checkpoint.
             domain, turn = trainer.next_domain(index)
             tokens = batch(text.train[domain], turn, s.batch, s.seq_len, s.seed)
             tokens = trainer.on_device(tokens)  # [B, T]
@@ -525,7 +527,7 @@ def parse(argv):
     return args
 
 
-def run(argv):
+def command(argv):
     """Exit status of a command: 0, or 130 after Ctrl-C."""
     args = parse(argv)
     s = args.settings
@@ -545,7 +547,7 @@ def run(argv):
 
 
 def main(argv=None):
-    return run_script("train.py", lambda: run(argv), "the same command, less --fresh, goes on from what was saved")
+    return run_script("train.py", lambda: command(argv), "the same command, less --fresh, goes on from what was saved")
 
 
 if __name__ == "__main__":

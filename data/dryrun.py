@@ -20,7 +20,7 @@ from data.hub import model_folder
 from data.run import fitting_gates, pick_dtype
 from model import Model
 
-# torch has no formula for attention on a CPU, where these steps run. So many products of queries and keys are in it:
+# torch counts no attention on a CPU, where these steps run. So many matrix products of the size Q K^T are in it:
 ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: 2,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: 5,
@@ -87,6 +87,7 @@ def dry_run(s, Trainer):
     gates.start_from({name: torch.rand(a.shape) for name, a in gates.log_alpha.items()})
     mask = gates.final_mask(s.sparsity, s.count, s.multiple)
     kept = koff.kept_channels(mask, config, gates.first, "cpu")
+    # Sized as on a GPU, whatever is here: --dtype auto is bfloat16.
     with torch.device("meta"):
         model = Model(config).to(pick_dtype(s.dtype, torch.device("cuda")))
 

@@ -1,6 +1,6 @@
 """A run's folder, and the way into it.
 
-Opening a run goes through each room once: settings -> the model's folder -> config.json and what has to fit it -> text
+Opening a run always takes the same way: settings -> the model's folder -> config.json and what has to fit it -> text
 -> weights. `train.py` puts a Trainer on top (`open_run`). What looks at a finished run begins with `Run` or
 `open_finished`.
 """
@@ -55,9 +55,11 @@ def pick_dtype(name, device):
 
 def fitting_gates(s, config):
     """The gates of a run on a model; BadInput where --blocks or --sparsity ask for more than it has."""
-    if min(s.first_blocks(config.num_hidden_layers)) < 0:
-        most = max(s.blocks, s.memory_blocks)
-        raise BadInput(f"--blocks is {most}, but {s.model} has {config.num_hidden_layers} blocks; give fewer.")
+    for name in ("blocks", "memory_blocks"):
+        wanted = getattr(s, name)
+        if wanted > config.num_hidden_layers:
+            have = f"{s.model} has {config.num_hidden_layers} blocks"
+            raise BadInput(f"{flag(name)} is {wanted}, but {have}; give fewer.")
     first_gated, _, _ = s.first_blocks(config.num_hidden_layers)
     gates = koff.Gates(config, first_gated, s.granularity, gated=s.gated)
     # The most that could be removed: every gate closed.
@@ -110,7 +112,7 @@ def read_training_text(s, reader, config, paths=None):
     if paths is None:
         paths = find_domains(s.data, s.domains, least=1 if s.domains else 2)
     # At least one batch, and enough for the router to learn from and to be tested on.
-    one_batch = max(s.batch, s.retention_batch) * (s.seq_len + 1)
+    one_batch = max(s.batch, s.retention_batch) * (s.seq_len + 1)  # and room for a random offset
     training = max(one_batch, 10 * Router.WINDOW)
     heldout = max(s.eval_len, Router.WINDOW)
 
@@ -147,7 +149,7 @@ def finished(s, out, fresh=False):
 
 
 class Run:
-    """A saved run, as its folder has it: settings, backbone, modules, router. Needs no base checkpoint.
+    """A saved run, as its folder has it: settings, backbone, modules, router. Only `gates` needs the pretrained model.
 
     run = Run("out/handbook"); run.backbone(tokens, module=run.module("french")) -> logits [B, T, V]
     """

@@ -38,7 +38,7 @@ class Settings:
     blocks: int = option(4, "how many upper blocks carry gates and memories (paper: 16 or 18 of 28)", low=1)
     sparsity: float = option(0.25, "share of all parameters to remove (paper: 0.12 of 3B)", low=0, high=0.99)
     count: str = option("physical", "what that share counts: parameters gone, or the paper's", "physical", "paper")
-    gated: str = option("kv+mlp", "projections with gates (paper: kv+mlp); attention is a few per cent only", *GATED)
+    gated: str = option("kv+mlp", "projections with gates (paper: kv+mlp); without mlp little can go", *GATED)
     granularity: str = option("neuron", "gate MLP neurons, or each projection (paper)", "neuron", "projection")
     gate_init: str = option("fisher", "start of log alpha: by a score, or 3 for every gate", *SCORES, "constant")
     fisher_sequences: int = option(48, "sequences of the calibration pass for it (measured)", low=1)
@@ -47,7 +47,7 @@ class Settings:
     beta_end: float = option(0.0, "temperature to which it falls while gates learn; 0: it does not", low=0)
     ramp: float = option(0.2, "share of the steps in which the target rises to --sparsity (measured)", low=0.01, high=1)
     fix_mask: float = option(0.75, "last share of the steps, under the final 0/1 mask (measured)", low=0, high=0.99)
-    constraint: str = option("progressive", "hinge with a rising target, or at once; see koff.Penalty", *CONSTRAINTS)
+    constraint: str = option("progressive", "hinge with a rising target, or at once, or lagrangian", *CONSTRAINTS)
     penalty: float = option(60.0, "first lambda (paper); lagrangian: first lambda_2", low=1)
     scaled: bool = option(True, "lambda x 1.03 a step while behind, / 1.03 while not")
 
@@ -97,8 +97,10 @@ class Settings:
         # Each value may be fine by itself and the run impossible: say which two contradict each other.
         if self.memory and not (self.rank or self.kv_tokens):
             raise BadInput("--rank 0 and --kv-tokens 0 contradict --memory: nothing is left of it; say --no-memory.")
-        if self.ramp + self.fix_mask > 1:
+        if self.constraint != "hinge" and self.ramp + self.fix_mask > 1:  # the plain hinge has no ramp
             raise BadInput("--ramp and --fix-mask contradict each other: the mask would be fixed during the ramp.")
+        if self.order == "prune-first" and not self.fix_mask:
+            raise BadInput("--order prune-first contradicts --fix-mask 0: no step is left for the modules to learn in.")
         if not self.memory and self.order == "prune-first":
             raise BadInput("--no-memory contradicts --order prune-first, which trains the memories afterwards.")
         if self.kv_tokens > self.seq_len:
@@ -160,7 +162,8 @@ def check_value(f, value):
 # The best recipe that we know for a real model (measured on SmolLM2-135M).
 BEST = dict(blocks=18, sparsity=0.12, kv_tokens=64, steps=1350, focus=5, batch=2, lora_rate=2e-3, eval_len=512)
 
-PAPER = dict(  # 150M tokens; what it leaves open (start of log alpha, scaling of lambda, final mask) is as by default
+# 150M tokens. What the paper leaves open is ours: log alpha starts at 3, lambda is scaled, the mask is fixed at the end.
+PAPER = dict(
     blocks=16, sparsity=0.12, count="paper", granularity="projection", gate_init="constant", multiple=1, beta=2.0,
     constraint="hinge", fix_mask=0.0, rank=256, alpha=128.0, kv_tokens=256, kv_init="normal", tail="renormalise",
     steps=146_500, batch=2, seq_len=512, lora_rate=1e-5, gate_rate=1e-2, kv_rate=1e-2, decay=0.0, eval_len=512,

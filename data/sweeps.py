@@ -36,7 +36,7 @@ PARTS = {
     "pruning + LoRA": dict(kv_tokens=0),
     "pruning + KV": dict(rank=0),
     "both": {},
-    "prune first, recover afterwards": dict(order="prune-first"),
+    "prune first, recover afterwards": dict(order="prune-first", fix_mask=0.75),
 }
 # One seed shows a direction, three whether it is more than noise.
 SEEDS = dict.fromkeys(PARTS, 3)  # where a row carries a claim
@@ -59,7 +59,7 @@ SWEEPS = {
         common=dict(steps=200, eval_windows=6),
         seeds=SEEDS,
     ),
-    # The ablations that carry a claim, the paper's own protocol, and sparsity against quality.
+    # The same ablations with one seed, the paper's own protocol, and sparsity against quality.
     "paper": Sweep(
         PARTS
         | {"paper-matched, pruning only": dict(MATCHED, memory=False), "paper-matched": MATCHED}
@@ -95,8 +95,6 @@ SWEEPS = {
 
 def runs_of(name, given, out):
     """{label: {run folder: its `Settings`}}. A row's own settings win over `given`, and these over the sweep's."""
-    # A row's own settings are what it is about, so they win over the command line, which wins over the sweep's common
-    # ones.
     chosen = SWEEPS[name]
     first_seed = given.get("seed", 0)
     runs = {}
@@ -112,7 +110,8 @@ def runs_of(name, given, out):
 def sweep(name, given, out, fresh, train):
     """Train every run of a sweep that is not finished, with its table in sweep.md and sweep.json after each row.
 
-    `train(settings, folder, fresh)` trains one. All see the same batches in the same order. False after Ctrl-C.
+    `train(settings, folder, fresh)` trains one. All see the same batches in the same order, but for --focus, which
+    looks at the losses. False after Ctrl-C.
     """
     if (out / "settings.json").exists():
         raise BadInput(f"{out} is a run, not a sweep; name another folder with --out.")
@@ -120,7 +119,7 @@ def sweep(name, given, out, fresh, train):
     for members in runs.values():
         for folder, s in members.items():  # what cannot work shows before hours are spent
             fitting_gates(s, read_config(model_folder(s.model, weights=False)))
-            finished(s, folder, fresh)
+            finished(s, folder, fresh)  # BadInput if the folder holds another run
     # The table is written again after each row, so that a long sweep can be read while it runs.
     done = {}
     for label, members in runs.items():
