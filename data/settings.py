@@ -162,7 +162,7 @@ def check_value(f, value):
 # The best recipe that we know for a real model (measured on SmolLM2-135M).
 BEST = dict(blocks=18, sparsity=0.12, kv_tokens=64, steps=1350, focus=5, batch=2, lora_rate=2e-3, eval_len=512)
 
-# 150M tokens. What the paper leaves open is ours: log alpha starts at 3, lambda is scaled, the mask is fixed at the end.
+# 150M tokens. What it leaves open is ours: log alpha starts at 3, lambda is scaled, the mask is fixed at the end.
 PAPER = dict(
     blocks=16, sparsity=0.12, count="paper", granularity="projection", gate_init="constant", multiple=1, beta=2.0,
     constraint="hinge", fix_mask=0.0, rank=256, alpha=128.0, kv_tokens=256, kv_init="normal", tail="renormalise",
