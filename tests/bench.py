@@ -44,7 +44,7 @@ from train import Trainer
 STEP = dict(blocks=18, sparsity=0.12, batch=2, seq_len=512)
 SIZES = {64: dict(rank=64, alpha=64.0, kv_tokens=64), 256: dict(rank=256, alpha=128.0, kv_tokens=256)}
 DTYPE = pick_dtype("auto", torch.device("cpu"))
-KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}  # what `run.keep_pages` asks for
+KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}  # what `fast.keep_pages` asks for
 
 
 def operations(config, s):
