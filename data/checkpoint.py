@@ -6,7 +6,7 @@ gates.safetensors and router.safetensors; each loads alone.
 
 import hashlib
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -18,7 +18,8 @@ from model import Config, Memory, Model
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-BESIDE = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")  # what goes with a backbone
+GENERATION = "generation_config.json"
+BESIDE = (GENERATION, "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")  # what goes with a backbone
 
 # config.json ---------------------------------------------------------------------------------------------------------
 
@@ -27,11 +28,18 @@ def read_config(folder):
     """The `Config` of a Hugging Face folder."""
     path = Path(folder, "config.json")
     try:
-        return parse_config(json.loads(path.read_text(encoding="utf-8")), path)
+        config = parse_config(json.loads(path.read_text(encoding="utf-8")), path)
+        # Many models name the end of a turn there only, beside the end of a text in config.json.
+        path = Path(folder, GENERATION)
+        if path.exists():
+            turns = eos_ids(json.loads(path.read_text(encoding="utf-8")))
+            every = dict.fromkeys(config.eos_token_ids + turns)  # each once, in this order
+            config = replace(config, eos_token_ids=tuple(every))
+        return config
     except (FileNotFoundError, NotADirectoryError):
         raise BadInput(f"{path} does not exist; give the folder of a Hugging Face checkpoint.") from None
     except (ValueError, TypeError, AttributeError) as error:
-        raise BadInput(f"{path} is not a valid config.json ({error}); download it again.") from None
+        raise BadInput(f"{path} is not a valid {path.name} ({error}); download it again.") from None
 
 
 def parse_config(raw, where="config.json"):
@@ -57,12 +65,6 @@ def parse_config(raw, where="config.json"):
     bias = raw.get("attention_bias", False)
     if kind == "qwen2":
         bias = True  # always, on q, k and v, without a key for it
-    # One id, several, or none.
-    eos = raw.get("eos_token_id")
-    if eos is None:
-        eos = []
-    elif not isinstance(eos, list):
-        eos = [eos]
     return Config(
         model_type=kind,
         vocab_size=raw["vocab_size"],
@@ -81,10 +83,22 @@ def parse_config(raw, where="config.json"):
         o_bias=bias and kind != "qwen2",
         mlp_bias=kind == "llama" and raw.get("mlp_bias", False),
         qk_norm=kind == "qwen3",
-        eos_token_ids=tuple(eos),
+        eos_token_ids=eos_ids(raw),
         rows_left=tuple(raw.get("koff_kept", ())),
         raw=raw,
     )
+
+
+def eos_ids(raw):
+    """The ids that end a text: one, several, or none."""
+    eos = raw.get("eos_token_id")
+    if eos is None:
+        return ()
+    ids = tuple(eos) if isinstance(eos, list) else (eos,)
+    for number in ids:
+        if type(number) is not int or number < 0:
+            raise ValueError(f"eos_token_id {number!r} is no id")
+    return ids
 
 
 def rope_scaling(rope, where):
@@ -137,11 +151,11 @@ def weight_files(folder):
     """The files of a checkpoint, one or several shards."""
     index = Path(folder, INDEX)
     single = Path(folder, SINGLE)
+    if single.exists():  # transformers, too, reads it where there are both
+        return [single]
     if index.exists():
         return [Path(folder, name) for name in shard_names(index)]
-    if not single.exists():
-        raise BadInput(f"{single} does not exist; only safetensors are read: download or convert the weights.")
-    return [single]
+    raise BadInput(f"{single} does not exist; only safetensors are read: download or convert the weights.")
 
 
 def checkpoint_name(own):
@@ -169,17 +183,19 @@ def load(folder, dtype=torch.float32, device="cpu"):
                         continue
                     tensor = file.get_tensor(name)
                     check_tensor(path, name, tensor, expected.get(own), model)
-                    state[own] = tensor.to(device, dtype if tensor.is_floating_point() else None)
+                    state[own] = tensor.to(device, tensor.dtype if own.endswith(".kept") else dtype)
         except FileNotFoundError:
             raise BadInput(f"{path} does not exist, though the index names it; download it again.") from None
         except (SafetensorError, OSError) as error:
             raise BadInput(f"{path} is truncated or not a safetensors file ({error}); download it again.") from None
+    if config.tie_word_embeddings and "lm_head.weight" in state:  # the same matrix, which some files hold by this name
+        state.setdefault("embed_tokens.weight", state["lm_head.weight"])
     # Nothing may be left at random: a tensor that no file has is an error, not a default.
     missing = expected.keys() - state.keys()
     if missing:
         one = checkpoint_name(min(missing))
         raise BadInput(f"{folder}: {len(missing)} tensors are missing, {one} among them; download it again.")
-    if config.tie_word_embeddings:  # some files hold the shared matrix twice
+    if config.tie_word_embeddings:
         embedding = state["embed_tokens.weight"]
         if not torch.equal(state.pop("lm_head.weight", embedding), embedding):
             raise BadInput(f"{folder}: lm_head.weight differs from the embedding that config.json ties it to.")
@@ -197,6 +213,13 @@ def check_tensor(path, name, tensor, expected, model):
     needed = list(expected.shape)
     if shape != needed:
         raise BadInput(f"{path}: {name} has shape {shape}, config.json says {needed}.")
+    if name.endswith(".kept"):  # the channels of a backbone of ours
+        return
+    if not tensor.is_floating_point():
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise BadInput(f"{path}: {name} is {kind}, not floating point; take the checkpoint before it was quantised.")
+    if not tensor.isfinite().all():
+        raise BadInput(f"{path}: {name} has numbers that are NaN or infinite; download or train it again.")
 
 
 # Saved runs ----------------------------------------------------------------------------------------------------------
@@ -220,6 +243,7 @@ def save_backbone(folder, model, pretrained):
     # The pretrained config.json, with what is new about this model: channels left, dtype, fingerprint.
     dtype = str(model.head.dtype).removeprefix("torch.")
     config = {**model.config.raw, "dtype": dtype, "koff_fingerprint": fingerprint}
+    config.pop("torch_dtype", None)  # the older name; where both are there, older libraries read this one
     with atomic(folder / "config.json") as partial:
         partial.write_text(json.dumps(config, indent=1))
     return fingerprint

@@ -181,6 +181,47 @@ def test_damaged_checkpoints(tmp_path):
         load(tmp_path)
 
 
+def test_the_end_of_a_turn_may_stand_in_the_generation_config(tmp_path):
+    peer = make(tmp_path, "llama")
+    peer.generation_config.eos_token_id = [5, 42]
+    peer.generation_config.save_pretrained(tmp_path)
+    assert load(tmp_path).config.eos_token_ids == (3, 5, 42)
+    for wrong in ("x", [[3]], None, {"eos_token_id": "end"}, {"eos_token_id": [[1]]}, {"eos_token_id": [None]}):
+        (tmp_path / "generation_config.json").write_text(json.dumps(wrong))
+        with pytest.raises(BadInput, match=r"is not a valid generation_config\.json"):
+            load(tmp_path)
+
+
+def test_a_tied_matrix_by_its_other_name_and_a_single_file_beside_an_index(tmp_path):
+    peer, tokens = make(tmp_path, "llama"), torch.randint(0, 97, (1, 12))
+    state = load_file(tmp_path / "model.safetensors")
+    state["lm_head.weight"] = state.pop("model.embed_tokens.weight")  # what safetensors' save_model may leave
+    save_file(state, tmp_path / "model.safetensors")
+    index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with torch.no_grad():
+        assert (load(tmp_path)(tokens) - peer(tokens).logits).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64])
+def test_weights_that_are_no_floating_point_numbers_are_refused(tmp_path, dtype):
+    make(tmp_path, "llama")
+    state = load_file(tmp_path / "model.safetensors")
+    save_file({**state, "model.norm.weight": torch.ones(48).to(dtype)}, tmp_path / "model.safetensors")
+    with pytest.raises(BadInput, match=r"model\.norm\.weight is .* not floating point"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused(tmp_path, value):
+    make(tmp_path, "llama")
+    state = load_file(tmp_path / "model.safetensors")
+    state["model.norm.weight"][7] = value
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(BadInput, match=r"model\.norm\.weight has numbers that are NaN or infinite"):
+        load(tmp_path)
+
+
 def test_smollm2(tmp_path):
     folder = os.environ.get("KOFF_SMOLLM2")
     if not folder:
