@@ -6,6 +6,7 @@ gates.safetensors and router.safetensors; each loads alone.
 
 import hashlib
 import json
+import math
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -47,46 +48,64 @@ def parse_config(raw, where="config.json"):
     kind = raw.get("model_type")
     if kind not in ("llama", "qwen2", "qwen3"):
         raise BadInput(f"{where}: model_type {kind!r} is not implemented; use llama, qwen2 or qwen3.")
-    # transformers 5 writes rope_parameters; before, rope_scaling held the scaling and rope_theta stood by itself.
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    # transformers 5 writes rope_parameters; before, rope_scaling held the scaling and rope_theta stood by itself. Where
+    # both are there (some cards advise to add the latter) transformers takes the older one, and so do we.
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     scaling = rope_scaling(rope, where)
+    theta = {**raw, **rope}.get("rope_theta")
     refuse_unsupported(raw, rope, where)
 
+    # What a config leaves out is what transformers' own class for it says; what is there has to be of the right kind.
+    sizes = {}
     for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
-        if type(raw.get(key)) is not int or raw[key] < 1:
-            raise BadInput(f"{where}: {key} is missing or not a size; take the checkpoint's own config.json.")
-    # What older or smaller configs leave out has a meaning: as many key-value heads as heads, which share the width.
-    heads = raw["num_attention_heads"]
-    groups = raw.get("num_key_value_heads") or heads
-    head_dim = raw.get("head_dim") or raw["hidden_size"] // heads
+        sizes[key] = value_of(raw, key, int, None, where)
+    heads = sizes["num_attention_heads"]
+    groups = heads
+    if raw.get("num_key_value_heads") is not None:
+        groups = value_of(raw, "num_key_value_heads", int, heads, where)
+    head_dim = 128 if kind == "qwen3" else sizes["hidden_size"] // heads
+    if raw.get("head_dim") is not None:
+        head_dim = value_of(raw, "head_dim", int, head_dim, where)
     if heads % groups or head_dim % 2:
         raise BadInput(f"{where}: {heads} heads of {head_dim} in {groups} groups do not fit; mend config.json.")
 
-    bias = raw.get("attention_bias", False)
+    bias = value_of(raw, "attention_bias", bool, False, where)
     if kind == "qwen2":
         bias = True  # always, on q, k and v, without a key for it
     return Config(
         model_type=kind,
-        vocab_size=raw["vocab_size"],
-        hidden_size=raw["hidden_size"],
-        intermediate_size=raw["intermediate_size"],
-        num_hidden_layers=raw["num_hidden_layers"],
-        num_attention_heads=heads,
+        **sizes,
         num_key_value_heads=groups,
         head_dim=head_dim,
-        rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
-        rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 10_000.0),
+        rms_norm_eps=value_of(raw, "rms_norm_eps", float, 1e-6, where),
+        rope_theta=10_000.0 if theta is None else value_of({"rope_theta": theta}, "rope_theta", float, None, where),
         rope_scaling=scaling,
-        max_position_embeddings=raw.get("max_position_embeddings", 2048),
-        tie_word_embeddings=raw.get("tie_word_embeddings", False),
+        max_position_embeddings=value_of(
+            raw, "max_position_embeddings", int, 2048 if kind == "llama" else 32768, where
+        ),
+        tie_word_embeddings=value_of(raw, "tie_word_embeddings", bool, False, where),
         qkv_bias=bias,
         o_bias=bias and kind != "qwen2",
-        mlp_bias=kind == "llama" and raw.get("mlp_bias", False),
+        mlp_bias=kind == "llama" and value_of(raw, "mlp_bias", bool, False, where),
         qk_norm=kind == "qwen3",
         eos_token_ids=eos_ids(raw),
         rows_left=tuple(raw.get("koff_kept", ())),
         raw=raw,
     )
+
+
+def value_of(raw, key, kind, default, where):
+    """raw[key], or the default where it is missing. BadInput unless it is of its kind: a bool, or a number above 0."""
+    value = raw.get(key, default)
+    if kind is float and type(value) is int:
+        value = float(value)
+    right = type(value) is kind
+    if right and kind is not bool:
+        right = 0 < value < math.inf
+    if not right:
+        should = "true or false" if kind is bool else f"a number above 0 ({kind.__name__})"
+        raise BadInput(f"{where}: {key} is {value!r}, not {should}; take the checkpoint's own config.json.")
+    return value
 
 
 def eos_ids(raw):
@@ -104,13 +123,13 @@ def eos_ids(raw):
 def rope_scaling(rope, where):
     """The llama3 scaling in a config's RoPE parameters, None where there is none. BadInput for any other kind."""
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
+    if kind == "default" or (kind == "linear" and rope.get("factor") == 1):
         return None
     if kind != "llama3":
         raise BadInput(f"{where}: RoPE scaling {kind!r} is not implemented; choose a model without it.")
     needed = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     for key in needed:
-        if not isinstance(rope.get(key), int | float):
+        if type(rope.get(key)) not in (int, float) or not 0 < rope[key] < math.inf:
             raise BadInput(f"{where}: llama3 RoPE scaling needs the numbers {', '.join(needed)}; mend config.json.")
     return dict(rope)
 
@@ -118,13 +137,19 @@ def rope_scaling(rope, where):
 def refuse_unsupported(raw, rope, where):
     """BadInput for what would change the numbers and is not implemented."""
     unsupported = None
-    if raw.get("partial_rotary_factor", 1) != 1 or rope.get("partial_rotary_factor", 1) != 1:
-        unsupported = "partial rotary embedding"
-    if raw.get("use_sliding_window") or "sliding_attention" in (raw.get("layer_types") or ()):
+    for settings in (raw, rope):
+        if settings.get("partial_rotary_factor") not in (None, 1):
+            unsupported = "partial rotary embedding"
+    qwen = raw["model_type"] in ("qwen2", "qwen3")
+    # Qwen's window begins above block max_window_layers: in a model that has no such block it means nothing.
+    no_such_block = qwen and (raw.get("max_window_layers") or 28) >= (raw.get("num_hidden_layers") or 0)
+    if raw.get("use_sliding_window") and not no_such_block:
         unsupported = "sliding-window attention"
-    if raw["model_type"] not in ("qwen2", "qwen3") and raw.get("sliding_window"):  # Qwen lists it even where it is off
+    if "sliding_attention" in (raw.get("layer_types") or ()):
         unsupported = "sliding-window attention"
-    if raw.get("hidden_act", "silu") != "silu":
+    if raw.get("sliding_window") and not qwen:  # Qwen lists it even where it is off
+        unsupported = "sliding-window attention"
+    if raw.get("hidden_act", "silu") not in ("silu", "swish"):  # two names of one function
         unsupported = f"activation {raw['hidden_act']!r}"
     if raw.get("quantization_config") is not None:
         unsupported = "a quantised checkpoint"

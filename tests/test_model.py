@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 
 import pytest
 import torch
@@ -142,6 +143,62 @@ REFUSED = [
     ({"use_sliding_window": True}, "sliding-window"),
     ({"hidden_act": "gelu"}, "activation 'gelu'"),
 ]
+
+
+KINDS = [
+    ({"rms_norm_eps": None}, "rms_norm_eps is None"),
+    ({"rms_norm_eps": "1e-6"}, "rms_norm_eps is '1e-6'"),
+    ({"max_position_embeddings": None}, "max_position_embeddings is None"),
+    ({"max_position_embeddings": "2048"}, "max_position_embeddings is '2048'"),
+    ({"hidden_size": -48}, "hidden_size is -48"),
+    ({"hidden_size": 48.5}, "hidden_size is 48.5"),
+    ({"num_key_value_heads": 2.0}, "num_key_value_heads is 2.0"),
+    ({"head_dim": "16"}, "head_dim is '16'"),
+    ({"attention_bias": None}, "attention_bias is None"),
+    ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'"),
+    ({"rope_parameters": None, "rope_theta": "x"}, "rope_theta is 'x'"),
+    ({"rope_parameters": None, "rope_scaling": [1]}, "is not a valid config.json"),
+    ({"eos_token_id": [[1]]}, "is not a valid config.json"),
+]
+
+
+@pytest.mark.parametrize("change,message", KINDS)
+def test_a_field_of_another_kind_is_refused_by_name(tmp_path, change, message):
+    make(tmp_path, "llama")
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(BadInput, match=re.escape(message)):
+        load(tmp_path)
+
+
+SAME = [
+    ("llama", {"rope_scaling": {**LLAMA3, "rope_theta": 1e6}}),  # beside rope_parameters, as some cards advise
+    ("llama", {"rope_scaling": LLAMA3, "rope_theta": 5e5}),
+    ("llama", {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 1.0}}),
+    ("llama", {"hidden_act": "swish"}),
+    ("llama", {"partial_rotary_factor": None}),
+    ("qwen2", {"use_sliding_window": True, "max_window_layers": 3, "sliding_window": 8, "layer_types": None}),
+]
+
+
+@pytest.mark.parametrize("kind,change", SAME)
+def test_a_spelling_that_transformers_reads_is_read_as_there(tmp_path, kind, change):
+    make(tmp_path, kind, **({"head_dim": 8} if kind == "qwen2" else {}))
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    tokens = torch.randint(0, 97, (1, 130))
+    with torch.no_grad():
+        assert (load(tmp_path)(tokens) - peer(tokens).logits).abs().max() < 1e-4
+
+
+def test_qwen3_without_head_dim_has_heads_of_128(tmp_path):
+    make(tmp_path, "qwen3", head_dim=128)
+    path = tmp_path / "config.json"
+    raw = json.loads(path.read_text())
+    del raw["head_dim"]
+    path.write_text(json.dumps(raw))
+    assert load(tmp_path).config.head_dim == 128
 
 
 @pytest.mark.parametrize("change,message", REFUSED)
