@@ -306,6 +306,7 @@ def loop(trainer, text, out, begun):
     bar = tqdm(total=last, initial=start, desc=out.name)
     with ctrl_c() as pressed, bar, contextlib.closing(log):
         for index in range(start, last):
+            done = index + 1  # steps, after this one
             trainer.start_step(index)
             # A resumed run sees what it would have seen: noise and order follow from seed and step, and how often each
             # domain was visited is in the checkpoint.
@@ -316,7 +317,7 @@ def loop(trainer, text, out, begun):
             loss = trainer.step(tokens, domain, index, generator)
 
             # Eq. 2, now and then. Once the mask is frozen there are no gates left that it could move.
-            if text.general is not None and trainer.mask is None and (index + 1) % s.retention_every == 0:
+            if text.general is not None and trainer.mask is None and done % s.retention_every == 0:
                 turn = index // s.retention_every
                 general = batch(text.general, turn, s.retention_batch or s.batch, s.seq_len, s.seed)
                 rng = np.random.default_rng([s.seed, index, 1])
@@ -325,18 +326,19 @@ def loop(trainer, text, out, begun):
 
             bar.update()
             if index % 10 == 0:  # reading numbers makes a GPU wait, so not at every step
-                line = log.write(index, trainer, loss)
-                tokens_seen = s.batch * s.seq_len * (index + 1 - start)
+                line = log.write(index, domain, trainer, loss)
+                tokens_seen = s.batch * s.seq_len * (done - start)
                 speed = tokens_seen / (time.time() - resumed)
                 bar.set_postfix_str(f"{line}, {speed:,.0f} tokens/s", refresh=False)
             stop = bool(pressed)  # asked once: it can be pressed at any moment
-            if stop or (index + 1) % s.save_every == 0 or index + 1 == last:
-                place = {"step": index + 1, "seconds": time.time() - begun}
+            if stop or done % s.save_every == 0 or done == last:
+                log.check(index, domain, trainer, loss)  # a checkpoint is worth keeping only if this is a number
+                place = {"step": done, "seconds": time.time() - begun}
                 with atomic(out / "checkpoint.pt") as partial:
                     torch.save(trainer.state() | place, partial)
             if stop:
                 bar.close()
-                print(f"stopped after step {index + 1}; the same command, less --fresh, continues", file=sys.stderr)
+                print(f"stopped after step {done}; the same command, less --fresh, continues", file=sys.stderr)
                 return None
     return begun
 

@@ -2,9 +2,10 @@
 
 import contextlib
 import json
+import math
 import signal
 
-from data import atomic
+from data import BadInput, atomic
 
 
 @contextlib.contextmanager
@@ -34,11 +35,21 @@ class Log:
 
             self.board = SummaryWriter(out / "tensorboard", purge_step=start)
 
-    def write(self, step, trainer, loss):
+    def check(self, step, domain, trainer, loss):
+        """BadInput if the loss of a step is no number any more: from there nothing can be learnt."""
+        value = loss.item()
+        if not math.isfinite(value):
+            s = trainer.s
+            rates = f"--lora-rate {s.lora_rate:g}, --gate-rate {s.gate_rate:g} or --kv-rate {s.kv_rate:g}"
+            where = f"the loss is {value} at step {step}, on {domain}"
+            raise BadInput(f"{where}; lower {rates}, and say --fresh. The checkpoint is from before.")
+
+    def write(self, step, domain, trainer, loss):
         """Add the numbers of a step; returns them as the progress line shows them.
 
         Each `.item()` waits until a GPU has got that far.
         """
+        self.check(step, domain, trainer, loss)
         line = {
             "step": step,
             "loss": loss.item(),

@@ -226,6 +226,23 @@ def test_ctrl_c_saves_and_the_same_command_continues(world, monkeypatch, capsys)
     assert "is finished" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("step,value", [(5, "nan"), (12, "nan"), (7, "inf")])
+def test_a_loss_that_is_no_number_stops_before_the_checkpoint_is_overwritten(world, monkeypatch, capsys, step, value):
+    learn = Trainer.step
+
+    def broken(self, tokens, domain, index, *rest, **kwargs):
+        loss = learn(self, tokens, domain, index, *rest, **kwargs)
+        return loss * float(value) if index >= step else loss
+
+    monkeypatch.setattr(Trainer, "step", broken)
+    assert train.main(flags(world, steps=20)) == 2
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert f"the loss is {value} at step" in err and "on " in err and "--lora-rate" in err
+    saved = torch.load(world / "runs/one/checkpoint.pt", weights_only=True)["step"]
+    assert 0 < saved <= step
+    assert not (world / "runs/one/backbone").exists()
+
+
 # Stand-ins for a GPU ------------------------------------------------------------------------------------------------
 
 
