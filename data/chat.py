@@ -118,7 +118,7 @@ def read_prompts(path):
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
-        prompt = line
+        prompt = line.removesuffix("\r")  # of a file from Windows
         if path.suffix == ".jsonl":
             try:
                 prompt = json.loads(line)["prompt"]

@@ -113,7 +113,8 @@ def split_text(documents, stream, path):
     if stream:
         text = documents[0]
         end = int(len(text) * (1 - HELDOUT))
-        cut = text.rfind("\n", 0, end) + 1 or end  # where the line before it ends; in a text of one line, anywhere
+        near = int(end - len(text) * HELDOUT / 2)
+        cut = text.rfind("\n", near, end) + 1 or end  # where a line ends, if one does near there; else anywhere
         return [text[:cut]], [text[cut:]]
     if len(documents) == 1:
         raise BadInput(f"{path} has one document only, so that none can be held out; add documents or make it a .txt.")

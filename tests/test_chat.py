@@ -104,6 +104,7 @@ def test_generate_answers_a_file_of_prompts(run, tmp_path, capsys):
         single.append(capsys.readouterr().out)
     for name, text in {
         "p.txt": "\n\n".join(prompts) + "\n",
+        "windows.txt": "\r\n".join(prompts) + "\r\n",
         "p.jsonl": "\n".join(json.dumps({"prompt": p}) for p in prompts),
     }.items():
         (tmp_path / name).write_text(text)

@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 
 from data import BadInput, benchmarks, prepare
-from data.corpus import find_domains, load_text, read_documents
+from data.corpus import find_domains, load_text, read_documents, split_text
 from data.router import HALF, Router
 from data.tokenizer import Tokenizer
 from test_train import ROOT
@@ -175,6 +175,15 @@ def test_tools_of_a_conversation_reach_the_template(tmp_path):
 
     assert read_documents(tmp_path / "talk.jsonl", template) == (["text 1", "text 2", "text 3"], False)
     assert [more["tools"] for more in given] == [[{"name": "clock"}], None, None]
+
+
+def test_a_stream_is_cut_where_a_line_ends_near_there_or_else_anywhere():
+    lines = "".join(f"line {i}\n" for i in range(1000))
+    (train,), (held,) = split_text([lines], True, "x.txt")
+    assert train + held == lines and train.endswith("\n") and 0.04 < len(held) / len(lines) < 0.06
+    title = "A title\n" + "word " * 4000  # the only line end is far away
+    (train,), (held,) = split_text([title], True, "x.txt")
+    assert train + held == title and len(train) == int(len(title) * 0.95)
 
 
 def test_domains_are_found_by_name_or_number_and_nothing_hidden_counts(tmp_path):
