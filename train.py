@@ -318,8 +318,8 @@ def loop(trainer, text, out, begun):
 
             # Eq. 2, now and then. Once the mask is frozen there are no gates left that it could move.
             if text.general is not None and trainer.mask is None and done % s.retention_every == 0:
-                turn = index // s.retention_every
-                general = batch(text.general, turn, s.retention_batch or s.batch, s.seq_len, s.seed)
+                number = index // s.retention_every
+                general = batch(text.general, number, s.retention_batch or s.batch, s.seq_len, s.seed)
                 rng = np.random.default_rng([s.seed, index, 1])
                 anyone = trainer.domains[rng.integers(len(trainer.domains))]
                 trainer.retain(trainer.on_device(general), anyone, index, generator)
