@@ -140,12 +140,7 @@ class Trainer:
 
     def learn(self, tokens, domain, index, generator=None):
         """Eq. 1: the gates and the domain's module learn together; with --order prune-first the gates alone."""
-        shared, teacher = self.ask_teacher(tokens)
-        module = None
-        if self.s.memory and self.s.order == "joint":
-            module = self.memory_module(domain).by_block(shared.dtype)
-        z = self.gates.sample(shared.dtype, generator)
-        loss = self.student_loss(self.model, shared, teacher, tokens, z, module)
+        loss = self.gated_loss(tokens, self.joint_module(domain), generator)
         # lambda * Omega(z), from the gap: the target of this step less the sparsity that the gates have in expectation.
         gap = self.gates.sparsity_gap(self.target(index), self.s.count)
         self.update(loss + self.penalty(gap), index)
@@ -156,23 +151,31 @@ class Trainer:
 
         There is no penalty here: Omega and its lambda belong to the domains' steps.
         """
-        shared, teacher = self.ask_teacher(tokens)
-        module = None
-        if self.s.memory and self.s.order == "joint":
-            with torch.no_grad():  # here the module stays as it is: no gradient can reach its parameters
-                module = self.memory_module(domain).by_block(shared.dtype)
-        z = self.gates.sample(shared.dtype, generator)
-        loss = self.student_loss(self.model, shared, teacher, tokens, z, module)
+        with torch.no_grad():  # here the module stays as it is: no gradient can reach its parameters
+            module = self.joint_module(domain)
+        loss = self.gated_loss(tokens, module, generator)
         self.update(loss, index)
         return loss.detach()
 
     def recover(self, tokens, domain, index):
         """The mask is frozen: only the domain's module learns, on the model from which the closed channels are gone."""
+        module = koff.materialise_module(self.module(domain), self.kept)
         shared, teacher = self.ask_teacher(tokens)
-        module = koff.materialise_module(self.memory_module(domain).by_block(shared.dtype), self.kept)
         loss = self.student_loss(self.student, shared, teacher, tokens, None, module)
         self.update(loss, index)
         return loss.detach()
+
+    def joint_module(self, domain):
+        """The module that is attached while the gates learn; None with --order prune-first, and without modules."""
+        if self.s.memory and self.s.order == "joint":
+            return self.module(domain)
+        return None
+
+    def gated_loss(self, tokens, module, generator):
+        """The distillation loss under one draw of the gates, a scalar."""
+        shared, teacher = self.ask_teacher(tokens)
+        z = self.gates.sample(shared.dtype, generator)
+        return self.student_loss(self.model, shared, teacher, tokens, z, module)
 
     @torch.no_grad()
     def ask_teacher(self, tokens):
@@ -258,6 +261,10 @@ class Trainer:
             self.move(domain, self.device)
             self.at_work = domain
         return self.modules[self.domains.index(domain)]
+
+    def module(self, domain):
+        """{block: `Memory`} of a domain, in the dtype of the model, with gradients to its `MemoryModule`."""
+        return self.memory_module(domain).by_block(self.model.head.dtype)
 
     def move(self, domain, device):
         """Move a module and its AdamW state."""
@@ -371,10 +378,10 @@ class Opened:
 def open_run(s, out, paths=None):
     """Check everything that a run needs, before anything is written. `paths`: see `read_training_text`."""
     # The order matters: what is cheap to check comes first, gigabytes of weights come last.
-    config = read_config(model_folder(s.model, weights=False))
-    fitting_gates(s, config)
+    fitting_gates(s, read_config(model_folder(s.model, weights=False)))
     device = pick_device(s.device)
     folder = model_folder(s.model)
+    config = read_config(folder)  # once more: what ends a turn stands in a file that comes with the weights
     text = read_training_text(s, TextReader(folder, config, out.parent / ".tokens"), config, paths)
     model = load(folder, pick_dtype(s.dtype, device), device)
     trainer = Trainer(model, s, text.train)
@@ -419,8 +426,7 @@ def save(opened, out):
 @torch.no_grad()
 def save_modules(trainer, out, fingerprint):
     for domain in trainer.domains if trainer.s.memory else ():
-        module = trainer.memory_module(domain).by_block(trainer.model.head.dtype)
-        module = koff.materialise_module(module, trainer.kept)
+        module = koff.materialise_module(trainer.module(domain), trainer.kept)
         save_module(out / "modules" / f"{domain}.safetensors", module, fingerprint)
 
 

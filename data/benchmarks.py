@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data import BadInput
-from data.corpus import read_text
+from data.corpus import lines_of, read_text
 
 # The tasks of BIG-bench Lite that are multiple choice.
 LITE = """bbq_lite_json code_line_description conceptual_combinations emoji_movie formal_fallacies_syllogisms_negation
@@ -130,13 +130,11 @@ def lite_task(path):
 
 def rows_of(path):
     """Yield (file:line, row) of a .jsonl, and (file:number, row) of the list in a .json, or of its "examples"."""
-    text = read_text(path)
     if path.suffix == ".jsonl":
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                yield f"{path}:{number}", parse(line, f"{path}:{number}")
+        for where, line in lines_of(path):
+            yield where, parse(line, where)
         return
-    rows = parse(text, f"{path}:1")
+    rows = parse(read_text(path), f"{path}:1")
     if isinstance(rows, dict):
         rows = rows.get("examples")
     if not isinstance(rows, list):

@@ -14,7 +14,7 @@ import torch
 
 from data import BadInput
 from data.chat_template import ChatTemplate
-from data.corpus import read_text
+from data.corpus import lines_of
 from data.run import Run
 from model import generate
 
@@ -115,17 +115,15 @@ def continue_text(args):
 def read_prompts(path):
     """The prompts of a file: its lines, or the "prompt" of each line of a .jsonl. BadInput names a line without one."""
     prompts = []
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        prompt = line.removesuffix("\r")  # of a file from Windows
+    for where, line in lines_of(path):
+        prompt = line
         if path.suffix == ".jsonl":
             try:
                 prompt = json.loads(line)["prompt"]
             except (ValueError, LookupError, TypeError):
                 prompt = None
         if not isinstance(prompt, str):
-            raise BadInput(f'{path}:{number} has no "prompt" that is a text; mend or remove the line.')
+            raise BadInput(f'{where} has no "prompt" that is a text; mend or remove the line.')
         prompts.append(prompt)
     return prompts
 

@@ -52,7 +52,6 @@ def parse_config(raw, where="config.json"):
     # both are there (some cards advise to add the latter) transformers takes the older one, and so do we.
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     scaling = rope_scaling(rope, where)
-    theta = {**raw, **rope}.get("rope_theta")
     refuse_unsupported(raw, rope, where)
 
     # What a config leaves out is what transformers' own class for it says; what is there has to be of the right kind.
@@ -60,29 +59,25 @@ def parse_config(raw, where="config.json"):
     for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
         sizes[key] = value_of(raw, key, int, None, where)
     heads = sizes["num_attention_heads"]
-    groups = heads
-    if raw.get("num_key_value_heads") is not None:
-        groups = value_of(raw, "num_key_value_heads", int, heads, where)
-    head_dim = 128 if kind == "qwen3" else sizes["hidden_size"] // heads
-    if raw.get("head_dim") is not None:
-        head_dim = value_of(raw, "head_dim", int, head_dim, where)
+    groups = value_of(raw, "num_key_value_heads", int, heads, where, nullable=True)
+    usual_head = 128 if kind == "qwen3" else sizes["hidden_size"] // heads
+    head_dim = value_of(raw, "head_dim", int, usual_head, where, nullable=True)
     if heads % groups or head_dim % 2:
         raise BadInput(f"{where}: {heads} heads of {head_dim} in {groups} groups do not fit; mend config.json.")
 
     bias = value_of(raw, "attention_bias", bool, False, where)
     if kind == "qwen2":
         bias = True  # always, on q, k and v, without a key for it
+    context = 2048 if kind == "llama" else 32768
     return Config(
         model_type=kind,
         **sizes,
         num_key_value_heads=groups,
         head_dim=head_dim,
         rms_norm_eps=value_of(raw, "rms_norm_eps", float, 1e-6, where),
-        rope_theta=10_000.0 if theta is None else value_of({"rope_theta": theta}, "rope_theta", float, None, where),
+        rope_theta=value_of({**raw, **rope}, "rope_theta", float, 10_000.0, where, nullable=True),
         rope_scaling=scaling,
-        max_position_embeddings=value_of(
-            raw, "max_position_embeddings", int, 2048 if kind == "llama" else 32768, where
-        ),
+        max_position_embeddings=value_of(raw, "max_position_embeddings", int, context, where),
         tie_word_embeddings=value_of(raw, "tie_word_embeddings", bool, False, where),
         qkv_bias=bias,
         o_bias=bias and kind != "qwen2",
@@ -94,9 +89,12 @@ def parse_config(raw, where="config.json"):
     )
 
 
-def value_of(raw, key, kind, default, where):
-    """raw[key], or the default where it is missing. BadInput unless it is of its kind: a bool, or a number above 0."""
+def value_of(raw, key, kind, default, where, nullable=False):
+    """raw[key], or the default where it is missing, or null where it may be. BadInput unless it is of its kind: a bool,
+    or a number above 0."""
     value = raw.get(key, default)
+    if value is None and nullable:
+        value = default
     if kind is float and type(value) is int:
         value = float(value)
     right = type(value) is kind
@@ -213,17 +211,16 @@ def load(folder, dtype=torch.float32, device="cpu"):
             raise BadInput(f"{path} does not exist, though the index names it; download it again.") from None
         except (SafetensorError, OSError) as error:
             raise BadInput(f"{path} is truncated or not a safetensors file ({error}); download it again.") from None
-    if config.tie_word_embeddings and "lm_head.weight" in state:  # the same matrix, which some files hold by this name
-        state.setdefault("embed_tokens.weight", state["lm_head.weight"])
+    if config.tie_word_embeddings and "lm_head.weight" in state:
+        # The same matrix by its other name: some files hold both, some this one only.
+        head = state.pop("lm_head.weight")
+        if not torch.equal(state.setdefault("embed_tokens.weight", head), head):
+            raise BadInput(f"{folder}: lm_head.weight differs from the embedding that config.json ties it to.")
     # Nothing may be left at random: a tensor that no file has is an error, not a default.
     missing = expected.keys() - state.keys()
     if missing:
         one = checkpoint_name(min(missing))
         raise BadInput(f"{folder}: {len(missing)} tensors are missing, {one} among them; download it again.")
-    if config.tie_word_embeddings:
-        embedding = state["embed_tokens.weight"]
-        if not torch.equal(state.pop("lm_head.weight", embedding), embedding):
-            raise BadInput(f"{folder}: lm_head.weight differs from the embedding that config.json ties it to.")
     model.load_state_dict(state, assign=True)
     return model.requires_grad_(False)
 

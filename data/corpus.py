@@ -35,6 +35,14 @@ def read_text(path):
         raise BadInput(f"{path} is not UTF-8 at byte {error.start}; convert it, for example with iconv.") from None
 
 
+def lines_of(path):
+    """Yield (file:line, text) of every line of a file that is not blank."""
+    # Not splitlines(): it also cuts at separators that JSON allows within a text.
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if line.strip():
+            yield f"{path}:{number}", line.removesuffix("\r")  # of a file from Windows
+
+
 def read_documents(path, template=None):
     """(documents, stream): the texts of a file or folder, and whether they are one stream (a single .txt).
 
@@ -51,10 +59,8 @@ def read_documents(path, template=None):
     if path.suffix != ".jsonl":
         raise BadInput(f"{path} is neither a .txt nor a .jsonl; rename it or give a folder of them.")
     documents = []
-    # Not splitlines(): it also cuts at separators that JSON allows within a text.
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if line.strip():
-            documents.append(text_of(line, f"{path}:{number}", template))
+    for where, line in lines_of(path):
+        documents.append(text_of(line, where, template))
     return documents, False
 
 

@@ -22,11 +22,13 @@ TaskManager = tasks_of_harness.TaskManager
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL = Path(os.environ.get("KOFF_ROWS", ROOT / "../shared/data/benchmarks"))
-ARC = """
-task: arc_local
+LOCAL = """
 dataset_path: json
 dataset_kwargs: {data_files: {test: ROWS}}
 test_split: test
+"""
+ARC = """
+task: arc_local
 output_type: multiple_choice
 doc_to_text: "Question: {{question}}\\nAnswer:"
 doc_to_target: "{{choices.label.index(answerKey)}}"
@@ -35,9 +37,6 @@ metric_list: [{metric: acc}, {metric: acc_norm}]
 """
 TEXT = """
 task: text_local
-dataset_path: json
-dataset_kwargs: {data_files: {test: ROWS}}
-test_split: test
 output_type: generate_until
 doc_to_text: "{{question}}"
 doc_to_target: "{{answer}}"
@@ -46,9 +45,6 @@ metric_list: [{metric: exact_match}]
 """
 ROLLING = """
 task: rolling_local
-dataset_path: json
-dataset_kwargs: {data_files: {test: ROWS}}
-test_split: test
 output_type: loglikelihood_rolling
 doc_to_text: ""
 doc_to_target: "{{text}}"
@@ -80,7 +76,7 @@ def tasks(tmp_path, monkeypatch):
             path = tmp_path / "rows" / f"{'arc_challenge_test' if name == 'arc' else name}.jsonl"
             path.parent.mkdir(exist_ok=True)
             path.write_text("".join(json.dumps(row) + "\n" for row in rows[name]), encoding="utf-8")
-            (folder / f"{name}.yaml").write_text(task.replace("ROWS", str(path)))
+            (folder / f"{name}.yaml").write_text(task + LOCAL.replace("ROWS", str(path)))
     return folder
 
 
