@@ -7,20 +7,23 @@ the text is that of `tokenizer.apply_chat_template` there.
 import json
 import re
 from datetime import datetime
-from functools import cached_property
+from functools import cache
 from pathlib import Path
 
-from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from data import BadInput
+from data.corpus import read_text
 
 
 class ChatTemplate:
     """text = template(messages): messages [{"role": "system", "user", "assistant" or "tool", "content": text, ...}]."""
 
     def __init__(self, source, special=None):
-        """`source` is the Jinja text; `special` {"bos_token": "<s>", ...} are names that it may use."""
+        """`source` is the Jinja text, or several {"default": text, "tool_use": text for conversations with tools, ...}.
+
+        `special` {"bos_token": "<s>", ...} are names that it may use.
+        """
         self.source = source
         self.special = special or {}
 
@@ -33,12 +36,12 @@ class ChatTemplate:
         special = {}
         try:
             if config.exists():
-                settings = json.loads(config.read_text(encoding="utf-8"))
+                settings = json.loads(read_text(config))
             source = settings.get("chat_template")
             if file.exists():  # where there are both, it counts
-                source = file.read_text(encoding="utf-8")
+                source = read_text(file)
             elif isinstance(source, list):  # several, by name
-                source = {one["name"]: one["template"] for one in source}["default"]
+                source = {one["name"]: one["template"] for one in source}
             for name, token in settings.items():
                 if isinstance(token, dict):  # {"content": "<s>", and its flags}
                     token = token.get("content")
@@ -55,29 +58,47 @@ class ChatTemplate:
         tools: JSON schemas of the functions that the model may call; now: a datetime, what day it is (default: today).
         BadInput where the template refuses.
         """
-        given = []
+        source = self.source
         try:
-            for message in messages:
-                # Without what is null: beside a tool call, a template would write a content of null as "None".
-                given.append({key: value for key, value in message.items() if value is not None})
-            strftime_now = (now or datetime.now()).strftime  # some templates tell the model what day it is
-            return self.program.render(
-                messages=given, tools=tools, add_generation_prompt=answer, strftime_now=strftime_now, **self.special
+            if isinstance(source, dict):
+                source = source["tool_use" if tools is not None and "tool_use" in source else "default"]
+            for tool in tools or []:
+                if not isinstance(tool, dict):
+                    raise TypeError("its tools are no list of JSON objects")
+            return program(source).render(
+                messages=[prepared(message) for message in messages],
+                tools=tools,
+                documents=None,
+                add_generation_prompt=answer,
+                strftime_now=(now or datetime.now()).strftime,  # some templates tell the model what day it is
+                raise_exception=raise_exception,
+                **self.special,
             )
         except Exception as error:  # somebody else's program may fail in any way
-            raise BadInput(f"the model's chat template refuses this conversation: {error}.") from None
+            raise BadInput(
+                f"the model's chat template refuses this conversation: {str(error).rstrip('.') or repr(error)}."
+            ) from None
 
-    @cached_property
-    def program(self):
-        """The compiled template."""
-        sandbox = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        sandbox.filters["tojson"] = tojson
-        sandbox.globals["raise_exception"] = raise_exception
-        sandbox.globals["documents"] = None
-        # {% generation %} is transformers' own and marks what the model writes: a block without effect replaces it.
-        return sandbox.from_string(re.sub(r"({%[-+]?\s*(end)?)generation\b", r"\1with", self.source))
+
+def prepared(message):
+    """A message as templates read it: without what is null, its reasoning (if there is one) under the usual names."""
+    # Beside a tool call, a template would write a content of null as "None".
+    message = {key: value for key, value in message.items() if value is not None}
+    for name in "reasoning_content", "thinking", "reasoning":  # data sets differ; the first that is there counts
+        if name in message:
+            return {"thinking": message[name], **message, "reasoning_content": message[name]}
+    return message
+
+
+@cache
+def program(source):
+    """The compiled template."""
+    sandbox = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    sandbox.filters["tojson"] = tojson
+    # {% generation %} is transformers' own and marks what the model writes: a block without effect replaces it.
+    return sandbox.from_string(re.sub(r"({%[-+]?\s*(end)?)generation\b", r"\1with", source))
 
 
 def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
@@ -87,4 +108,4 @@ def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=Fa
 
 def raise_exception(message):
     """A template calls this to refuse a conversation, for instance one whose roles do not alternate."""
-    raise TemplateError(message)
+    raise ValueError(message)
