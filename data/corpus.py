@@ -75,11 +75,14 @@ def text_of(line, where, template):
         row = json.loads(line)
         if isinstance(row.get("text"), str):
             return row["text"]
-        # What the messages may hold is for the template to say: content can be null beside a tool call, or a list.
-        if not row["messages"] or not all(message["role"] for message in row["messages"]):
-            raise ValueError("an empty conversation")
-    except (ValueError, LookupError, TypeError, AttributeError):
-        raise BadInput(f'{where} is not a JSON object with "text" or "messages"; mend or remove the line.') from None
+        # One message at least, and each has a role, a text: templates skip a role that they do not know. What else it
+        # may hold is for the template to say: content can be null beside a tool call, or a list.
+        if {type(message["role"]) for message in row["messages"]} != {str}:
+            raise ValueError
+    except Exception:  # a line may hold anything
+        raise BadInput(
+            f'{where} is not a JSON object with "text", or "messages" with a "role" each; mend or remove it.'
+        ) from None
     if template is None:
         raise BadInput(f"{where} is a conversation, but the model has no chat template; give text.")
     try:

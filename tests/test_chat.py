@@ -32,10 +32,37 @@ def test_conversations_are_training_text(tmp_path):
     dated = ChatTemplate("{{ strftime_now('%d %b %Y') }}")  # the same text on any day
     path.write_text(json.dumps({"messages": TALK}) + "\n")
     assert read_documents(path, dated)[0] == ["26 Jul 2024"] and dated(TALK) != "26 Jul 2024"
-    for wrong in {"messages": []}, {"messages": [{"content": "?"}]}, {"messages": "hello"}, ["text"], {"text": 3}:
-        path.write_text(json.dumps(wrong) + "\n")
-        with pytest.raises(BadInput, match=r"talk.jsonl:1 is not a JSON object"):
-            read_documents(path, ChatTemplate(SMOLLM2))
+
+
+HALLO = [{"role": "user", "content": "Hallo"}]
+NO_ROWS = ["{", "[]", '"x"', "null", "5", "{}", '{"text": 3}', '{"text": "a"} b', "[" * 100_000, '{"messages": [{"role": "user"]}']  # fmt: skip
+NO_MESSAGES = [None, [], {}, "hello", 5, True, HALLO[0], ["a"], [None], [5], [HALLO], [{}], [{"from": "human", "value": "?"}]]  # fmt: skip
+NO_ROLES = [None, 5, True, ["user"], {"user": 1}]
+NO_CONTENTS = [None, 5, 0.5, ["a"], {"a": 1}]
+NO_TOOLS = ["[]", 5, ["a"], {"a": 1}]
+
+
+def test_a_line_without_a_conversation_is_refused_by_its_number(tmp_path):
+    path = tmp_path / "talk.jsonl"
+    template = ChatTemplate(SMOLLM2)
+
+    def refused(row, why):
+        path.write_text('{"text": "plain"}\n' + row + "\n")
+        with pytest.raises(BadInput, match=rf"talk\.jsonl:2{why}.*[^.]\.$"):
+            read_documents(path, template)
+
+    for row in NO_ROWS:
+        refused(row, " is not a JSON object with")
+    for messages in NO_MESSAGES:
+        refused(json.dumps({"messages": messages}), " is not a JSON object with")
+    for role in NO_ROLES:
+        refused(json.dumps({"messages": [*HALLO, {"role": role, "content": "?"}]}), " is not a JSON object with")
+    for content in NO_CONTENTS:
+        row = {"messages": [*HALLO, {"role": "assistant", "content": content}]}
+        refused(json.dumps(row), ": the model's chat template refuses this conversation: ")
+    for tools in NO_TOOLS:
+        row = {"messages": HALLO, "tools": tools}
+        refused(json.dumps(row), ": the model's chat template refuses this conversation: ")
 
 
 # Talking ------------------------------------------------------------------------------------------------------------
