@@ -131,7 +131,13 @@ def attend(q, k, v, mask):
     B, H, T, hd = q.shape
     G, S = k.shape[1:3]
     if T == S:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        # On CUDA no fused kernel for float32 lets query heads share keys. With a copy for each head there is one, and
+        # the T x S scores are never written out.
+        shared = not (q.is_cuda and q.dtype == torch.float32)
+        if not shared:
+            k = k.repeat_interleave(H // G, dim=1)
+            v = v.repeat_interleave(H // G, dim=1)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=shared)
     # Memory or earlier text stands before this text, which the kernel's own causal mask does not know: it takes a mask.
     # The H / G query heads of a group become rows of one head, so that its keys need no copies.
     rows = q.reshape(B, G, H // G * T, hd)

@@ -137,6 +137,32 @@ def test_attention_takes_the_layout_of_a_gpu_kernel(monkeypatch):
     assert torch.equal(attend(q, k, v, earlier_mask(5, 12, 3, q)), expected)
 
 
+class OnCuda(torch.Tensor):
+    """A tensor of the CPU that says it is CUDA's."""
+
+    is_cuda = True
+
+
+@pytest.mark.parametrize("kind,dtype,heads", [
+    (torch.Tensor, torch.float32, 2), (OnCuda, torch.bfloat16, 2), (OnCuda, torch.float32, 6)])  # fmt: skip
+def test_float32_on_cuda_gets_keys_for_each_head(monkeypatch, kind, dtype, heads):
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    q, k, v = (torch.randn(2, n, 7, 16, dtype=dtype, requires_grad=True) for n in (6, 2, 2))
+    expected = sdpa(q, k, v, is_causal=True, enable_gqa=True)
+    seen = []
+
+    def spy(q, k, v, **options):
+        seen.append((k.shape[1], v.shape[1], options["enable_gqa"]))
+        return sdpa(q, k, v, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    ours = attend(q.as_subclass(kind), k, v, None)
+    assert seen == [(heads, heads, heads == 2)]
+    assert torch.allclose(ours, expected, atol=1e-6)
+    for x, y in zip(*(torch.autograd.grad(y.sum(), (q, k, v)) for y in (ours, expected)), strict=True):
+        assert torch.allclose(x, y, atol=1e-5)
+
+
 REFUSED = [
     ({"model_type": "mamba"}, "model_type 'mamba' is not implemented"),
     ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "RoPE scaling 'yarn'"),
