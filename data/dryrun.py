@@ -17,7 +17,7 @@ import koff
 from data.checkpoint import read_config
 from data.corpus import find_domains
 from data.hub import model_folder
-from data.run import fitting_gates, pick_dtype
+from data.run import fitting_gates
 from model import Model
 
 # torch counts no attention on a CPU, where these steps run. So many matrix products of the size Q K^T are in it:
@@ -88,8 +88,9 @@ def dry_run(s, Trainer):
     mask = gates.final_mask(s.sparsity, s.count, s.multiple)
     kept = koff.kept_channels(mask, config, gates.first, "cpu")
     # Sized as on a GPU, whatever is here: --dtype auto is bfloat16.
+    dtype = torch.bfloat16 if s.dtype == "auto" else getattr(torch, s.dtype)
     with torch.device("meta"):
-        model = Model(config).to(pick_dtype(s.dtype, torch.device("cuda")))
+        model = Model(config).to(dtype)
 
     # From here on no tensor has numbers, and none takes memory: an 8B model is measured on a laptop.
     with FakeTensorMode(allow_non_fake_inputs=True), Usage() as usage:

@@ -40,14 +40,16 @@ def pick_device(name):
 
 
 def pick_dtype(name, device):
-    """The torch dtype of --dtype; "auto" is bfloat16 where its products are fast: a GPU, a CPU with AVX512-BF16."""
+    """The torch dtype of --dtype; "auto" is bfloat16 where its products are fast: a GPU of compute capability 8 or
+    more, a CPU with AVX512-BF16."""
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
-        return torch.bfloat16
-    # A private name of torch: where it is gone, float32 is never wrong.
-    cpu_is_fast = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    return torch.bfloat16 if device.type == "cpu" and cpu_is_fast() else torch.float32
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        # A private name of torch: where it is gone, float32 is never wrong.
+        fast = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    return torch.bfloat16 if fast else torch.float32
 
 
 # Before a training ---------------------------------------------------------------------------------------------------

@@ -505,6 +505,23 @@ def test_finished_runs_are_compared_and_generate_text(world, capsys):
     assert "router.safetensors cannot be read" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("capability,fast", [((7, 5), False), ((8, 0), True), ((9, 0), True), ((12, 1), True)])
+def test_auto_is_bfloat16_on_a_gpu_that_multiplies_it(monkeypatch, capability, fast):
+    gpu = torch.device("cuda:1")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", {gpu: capability}.__getitem__)
+    assert run.pick_dtype("auto", gpu) == (torch.bfloat16 if fast else torch.float32)
+    assert run.pick_dtype("bfloat16", gpu) == torch.bfloat16 and run.pick_dtype("float32", gpu) == torch.float32
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_auto_is_bfloat16_on_a_cpu_that_multiplies_it(monkeypatch, fast):
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: fast)
+    assert run.pick_dtype("auto", cpu) == (torch.bfloat16 if fast else torch.float32)
+    monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported")
+    assert run.pick_dtype("auto", cpu) == torch.float32
+
+
 def test_a_wrong_flag_on_the_command_line(world):
     done = subprocess.run([sys.executable, "train.py", "--ranc", "3"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "--ranc" in done.stderr and "Traceback" not in done.stderr
