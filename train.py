@@ -56,7 +56,7 @@ class Trainer:
         self.layers = model.config.num_hidden_layers
         # From `split` on the student differs from the teacher: there the first gate or the first memory sits.
         first_gated, first_memory, self.split = s.first_blocks(self.layers)
-        self.model = self.compiled(model)
+        self.model = model
         torch.manual_seed(s.seed)  # of LoRA's first numbers
         with self.device:
             self.gates = koff.Gates(model.config, first_gated, s.granularity, s.beta, s.gated)
@@ -100,11 +100,6 @@ class Trainer:
         # betas: a module sees only its own domain's steps, some hundred in a short run. A mean of squares over the
         # usual 1,000 steps would come too late.
         return torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, 0.99), fused=fused)
-
-    def compiled(self, model):
-        for block in model.layers if self.s.compile else ():
-            block.compile()
-        return model
 
     def initialise(self, text):
         """The two starts that look at data, {domain: ids}: gates by their score, KV memories from text."""
@@ -232,7 +227,20 @@ class Trainer:
         for name, is_open in mask.items():
             self.mask[name] = is_open.to(self.device)
         self.kept = koff.kept_channels(mask, self.model.config, self.gates.first, self.device)
-        self.student = self.compiled(koff.materialise(self.model, self.kept))
+        self.student = koff.materialise(self.model, self.kept)
+        self.compile(self.student)
+
+    def compile(self, model):
+        """With --compile: torch compiles each block of `model` when it is first called."""
+        if not self.s.compile:
+            return
+        # Blocks share what was compiled for the same shapes and gradients. torch keeps 8 such variants, those of an
+        # earlier phase or run among them; for any other a block runs uncompiled. But there are some ways to call a
+        # block, and once the mask is frozen each has its own shapes.
+        torch.compiler.reset()
+        torch._dynamo.config.cache_size_limit = self.layers + 16  # later versions also call it recompile_limit
+        for block in model.layers:
+            block.compile()
 
     def next_domain(self, index):
         """(domain, number of its batch) for step `index`.
@@ -304,6 +312,7 @@ def loop(trainer, text, out, begun):
     with all pauses taken out; None if Ctrl-C stopped it."""
     s = trainer.s
     start, begun = resume(trainer, text, out, begun)
+    trainer.compile(trainer.model)  # not before: the start calls the blocks in ways that no step does
     # Without modules there is nothing left to learn once the mask is frozen.
     last = s.steps
     if not s.memory:

@@ -4,7 +4,6 @@ Its steps run on fake tensors, which have shapes and no numbers, and what they w
 """
 
 import weakref
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -99,7 +98,7 @@ def dry_run(s, Trainer):
         del state
         weights = usage.now
         # One domain is enough: what the others own is added below, and only one is at work at a time.
-        trainer = Trainer(model.requires_grad_(False), replace(s, compile=False), ["one"])
+        trainer = Trainer(model.requires_grad_(False), s, ["one"])
         tokens = torch.zeros(s.batch, s.seq_len, dtype=torch.int64)
         usage_of_step(usage, trainer, tokens)  # the first step makes AdamW's state
         learning, operations = usage_of_step(usage, trainer, tokens)

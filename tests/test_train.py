@@ -591,11 +591,44 @@ def test_a_switch_for_the_machine_changes_no_number(world, more, monkeypatch):
         opened = open_run([*flags(world), *switch])
         trainer, text = opened.trainer, opened.text.train
         trainer.initialise(text)
+        trainer.compile(trainer.model)
         tokens = torch.arange(32).view(2, 16)
         for index, domain in enumerate(["german", "french", "german", "french"]):
             trainer.start_step(2 * index)
             losses.append(trainer.step(tokens, domain, index, torch.Generator().manual_seed(index)).item())
     assert losses[:4] == pytest.approx(losses[4:], abs=0 if more == ["--offload"] else 1e-4)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_every_block_that_a_step_calls_is_compiled(tiny, tmp_path, monkeypatch, checkpointing):
+    """Teacher's and student's, with gates, LoRA and KV memory, in all three kinds of step: more variants of a block
+    than torch compiles by itself. Nothing else is compiled."""
+    calls = []  # of compiled blocks, by the name of the step that makes them
+
+    def counting(graph, inputs):
+        return lambda *inputs: calls.append(step[-1]) or graph(*inputs)
+
+    def named(name, method):
+        return lambda *arguments: step.append(name) or method(*arguments)
+
+    step = ["start"]
+    for name in ("learn", "retain", "recover"):
+        monkeypatch.setattr(Trainer, name, named(name, getattr(Trainer, name)))
+    whole = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda block: whole(block, backend=counting))
+    s = Settings(
+        blocks=9, sparsity=0.2, multiple=1, kv_tokens=3, rank=2, batch=2, retention_batch=3, seq_len=16, steps=6,
+        fix_mask=0.5, retention_every=1, fisher_sequences=4, compile=True, checkpointing=checkpointing,
+    )  # fmt: skip
+    ids = np.random.default_rng(0).integers(0, 131, 400).astype(np.uint16)
+    (out := tmp_path / "run").mkdir()
+    trainer = Trainer(tiny(num_hidden_layers=10), s, ["a", "b"])
+    with torch._dynamo.config.patch(cache_size_limit=8):  # torch's own, whatever another test has left
+        train.loop(trainer, run.Text({"a": ids, "b": ids}, ids, []), out, 0)
+    sizes = {tuple(rows.values()) for rows in trainer.student.config.rows_left if rows}
+    assert len(sizes) > 8
+    blocks = 10 + 9 * (1 + checkpointing)  # the teacher's and the student's; in backward the student's once more
+    assert Counter(calls) == {"learn": 3 * blocks, "retain": 3 * blocks, "recover": 3 * blocks}
 
 
 def test_offloading_moves_one_memory_in_and_the_last_one_out(world, monkeypatch):
