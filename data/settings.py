@@ -84,7 +84,7 @@ class Settings:
     dtype: str = option("auto", "of the frozen weights; auto: bfloat16 if fast here", "auto", "bfloat16", "float32")
     checkpointing: bool = option(False, "recompute the student in backward: less memory, more time")
     offload: bool = option(False, "keep the modules that are not at work, and their AdamW state, off the GPU")
-    compile: bool = option(False, "torch.compile the blocks; a minute first (no gain on the CPU that was measured)")
+    compile: bool = option(False, "torch.compile the blocks; a minute first, more with many blocks")
     save_every: int = option(200, "steps between checkpoints", low=1)
 
     # The report
