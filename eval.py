@@ -19,7 +19,6 @@ import argparse
 import math
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +33,7 @@ from data.export import export
 from data.harness import harness
 from data.modules import list_modules, remove_module, rename_module
 from data.pictures import plot
-from data.run import open_finished
+from data.run import held, open_finished
 from data.scoring import bench
 from data.settings import ROOT
 from data.tables import ledger, ratios, save, saved_results, side_by_side, table, together
@@ -104,7 +103,10 @@ def perplexities(run, base, text):
 
 def perplexity(losses, predicted):
     """exp of the mean loss of a predicted token, from the summed losses of some windows."""
-    return math.exp(float(np.sum(losses)) / predicted)
+    try:
+        return math.exp(float(np.sum(losses)) / predicted)
+    except OverflowError:  # above 709 nats
+        return math.inf
 
 
 # The rest of the report ----------------------------------------------------------------------------------------------
@@ -184,7 +186,7 @@ def evaluate(folder, begun=None, device="auto"):
     if not begun and Path(folder, "results.json").exists():
         before = saved_results(folder)
     ppl, swap = perplexities(run, base, text)
-    pruned = before.get("perplexity", {}).get("pruned", {})  # of a run beside this one, see `report_again`
+    pruned = before.get("perplexity", {}).get("pruned", {})  # of a run beside this one, see `put_beside`
     if pruned.keys() == text.keys():
         ppl["pruned"] = {domain: pruned[domain] for domain in text}
     total, layers, sizes = sparsity(run, base)
@@ -201,7 +203,7 @@ def evaluate(folder, begun=None, device="auto"):
         "router": router,
         "ledger": sizes,
         "layers": layers,
-        "settings": asdict(run.settings),
+        "settings": run.settings.stored(),
         "seconds": seconds,
     }
     save(run.folder, {"report.md": report(results), "results.json": results})
@@ -307,19 +309,26 @@ def layers_table(layers):
 
 def report_again(args):
     """All tables again; --beside: those that were saved, and the perplexity of a pruning-only run in them."""
-    if args.beside is None:
-        return evaluate(args.run, device=args.device)
-    results = saved_results(args.run)
-    other = saved_results(args.beside)["perplexity"]
+    with held(args.run, args.device):
+        if args.beside is None:
+            evaluate(args.run, device=args.device)
+        else:
+            put_beside(args.run, args.beside)
+
+
+def put_beside(folder, beside):
+    """The perplexity of the pruning-only run `beside` joins the tables of the run in `folder`."""
+    results = saved_results(folder)
+    other = saved_results(beside)["perplexity"]
     unpruned = results["perplexity"]["unpruned"]
     # It has no modules, and its unpruned model has the same perplexity on each domain: so it is the same text, too.
     same = not other["koff"] and unpruned.keys() == other["unpruned"].keys()
     for domain, ppl in unpruned.items() if same else ():
         same = same and abs(other["unpruned"][domain] / ppl - 1) <= 1e-3
     if not same:
-        raise BadInput(f"{args.beside} is no pruning-only run of {args.run}'s model and text; train it: --no-memory.")
+        raise BadInput(f"{beside} is no pruning-only run of {folder}'s model and text; train it: --no-memory.")
     results["perplexity"]["pruned"] = {domain: other["backbone"][domain] for domain in unpruned}
-    save(args.run, {"report.md": report(results), "results.json": results})
+    save(folder, {"report.md": report(results), "results.json": results})
 
 
 def compare(args):

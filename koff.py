@@ -9,7 +9,7 @@ The paper's symbols and where they are:
     z              gates on output channels; learned as log alpha, `Gates.log_alpha`; sampled by `hard_concrete`
     M_d            the memory module of domain d, `MemoryModule`; its part in one block is a `model.Memory`
     dW_d x         LoRA, B A x in `model.Projection`;  K_mem, V_mem (Eq. 3): `Memory.keys` and `.values`
-    Omega(z)       how far the sparsity is from its target, `Gates.sparsity_gap`;  lambda: `Penalty`
+    Omega(z)       how far the sparsity (`Gates.sparsity`) is from its target;  with its lambda: `Penalty`
     distill        `kl_topk`, KL to the teacher's top-K outcomes, and the rest of them as `--tail` says
     s*             the target, `--sparsity`, by one of two counts (`Gates.removed`)
     materialise    the final 0/1 mask (`Gates.final_mask`) cuts closed channels out of the matrices, `materialise`
@@ -139,10 +139,6 @@ class Gates(nn.Module):
             is_open = {name: rows.double() for name, rows in mask.items()}
         return self.removed(is_open, count) / self.total
 
-    def sparsity_gap(self, target, count):
-        """How much of the target is still missing in expectation, a scalar; negative beyond the target."""
-        return target - self.sparsity(count=count)
-
     @torch.no_grad()
     def start_from(self, scores, centre=3.0, half=2.0):
         """Start log alpha at centre -+ half, linear in the rank of `scores` {name: [N, channels]} over all gates."""
@@ -221,20 +217,23 @@ def mask_without(closed, log_alpha, multiple, neurons):
 
 
 class Penalty:
-    """lambda * Omega(z) of Eq. 1 from the sparsity gap, with multipliers [2] that follow it.
+    """lambda * Omega(z) of Eq. 1 from the gap between target and sparsity, with multipliers [2] that follow it.
 
+    The gap is the one that there will be when AdamW's momentum has died down: it moves the gates on for some nine steps
+    as fast as they are now, and only the loss opens what has closed too much.
     hinge, progressive: Omega is the gap, 0 at the target and beyond ("progressive" is the hinge behind a rising target,
     see `Trainer.target`). The paper's "auto-scaling" of lambda is not given; here, with --scaled, lambda grows by 3% a
-    step while the gap is above `CLOSE`, and shrinks by as much while it is not.
+    step while the sparsity is too low and does not rise, and shrinks by as much once the target is reached.
     lagrangian: lambda_1 gap + lambda_2 gap^2, whose multipliers climb their own gradients (Sheared LLaMA, arXiv
-    2310.06694). It pulls back what went too far, so that it lands on the target. lambda_2 begins at `start`, lambda_1
-    at 0 and climbs slowly: with both from 0 the sparsity swings around the target for hundreds of steps. `start` is
-    also the rate at which both climb.
+    2310.06694). It pulls back what went too far. lambda_2 begins at `start`, which is also the rate at which both
+    climb; lambda_1 begins at 0 and climbs slowly, or what it gathers on the way would lead far beyond the target.
     """
 
+    MOMENTUM = 9  # steps: the sum of 0.9, 0.9^2, ...
     CLOSE = 0.002  # of all parameters: the gap at which lambda need not grow
     GROWTH = 1.03
-    SLOWLY = 0.05
+    MOST = 100  # times its start: a lambda beyond would leave nothing of the loss
+    UP, DOWN = 0.01, 0.15  # of its gradient, for lambda_1
 
     def __init__(self, kind, start, scaled, device):
         self.kind = kind
@@ -242,20 +241,26 @@ class Penalty:
         self.scaled = scaled
         first = [0.0, start] if kind == "lagrangian" else [start, 0.0]
         self.multipliers = torch.tensor(first, device=device)
+        self.last = None  # sparsity of the step before
 
-    def __call__(self, gap):
-        """The penalty for a gap, a scalar. Each call also moves the multipliers, for the next step."""
+    def __call__(self, sparsity, target):
+        """The penalty for the expected sparsity, both scalars. Each call also moves the multipliers, for the next."""
+        now = sparsity.detach()
+        speed = 0 * now if self.last is None else now - self.last
+        self.last = now
+        gap = target - now
+        gap_ahead = target - (sparsity + self.MOMENTUM * speed)
         if self.kind == "lagrangian":
-            loss = self.multipliers[0] * gap + self.multipliers[1] * gap.square()
-            climb = torch.stack([self.SLOWLY * gap, gap.square()]).detach()
-            self.multipliers = self.multipliers + self.start * climb
+            loss = self.multipliers[0] * gap_ahead + self.multipliers[1] * gap_ahead.square()
+            slowly = torch.where(gap > 0, self.UP, self.DOWN)
+            climb = self.start * torch.stack([slowly * gap, gap.square()])
+            self.multipliers = (self.multipliers + climb).clamp(min=0)  # the loss opens gates by itself
             return loss
-        omega = gap.clamp(min=0)
-        loss = self.multipliers[0] * omega
+        loss = self.multipliers[0] * gap_ahead.clamp(min=0)
         if self.scaled:
-            behind = omega.detach() > self.CLOSE
-            factor = torch.where(behind, self.GROWTH, 1 / self.GROWTH)
-            self.multipliers = (self.multipliers * factor).clamp(1.0, 1e6)  # neither lost for good nor infinite
+            stuck = torch.where(speed <= 0, self.GROWTH, 1.0)
+            factor = torch.where(gap > self.CLOSE, stuck, 1 / self.GROWTH)
+            self.multipliers = (self.multipliers * factor).clamp(1.0, self.MOST * self.start)  # never lost for good
         return loss
 
 

@@ -395,7 +395,8 @@ def generate(
         if temperature == 0:
             new = logits.argmax(-1)
         else:
-            p = (logits / temperature).softmax(-1)
+            best = logits.amax(-1, keepdim=True)
+            p = ((logits - best).double() / temperature).softmax(-1)  # nothing overflows, however small the temperature
             p, order = p.sort(dim=-1, descending=True)
             before = p.cumsum(-1) - p  # probability of all better tokens
             before[:, 0] = -1.0  # the best token always stays

@@ -17,7 +17,7 @@ import math
 import shutil
 import sys
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,16 +26,28 @@ from torch import nn
 from tqdm import tqdm
 
 import koff
-from data import BadInput, atomic, discard, run_script
-from data.checkpoint import load, read_config, save_backbone, save_gates, save_module
+from data import BadInput, atomic, discard, only_process, run_script
+from data.checkpoint import digest, load, read_config, save_backbone, save_gates, save_module
 from data.corpus import batch, domain_name
 from data.dryrun import dry_run
 from data.fast import keep_pages
 from data.hub import model_folder
-from data.progress import Log, ctrl_c
+from data.progress import Log, stop_signals
 from data.router import Router
-from data.run import Run, Text, TextReader, finished, fitting_gates, pick_device, pick_dtype, read_training_text
-from data.settings import GROUPS, PRESETS, ROOT, Settings, flag
+from data.run import (
+    Text,
+    TextReader,
+    check_same,
+    erase,
+    finished,
+    fitting_gates,
+    held,
+    pick_device,
+    pick_dtype,
+    read_training_text,
+    texts_of,
+)  # fmt: skip
+from data.settings import GROUPS, PRESETS, ROOT, Settings, absolute, flag
 from data.sweeps import SWEEPS, sweep
 from eval import evaluate
 
@@ -73,7 +85,7 @@ class Trainer:
         self.student = None  # and the materialised model
         self.visits = [0] * len(self.domains)
         self.recent = torch.zeros(len(self.domains), device=self.device)  # running mean of each domain's loss
-        self.before_round = [0.0] * len(self.domains)  # the same, as it was when this round of domains began
+        self.worst = 0  # number of the domain whose mean was highest when this round of domains began
         self.at_work = None  # with --offload: the domain whose module is on the device
 
     def make_optimizer(self):
@@ -136,9 +148,8 @@ class Trainer:
     def learn(self, tokens, domain, index, generator=None):
         """Eq. 1: the gates and the domain's module learn together; with --order prune-first the gates alone."""
         loss = self.gated_loss(tokens, self.joint_module(domain), generator)
-        # lambda * Omega(z), from the gap: the target of this step less the sparsity that the gates have in expectation.
-        gap = self.gates.sparsity_gap(self.target(index), self.s.count)
-        self.update(loss + self.penalty(gap), index)
+        sparsity = self.gates.sparsity(count=self.s.count)  # in expectation
+        self.update(loss + self.penalty(sparsity, self.target(index)), index)
         return loss.detach()
 
     def retain(self, tokens, domain, index, generator=None):
@@ -246,18 +257,22 @@ class Trainer:
         """(domain, number of its batch) for step `index`.
 
         A round visits each domain once, in a new order, and then `focus` times the one whose loss had been highest
-        when the round began. (At first nothing is known: these turns go to the first domain, whose running mean is
-        then ahead of the others' for some rounds.)
+        when the round began. The first round has no such turns: nothing is known yet.
         """
+        if index >= len(self.domains):
+            index += self.s.focus
         turn, place = divmod(index, len(self.domains) + self.s.focus)
-        if place == 0 and self.s.focus:
-            self.before_round = self.recent.tolist()  # a GPU waits here, once a round
+        if place == 0 and turn and self.s.focus:
+            # A running mean that began at 0 is too low by the factor 1 - 0.8^visits.
+            visits = torch.tensor(self.visits, device=self.device)
+            mean = self.recent / (1 - 0.8**visits)
+            self.worst = mean.argmax().item()  # a GPU waits here, once a round
         rng = np.random.default_rng([self.s.seed, turn])  # a function of the round: resuming needs no saved state
         order = rng.permutation(len(self.domains))
         if place < len(order):
             d = order[place]
         else:
-            d = int(np.argmax(self.before_round))
+            d = self.worst
         self.visits[d] += 1
         return self.domains[d], self.visits[d] - 1
 
@@ -289,8 +304,9 @@ class Trainer:
             "modules": self.modules.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "penalty": self.penalty.multipliers,
+            "last": self.penalty.last,
             "recent": self.recent,
-            "before_round": self.before_round,
+            "worst": self.worst,
             "visits": self.visits,
         }
 
@@ -299,8 +315,10 @@ class Trainer:
         self.modules.load_state_dict(state["modules"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.penalty.multipliers = state["penalty"].to(self.device)
+        if state["last"] is not None:  # else no step was one of the gates
+            self.penalty.last = state["last"].to(self.device)
         self.recent = state["recent"].to(self.device)
-        self.before_round = state["before_round"]
+        self.worst = state["worst"]
         self.visits = state["visits"]
 
 
@@ -309,18 +327,18 @@ class Trainer:
 
 def loop(trainer, text, out, begun):
     """Begin, or continue the checkpoint in `out`, and train on a `Text` to the last step. Returns when the run began,
-    with all pauses taken out; None if Ctrl-C stopped it."""
+    with all pauses taken out. After Ctrl-C or SIGTERM it saves, then raises KeyboardInterrupt."""
     s = trainer.s
     start, begun = resume(trainer, text, out, begun)
     trainer.compile(trainer.model)  # not before: the start calls the blocks in ways that no step does
     # Without modules there is nothing left to learn once the mask is frozen.
     last = s.steps
     if not s.memory:
-        last = math.ceil(s.steps * (1 - s.fix_mask))
+        last = s.gate_steps
     log = Log(out, start)
     resumed = time.time()
     bar = tqdm(total=last, initial=start, desc=out.name)
-    with ctrl_c() as pressed, bar, contextlib.closing(log):
+    with stop_signals() as signals, bar, contextlib.closing(log):
         for index in range(start, last):
             done = index + 1  # steps, after this one
             trainer.start_step(index)
@@ -329,7 +347,7 @@ def loop(trainer, text, out, begun):
             domain, turn = trainer.next_domain(index)
             tokens = batch(text.train[domain], turn, s.batch, s.seq_len, s.seed)
             tokens = trainer.on_device(tokens)  # [B, T]
-            generator = torch.Generator(trainer.device).manual_seed(s.seed * 1_000_003 + index)
+            generator = torch.Generator(trainer.device).manual_seed((s.seed * 1_000_003 + index) % 2**63)
             loss = trainer.step(tokens, domain, index, generator)
 
             # Eq. 2, now and then. Once the mask is frozen there are no gates left that it could move.
@@ -346,28 +364,36 @@ def loop(trainer, text, out, begun):
                 tokens_seen = s.batch * s.seq_len * (done - start)
                 speed = tokens_seen / (time.time() - resumed)
                 bar.set_postfix_str(f"{line}, {speed:,.0f} tokens/s", refresh=False)
-            stop = bool(pressed)  # asked once: it can be pressed at any moment
+            stop = list(signals)  # asked once: one can come at any moment
             if stop or done % s.save_every == 0 or done == last:
                 log.check(index, domain, trainer, loss)  # a checkpoint is worth keeping only if this is a number
-                place = {"step": done, "seconds": time.time() - begun}
+                place = {"step": done, "seconds": time.time() - begun, "inputs": text.inputs}
                 with atomic(out / "checkpoint.pt") as partial:
                     torch.save(trainer.state() | place, partial)
             if stop:
                 bar.close()
-                print(f"stopped after step {done}; the same command, less --fresh, continues", file=sys.stderr)
-                return None
+                print(f"stopped after step {done}", file=sys.stderr)
+                raise KeyboardInterrupt(stop[0])
     return begun
 
 
 def resume(trainer, text, out, begun):
     """Load the checkpoint of a run folder, or start anew. Returns (the first step to do, when the run began)."""
     with atomic(out / "settings.json") as partial:
-        partial.write_text(json.dumps(asdict(trainer.s), indent=1) + "\n")
-    if not (out / "checkpoint.pt").exists():
+        partial.write_text(json.dumps(trainer.s.stored(), indent=1) + "\n")
+    path = out / "checkpoint.pt"
+    if not path.exists():
         trainer.initialise(text.train)
         return 0, begun
-    state = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
-    trainer.restore(state)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        check_same(out, state["inputs"], text.inputs)
+        trainer.restore(state)
+    except BadInput:
+        raise
+    except Exception as error:  # a torn file fails in many ways
+        reason = str(error).partition("\n")[0]
+        raise BadInput(f"{path} is damaged ({reason}); remove it, and the training begins again.") from None
     print(f"continuing {out} at step {state['step']}")
     return state["step"], begun - state["seconds"]
 
@@ -391,45 +417,46 @@ def open_run(s, out, paths=None):
     device = pick_device(s.device)
     folder = model_folder(s.model)
     config = read_config(folder)  # once more: what ends a turn stands in a file that comes with the weights
-    text = read_training_text(s, TextReader(folder, config, out.parent / ".tokens"), config, paths)
+    text = read_training_text(s, TextReader(folder, config, out), config, paths)
+    text.inputs["model"] = digest(folder)
     model = load(folder, pick_dtype(s.dtype, device), device)
     trainer = Trainer(model, s, text.train)
     # Everything is in order. The first thing that is written is the cache of token ids, so that the next run need not
     # tokenise.
-    for split in text.splits:
+    for split in text.splits.values():
         split.store()
     return Opened(trainer, text, folder)
 
 
 def train(s, out, fresh=False):
-    """Train, save and evaluate the run `s` in the folder `out`. Returns False if Ctrl-C stopped it."""
+    """Train, save and evaluate the run `s` in the folder `out`."""
     begun = time.time()
     opened = open_run(s, out)
-    if fresh:  # nothing of an old run goes before the new one is known to work
-        files = ("checkpoint.pt", "log.jsonl", "*.safetensors", "*.json", "*.md", "*.png")
-        folders = ("modules", "backbone", "later", "export", "bench", "tensorboard")
-        for pattern in files + folders:
-            for path in out.glob(pattern):
-                discard(path)
-    begun = loop(opened.trainer, opened.text, out, begun)
-    if begun is None:
-        return False
-    save(opened, out)
-    del opened  # what follows needs the memory
-    evaluate(out, begun, s.device)
-    (out / "checkpoint.pt").unlink(missing_ok=True)  # with its optimizer state it is larger than all that is left
-    return True
+    out.mkdir(parents=True, exist_ok=True)
+    with only_process(out):
+        if fresh:  # nothing of an old run goes before the new one is known to work
+            erase(out)
+        begun = loop(opened.trainer, opened.text, out, begun)
+        save(opened, out)
+        del opened  # what follows needs the memory
+        evaluate(out, begun, s.device)
+        (out / "checkpoint.pt").unlink(missing_ok=True)  # its optimizer state is larger than all that is left
 
 
 @torch.no_grad()
 def save(opened, out):
     """Freeze the mask, if it is not frozen yet, and write backbone, gates, modules and router."""
     trainer = opened.trainer
+    text = opened.text
     trainer.start_step(trainer.s.steps)  # past the last step the mask is frozen, whatever --fix-mask is
-    fingerprint = save_backbone(out / "backbone", trainer.student, opened.folder)
+    about = {"koff_model": text.inputs["model"], "koff_domains": len(text.train)}
+    fingerprint = save_backbone(out / "backbone", trainer.student, opened.folder, **about)
     save_gates(out / "gates.safetensors", trainer.gates, trainer.mask)
     save_modules(trainer, out, fingerprint)
-    Router.fit(opened.text.train).save(out / "router.safetensors")
+    router = Router()
+    for name, ids in text.train.items():
+        router.add(name, ids, text.splits[name].key)
+    router.save(out / "router.safetensors")
 
 
 @torch.no_grad()
@@ -447,36 +474,36 @@ MAY_DIFFER = (  # settings in which a module can differ from the run that it joi
 
 
 def add(path, out, given, fresh=False):
-    """Train one more module, for the text at `path`, on the finished run in `out`. False if Ctrl-C stopped it.
+    """Train one more module, for the text at `path`, on the finished run in `out`.
 
     One file of a module comes; router, report and its results change; no other file does. `given`: settings that
     differ from the run's, of `MAY_DIFFER`.
     """
-    run = Run(out, given.get("device") or Settings.from_file(out / "settings.json").device)
-    name = domain_name(path)
-    s = settings_to_add(run, name, given)
-    work = out / "later" / name
-    if fresh:
-        discard(work)
-    if (work / "settings.json").exists() and Settings.from_file(work / "settings.json") != s:
-        raise BadInput(f"{work} holds a stopped training with other settings; give the same or --fresh.")
-    opened = open_run(s, out, paths={name: path})
-    trainer = opened.trainer
-    # The backbone stays as it is: with its mask frozen from the start, every step is one of `Trainer.recover`.
-    _, mask = run.gates(trainer.model)
-    trainer.freeze_mask(mask)
-    check_backbone(run, trainer)
-    if loop(trainer, opened.text, work, time.time()) is None:
-        return False
-    # The router comes after the module: it is its row there that makes the module part of the run.
-    save_modules(trainer, out, run.backbone.config.raw["koff_fingerprint"])
-    run.router.add(name, opened.text.train[name])
-    run.router.paths[name] = str(path.resolve())
-    run.router.save(out / "router.safetensors")
-    del trainer, opened
-    shutil.rmtree(work)
-    evaluate(out, device=s.device)
-    return True
+    device = given.get("device") or Settings.from_file(out / "settings.json").device
+    with held(out, device) as run:
+        name = domain_name(path)
+        s = settings_to_add(run, name, given)
+        texts_of(run)  # BadInput now, rather than in the evaluation, where one of them has changed
+        work = out / "later" / name
+        if fresh:
+            discard(work)
+        if (work / "settings.json").exists() and Settings.from_file(work / "settings.json") != s:
+            raise BadInput(f"{work} holds a stopped training with other settings; give the same or --fresh.")
+        opened = open_run(s, out, paths={name: path})
+        check_same(out, {"model": run.config.raw["koff_model"]}, {"model": opened.text.inputs["model"]})
+        opened.text.inputs["backbone"] = run.config.raw["koff_fingerprint"]
+        # The backbone stays as it is: with its mask frozen from the start, every step is one of `Trainer.recover`.
+        _, mask = run.gates(opened.trainer.model)
+        opened.trainer.freeze_mask(mask)
+        loop(opened.trainer, opened.text, work, time.time())
+        # The router comes after the module: it is its row there that makes the module part of the run.
+        save_modules(opened.trainer, out, run.config.raw["koff_fingerprint"])
+        run.router.add(name, opened.text.train[name], opened.text.splits[name].key)
+        run.router.paths[name] = str(path.resolve())
+        run.router.save(out / "router.safetensors")
+        del opened
+        shutil.rmtree(work)
+        evaluate(out, device=s.device)
 
 
 def settings_to_add(run, name, given):
@@ -489,21 +516,11 @@ def settings_to_add(run, name, given):
         raise BadInput(f"{run.folder} has no modules to which one could be added; train a run with memories.")
     if name in run.router.domains:
         raise BadInput(f"{run.folder} has a domain {name} already; remove it first, or rename the text.")
-    steps = 3 * math.ceil(run.settings.steps / len(run.names))  # three times what each of the first got (measured)
+    first = run.config.raw["koff_domains"]  # how many there were at first, whatever came or went
+    steps = 3 * math.ceil(run.settings.steps / first)  # three times what each of them got (measured)
     changed = {"steps": steps, **given}
     # One domain and no gates: what chooses among domains, or starts or moves gates, has nothing to do.
     return replace(run.settings, **changed, gate_init="constant", focus=0, order="joint", retention="")
-
-
-def check_backbone(run, trainer):
-    """BadInput unless the run's backbone is what its mask leaves of the model."""
-    saved_as = getattr(torch, run.backbone.config.raw["dtype"])
-    ours = dict(trainer.student.named_parameters())
-    for name, saved in run.backbone.named_parameters():
-        cut = ours[name].to(saved_as)  # the file may be coarser than what we compute in
-        if not torch.equal(saved, cut.to(saved.dtype)):
-            model = trainer.s.model
-            raise BadInput(f"{run.folder}/backbone was not cut from {model}; give the model that it was trained with.")
 
 
 # The command line ----------------------------------------------------------------------------------------------------
@@ -538,33 +555,32 @@ def parse(argv):
     args = parser.parse_args(argv)
     names = [f.name for f in fields(Settings)]
     args.flags = {name: getattr(args, name) for name in names if hasattr(args, name)}
-    args.given = {**PRESETS[args.preset], **args.flags}
+    args.given = absolute({**PRESETS[args.preset], **args.flags})
     args.settings = Settings(**args.given)
     args.out = args.out or Path("out", args.sweep or args.preset)
     return args
 
 
 def command(argv):
-    """Exit status of a command: 0, or 130 after Ctrl-C."""
     args = parse(argv)
     s = args.settings
     if args.dry_run:
-        return dry_run(s, Trainer)
+        dry_run(s, Trainer)
+        return
     keep_pages()
     if args.add:
-        done = add(args.add, args.out, args.flags, args.fresh)
+        add(args.add, args.out, args.flags, args.fresh)
     elif args.sweep:
-        done = sweep(args.sweep, args.given, args.out, args.fresh, train)
+        sweep(args.sweep, args.given, args.out, args.fresh, train)
     elif finished(s, args.out, args.fresh):
         print(f"{(args.out / 'report.md').read_text()}\n{args.out} is finished; --fresh trains it again")
-        done = True
     else:
-        done = train(s, args.out, args.fresh)
-    return 0 if done else 130
+        train(s, args.out, args.fresh)
 
 
 def main(argv=None):
-    return run_script("train.py", lambda: command(argv), "the same command, less --fresh, goes on from what was saved")
+    stopped = "the same command, less --fresh, goes on from what was saved"
+    return run_script("train.py", lambda: command(argv), stopped) or 0
 
 
 if __name__ == "__main__":

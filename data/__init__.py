@@ -1,9 +1,13 @@
-"""What every script needs to meet the outside world: one exception for bad input, one safe way to write a file."""
+"""What every script needs to meet the outside world: one exception for bad input, one safe way to write a file, one
+process at a time in a run folder, one way to end."""
 
 import contextlib
 import os
+import secrets
 import shutil
+import signal
 import sys
+import traceback
 from pathlib import Path
 
 import torch
@@ -43,17 +47,41 @@ def discard(path):
 def atomic(path):
     """Yield a temporary path beside `path`, for a file or a folder; rename it to `path` on success, else remove it.
 
-    A reader of `path` therefore never finds something half-written, whenever the process is killed.
+    A reader of `path` therefore never finds something half-written, whenever the process is killed. No other process
+    has the same temporary path: where several write `path`, the last one's is there in the end, and whole.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.part")
-    discard(partial)  # left by a process that was killed
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         yield partial
         os.replace(partial, path)
+    except SafetensorError as error:  # a full disk, as safetensors tells it
+        raise OSError(f"{path} cannot be written: {error}") from None
     finally:
         discard(partial)
+
+
+@contextlib.contextmanager
+def only_process(folder):
+    """Hold a run folder. BadInput if another process holds it. However a process ends, it lets go."""
+    try:
+        import fcntl
+    except ImportError:  # Windows, where nothing is held
+        yield
+        return
+    with open(folder / ".lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            process = file.read() or "which has just begun"
+            raise BadInput(f"{folder} is in use by another process ({process}); wait until it has ended.") from None
+        file.truncate(0)
+        print(f"number {os.getpid()}", end="", file=file, flush=True)
+        for partial in folder.rglob(".*.part"):  # left by processes that were killed
+            discard(partial)
+        yield
 
 
 def read_tensors(path, framework="pt", device="cpu"):
@@ -70,12 +98,35 @@ def read_tensors(path, framework="pt", device="cpu"):
 
 
 def run_script(name, work, stopped):
-    """Exit status of work(): bad input, an unreadable file, a full disk or Ctrl-C end in one sentence, no traceback."""
+    """Exit status of work().
+
+    2 and one sentence for what can be foreseen: bad input, an unreadable file, a full disk, no memory. 130 after
+    Ctrl-C, 143 after SIGTERM (Slurm, docker stop). Anything else is a fault of ours: 1, and a traceback to report.
+    """
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):  # a stream of a test, or none
+            stream.reconfigure(errors="replace")  # what a terminal cannot show, or nobody can read, becomes a "?"
+    before = signal.signal(signal.SIGTERM, stop)
     try:
         return work()
     except (BadInput, OSError) as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print(f"\n{name}: stopped; {stopped}", file=sys.stderr)
-        return 130
+        return 128 + (error.args[0] if error.args else signal.SIGINT)
+    except Exception as error:
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
+            less = "a smaller --batch or --seq-len, or --checkpointing; --dry-run says what a training needs"
+            print(f"{name}: there is not enough memory; try {less}.", file=sys.stderr)
+            return 2
+        traceback.print_exc()
+        print(f"{name}: this is a fault of the program; please report the lines above to its authors.", file=sys.stderr)
+        return 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def stop(number, frame):
+    """Handler of a signal that ends a process: what is at work tidies up, as after Ctrl-C."""
+    raise KeyboardInterrupt(number)

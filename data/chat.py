@@ -20,9 +20,11 @@ from model import generate
 
 
 def check_sampling(args):
-    """BadInput for a --temperature, --top-p or --tokens that means nothing."""
-    if args.temperature < 0 or not 0 < args.top_p <= 1 or args.tokens < 1:
+    """BadInput for a --temperature, --top-p, --tokens or --seed that means nothing."""
+    if not args.temperature >= 0 or not 0 < args.top_p <= 1 or args.tokens < 1:  # "not": NaN is refused too
         raise BadInput("give a --temperature of at least 0, a --top-p above 0 and up to 1, and --tokens of at least 1.")
+    if not 0 <= args.seed < 2**63:
+        raise BadInput(f"--seed is {args.seed}; give 0 to {2**63 - 1}.")
 
 
 def encode(run, text, bos=False):

@@ -181,6 +181,16 @@ def weight_files(folder):
     raise BadInput(f"{single} does not exist; only safetensors are read: download or convert the weights.")
 
 
+def digest(folder):
+    """A hash of a pretrained model: what its config says, and its weights."""
+    found = hashlib.sha256(repr(read_config(folder)).encode())
+    for path in weight_files(folder):
+        with open(path, "rb") as file:
+            while part := file.read(2**24):
+                found.update(part)
+    return found.hexdigest()[:16]
+
+
 def checkpoint_name(own):
     """The name that Hugging Face checkpoints give to our parameter `own`."""
     return own if own.startswith("lm_head.") else f"model.{own}"
@@ -247,10 +257,11 @@ def check_tensor(path, name, tensor, expected, model):
 # Saved runs ----------------------------------------------------------------------------------------------------------
 
 
-def save_backbone(folder, model, pretrained):
+def save_backbone(folder, model, pretrained, **about):
     """Write the materialised backbone, with the tokenizer's files from the folder `pretrained`.
 
-    Returns its fingerprint, a hash of the weights, which every module trained with it carries.
+    about: what its config.json says beside. Returns its fingerprint, a hash of the weights, which every module trained
+    with it carries.
     """
     folder = Path(folder)
     state = {checkpoint_name(name): tensor.contiguous() for name, tensor in model.state_dict().items()}
@@ -264,7 +275,7 @@ def save_backbone(folder, model, pretrained):
                 partial.write_bytes(source.read_bytes())
     # The pretrained config.json, with what is new about this model: channels left, dtype, fingerprint.
     dtype = str(model.head.dtype).removeprefix("torch.")
-    config = {**model.config.raw, "dtype": dtype, "koff_fingerprint": fingerprint}
+    config = {**model.config.raw, **about, "dtype": dtype, "koff_fingerprint": fingerprint}
     config.pop("torch_dtype", None)  # the older name; where both are there, older libraries read this one
     with atomic(folder / "config.json") as partial:
         partial.write_text(json.dumps(config, indent=1))

@@ -7,6 +7,7 @@
     find_domains -> {domain: path};  load_text -> Split of token ids;  windows and batch -> [n, length] of them
 """
 
+import contextlib
 import hashlib
 import json
 import re
@@ -100,21 +101,26 @@ class Split:
 
     train: np.ndarray
     heldout: np.ndarray
+    key: str  # changes with the text and with how it became ids
     cached: Path
 
     def store(self):
         """Write the cache, so that the next run need not tokenise. (Not done on reading: first comes every check.)"""
         if not self.cached.exists():
             ids = np.concatenate([[len(self.train)], self.train, self.heldout])
-            with atomic(self.cached) as partial, open(partial, "wb") as file:
+            # Where nothing can be written the run does without.
+            with contextlib.suppress(OSError), atomic(self.cached) as partial, open(partial, "wb") as file:
                 np.save(file, ids.astype(np.int32))
 
     @classmethod
-    def read(cls, path):
-        """What `store` wrote: the length of the training ids, these, and the held-out ids."""
-        ids = np.load(path, mmap_mode="r")
-        cut = 1 + ids[0]
-        return cls(ids[1:cut], ids[cut:], path)
+    def read(cls, path, key):
+        """What `store` wrote: the length of the training ids, these, and the held-out ids. None if it is damaged."""
+        try:
+            ids = np.load(path, mmap_mode="r")
+            cut = 1 + ids[0]
+            return cls(ids[1:cut], ids[cut:], key, path)
+        except (OSError, ValueError, EOFError, LookupError):
+            path.unlink(missing_ok=True)
 
 
 def split_text(documents, stream, path):
@@ -144,14 +150,14 @@ def load_text(path, tokenizer, cache, separator=None, template=None, need=(0, 0)
     if not "".join(documents).strip():
         raise BadInput(f"{path} is empty; put text into it or remove it.")
     # Keyed by the text itself: reading it is quick beside tokenising, and time stamps lie after a checkout.
-    key = hashlib.sha256(json.dumps([documents, stream, HELDOUT, separator]).encode()).hexdigest()[:16]
-    cached = Path(cache, f"{path.stem}-{key}-{tokenizer.fingerprint}.npy")
-    if cached.exists():
-        split = Split.read(cached)
-    else:
+    text = hashlib.sha256(json.dumps([documents, stream, HELDOUT, separator]).encode()).hexdigest()[:16]
+    key = f"{text}-{tokenizer.fingerprint}"
+    cached = Path(cache, f"{path.stem}-{key}.npy")
+    split = Split.read(cached, key) if cached.exists() else None
+    if split is None:
         end = [] if stream or separator is None else [separator]
         parts = [encode(texts, tokenizer, end) for texts in split_text(documents, stream, path)]
-        split = Split(*parts, cached)
+        split = Split(*parts, key, cached)
     check_length(path, "training", split.train, need[0], "--seq-len or --batch")
     check_length(path, "held-out", split.heldout, need[1], "--eval-len")
     return split

@@ -76,7 +76,7 @@ def usage_of_step(usage, trainer, tokens):
 
 
 def dry_run(s, Trainer):
-    """Print the sizes, the memory and the operations of the run `s`. `Trainer` is train.py's. Returns exit status 0."""
+    """Print the sizes, the memory and the operations of the run `s`. `Trainer` is train.py's."""
     config = read_config(model_folder(s.model, weights=False))
     gates = fitting_gates(s, config)
     # How many modules there will be: one a domain; without a folder of text, the fewest that make sense.
@@ -134,7 +134,6 @@ def dry_run(s, Trainer):
     show(learning, f"one step of {s.batch} x {s.seq_len} tokens, gates sampled")
     show(materialised + recovering, "or, once the mask is fixed, the materialised student and its step")
     show(peak, "peak memory")
-    return 0
 
 
 def show(size, what):

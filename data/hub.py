@@ -16,13 +16,14 @@ TEXT = ["generation_config.json", "tokenizer.json", "tokenizer_config.json", "ch
 
 
 def model_folder(name, weights=True):
-    """The folder of a model: `name` itself if it is there or reads like no Hub id, else that id's snapshot.
+    """The folder of a model: `name` itself if it reads like a path or like no Hub id, else that id's snapshot.
 
     Without `weights` the snapshot need not have more than config.json. BadInput if it is neither here nor there.
     """
     hub_id = re.fullmatch(HUB_ID, str(name))
-    if Path(name).exists() or hub_id is None:
-        return Path(name)
+    path = Path(name)
+    if path.exists() or hub_id is None or path.parent.is_dir():  # in a folder that is here a name is never asked for
+        return path
     where = f"{name} is no folder here"
     try:
         from huggingface_hub import errors, snapshot_download

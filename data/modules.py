@@ -6,7 +6,7 @@ and deleting files: wherever they are interrupted, each module has exactly one n
 
 from data import BadInput, atomic
 from data.corpus import domain_name
-from data.run import Run, texts_of
+from data.run import Run, held, paths_of
 from data.tables import parameters_of, table
 
 
@@ -24,31 +24,30 @@ def list_modules(args):
 
 def remove_module(args):
     """Delete the module `args.module`."""
-    run = Run(args.run, "cpu")
-    run.module(args.module)  # BadInput if the run has none of this name
-    if len(run.names) == 1:
-        raise BadInput(f"{args.module} is the only module of {run.folder}; delete the folder instead.")
-    run.router.remove(args.module)
-    finish(run, args.module)
+    with held(args.run, "cpu") as run:
+        run.module(args.module)  # BadInput if the run has none of this name
+        if len(run.names) == 1:
+            raise BadInput(f"{args.module} is the only module of {run.folder}; delete the folder instead.")
+        run.router.remove(args.module)
+        finish(run, args.module)
 
 
 def rename_module(args):
     """Give the module `args.module` the name `args.name`."""
-    run = Run(args.run, "cpu")
     old = args.module
     new = args.name
-    router = run.router
-    run.module(old)
-    path = run.module_path(new)
-    # domain_name refuses what can be no file name; "../x" is one, but of another folder.
-    if domain_name(path) != new or new in router.domains:
-        raise BadInput(f"{run.folder} cannot have another module {new!r}; give a new name.")
-    # The text is still called as the domain was: from now on only the router knows where to find it.
-    router.paths[new] = router.paths.pop(old, None) or str(texts_of(run)[old].resolve())
-    router.domains[router.domains.index(old)] = new
-    with atomic(path) as partial:
-        partial.write_bytes(run.module_path(old).read_bytes())
-    finish(run, old)
+    with held(args.run, "cpu") as run:
+        run.module(old)
+        path = run.module_path(new)
+        # domain_name refuses what can be no file name; "../x" is one, but of another folder.
+        if domain_name(path) != new or new in run.router.domains:
+            raise BadInput(f"{run.folder} cannot have another module {new!r}; give a new name.")
+        # The text is still called as the domain was: from now on only the router knows where to find it.
+        text = run.router.paths.get(old) or paths_of(run)[old].resolve()
+        run.router.rename(old, new, str(text))
+        with atomic(path) as partial:
+            partial.write_bytes(run.module_path(old).read_bytes())
+        finish(run, old)
 
 
 def finish(run, old):

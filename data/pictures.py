@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from data import BadInput, atomic
+from data.progress import read_log
 from data.tables import spread
 
 STYLES = ("ko-", "ks--", "kD:", "k^-.", "kv-", "kx--")  # black; each curve has its own marker and line style
@@ -151,7 +152,6 @@ def plot(folder):
 
 def read(path):
     """What a .json holds, or a list of what the lines of a .jsonl hold."""
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".json":
-        return json.loads(text)
-    return [json.loads(line) for line in text.splitlines()]
+    if path.suffix == ".jsonl":
+        return read_log(path)
+    return json.loads(path.read_text(encoding="utf-8"))

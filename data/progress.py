@@ -1,4 +1,4 @@
-"""The progress of a training: its curves on disk, and Ctrl-C between two steps."""
+"""The progress of a training: its curves on disk, and Ctrl-C or SIGTERM between two steps."""
 
 import contextlib
 import json
@@ -9,15 +9,29 @@ from data import BadInput, atomic
 
 
 @contextlib.contextmanager
-def ctrl_c():
-    """Yield a list that Ctrl-C makes true: the loop then ends after its step, never in the middle of one."""
+def stop_signals():
+    """Yield a list of the signals that came, Ctrl-C or SIGTERM: the loop ends after its step, never in the middle."""
     # A signal handler may run between any two lines: it only leaves a mark, and the loop looks for it.
-    pressed = []
-    before = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
+    came = []
+    before = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before[number] = signal.signal(number, lambda number, _: came.append(number))
     try:
-        yield pressed
+        yield came
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def read_log(path):
+    """The entries of a log.jsonl. A crash may leave lines that are cut, blank or NUL: these are left out."""
+    entries = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError):
+            entry = json.loads(line)
+            if isinstance(entry, dict) and isinstance(entry.get("step"), int):
+                entries.append(entry)
+    return entries
 
 
 class Log:
@@ -25,9 +39,11 @@ class Log:
 
     def __init__(self, out, start):
         self.path = out / "log.jsonl"
-        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
-        with atomic(self.path) as partial:  # what was written after the checkpoint comes again
-            partial.write_text("".join(line for line in lines if json.loads(line)["step"] < start))
+        entries = read_log(self.path) if self.path.exists() else []
+        with atomic(self.path) as partial, open(partial, "w") as file:
+            for entry in entries:
+                if entry["step"] < start:  # what was written after the checkpoint comes again
+                    file.write(json.dumps(entry) + "\n")
         # TensorBoard draws over old points only if it is told where the new ones begin.
         self.board = None
         with contextlib.suppress(ImportError):

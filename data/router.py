@@ -24,6 +24,7 @@ class Router:
 
     weight     [domains, 2 HALF]: log-probability of each n-gram bucket
     threshold  [domains]: the lowest score that is trusted
+    keys       {domain: key of the text (`Split.key`) that it was trained on}
     paths      {domain: its text}, of domains that came later, or under another name than their text has
 
     The score of a text is its mean log-probability per n-gram under a domain. It is a likelihood, so that text unlike
@@ -34,17 +35,10 @@ class Router:
 
     def __init__(self):
         self.domains = []
+        self.keys = {}
         self.paths = {}
         self.weight = np.zeros((0, 2 * HALF), np.float32)
         self.threshold = np.zeros(0)
-
-    @classmethod
-    def fit(cls, train):
-        """The router of {domain: ids}."""
-        router = cls()
-        for name, ids in train.items():
-            router.add(name, ids)
-        return router
 
     @staticmethod
     def buckets(ids):
@@ -53,7 +47,7 @@ class Router:
         pairs = ids[:, :-1] * 1_000_003 + ids[:, 1:]  # a prime above every vocabulary: each pair is its own number
         return np.concatenate([hashed(ids), HALF + hashed(pairs)], axis=1)
 
-    def add(self, name, ids, keep=0.98):
+    def add(self, name, ids, key, keep=0.98):
         """One more domain; the others stay as they are. Counts come from the first 90% of its `ids`, and the threshold
         keeps the share `keep` of windows of the rest."""
         cut = len(ids) * 9 // 10
@@ -61,14 +55,23 @@ class Router:
         counts = counts + 0.1  # smoothed: what was never seen is rare, not impossible
         log_p = np.log(counts / counts.sum()).astype(np.float32)
         self.domains.append(name)
+        self.keys[name] = key
         self.weight = np.vstack([self.weight, log_p])
         own = self.scores(windows(ids[cut:], self.WINDOW))[:, -1]
         self.threshold = np.append(self.threshold, np.quantile(own, 1 - keep))
+
+    def rename(self, old, new, path):
+        """Another name for a domain, whose text stays at `path`."""
+        self.domains[self.domains.index(old)] = new
+        self.keys[new] = self.keys.pop(old)
+        self.paths.pop(old, None)
+        self.paths[new] = path
 
     def remove(self, name):
         """Forget a domain; the others stay as they are."""
         at = self.domains.index(name)
         self.domains.remove(name)
+        del self.keys[name]
         self.paths.pop(name, None)
         self.weight = np.delete(self.weight, at, axis=0)
         self.threshold = np.delete(self.threshold, at)
@@ -93,7 +96,7 @@ class Router:
         return self.domains[total.argmax()], float(1 / np.exp(total - total.max()).sum())
 
     def save(self, path):
-        domains = [[name, self.paths.get(name)] for name in self.domains]
+        domains = [[name, self.keys[name], self.paths.get(name)] for name in self.domains]
         with atomic(path) as partial:
             tensors = {"weight": self.weight, "threshold": self.threshold}
             save_file(tensors, partial, {"domains": json.dumps(domains)})
@@ -106,10 +109,11 @@ class Router:
         try:
             router.weight = tensors["weight"]
             router.threshold = tensors["threshold"]
-            for name, text in json.loads(metadata["domains"]):
+            for name, key, path in json.loads(metadata["domains"]):
                 router.domains.append(name)
-                if text:
-                    router.paths[name] = text
+                router.keys[name] = key
+                if path:
+                    router.paths[name] = path
         except (LookupError, ValueError):
             raise BadInput(f"{path} is not a router of this version; train the run again.") from None
         return router

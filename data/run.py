@@ -5,8 +5,10 @@ Opening a run always takes the same way: settings -> the model's folder -> confi
 `open_finished`.
 """
 
+import contextlib
 import math
-from dataclasses import asdict, dataclass
+import os
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -14,9 +16,9 @@ import numpy as np
 import torch
 
 import koff
-from data import BadInput
+from data import BadInput, discard, only_process, read_tensors
 from data.chat_template import ChatTemplate
-from data.checkpoint import load, load_gates, load_module, read_config
+from data.checkpoint import BESIDE, SINGLE, digest, load, load_gates, load_module, read_config
 from data.corpus import Split, find_domains, load_text
 from data.hub import model_folder
 from data.router import Router
@@ -75,21 +77,27 @@ def fitting_gates(s, config):
 
 @dataclass
 class Text:
-    """What a run trains on. train {domain: ids}; general: ids for retention, or None; splits: all that was read."""
+    """What a run trains on. train {domain: ids}; general: ids for retention, or None; splits {domain: what was read};
+    inputs {what: its hash}: a run goes on only with the same."""
 
     train: dict[str, np.ndarray]
-    general: np.ndarray | None
-    splits: list[Split]
+    general: np.ndarray | None = None
+    splits: dict[str, Split] = field(default_factory=dict)
+    inputs: dict[str, str] = field(default_factory=dict)
 
 
 class TextReader:
-    """How a run reads text: with its model's tokenizer and chat template, into one cache beside the run folders."""
+    """How the run in the folder `out` reads text: with the tokenizer and chat template of its model's `folder`.
 
-    def __init__(self, folder, config, cache):
+    The ids are kept beside the run folders, which share them; or in the run's own, where nobody may write beside it.
+    """
+
+    def __init__(self, folder, config, out):
         self.tokenizer = Tokenizer.from_folder(folder)
         self.template = ChatTemplate.from_folder(folder)  # conversations become text as this model has them
         self.separator = config.eos_token_ids[0] if config.eos_token_ids else None  # ends each document
-        self.cache = cache
+        alone = out.is_dir() and not os.access(out.parent, os.W_OK)  # a mounted volume, say
+        self.cache = (out if alone else out.parent) / ".tokens"
         if max(self.tokenizer.vocab_size - 1, *config.eos_token_ids, 0) >= config.vocab_size:
             rows = config.vocab_size
             raise BadInput(f"{folder}: tokenizer.json has ids beyond the model's {rows} rows; pair them.")
@@ -118,33 +126,66 @@ def read_training_text(s, reader, config, paths=None):
     training = max(one_batch, 10 * Router.WINDOW)
     heldout = max(s.eval_len, Router.WINDOW)
 
-    text = Text({}, None, [])
+    text = Text({})
     for name, path in paths.items():
         split = reader.read(path, math.ceil(training / s.text), heldout)
-        text.splits.append(split)
+        text.splits[name] = split
         text.train[name] = split.train[: int(len(split.train) * s.text)]
     if s.retention == "domains":
         text.general = np.concatenate(list(text.train.values()))
     elif s.retention:
         split = reader.read(s.retention, training, 0)
-        text.splits.append(split)
+        text.splits["retention"] = split
         text.general = split.train
+    for name, split in text.splits.items():
+        text.inputs[f"text of {name}"] = split.key
     return text
+
+
+def check_same(folder, before, now):
+    """BadInput, by name, unless {what: its hash} is now as it was when the run in the folder began."""
+    for name in {**before, **now}:
+        if before.get(name) != now.get(name):
+            raise BadInput(f"{folder} began with another {name}; bring that back, or train anew (--fresh).")
 
 
 def finished(s, out, fresh=False):
     """Is the run `s` in `out` complete? BadInput if the folder holds something else."""
     ours = out / "settings.json"
-    if out.exists() and not ours.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise BadInput(f"{out} holds something that is not a run; name another folder with --out.")
-    if fresh or not ours.exists():
+    if not ours.exists():
+        # Names with a dot are not looked at: a lock, a cache.
+        if out.exists() and (not out.is_dir() or any(out.glob("[!.]*"))):
+            raise BadInput(f"{out} holds something that is not a run; name another folder with --out.")
+        return False
+    old = Settings.from_file(ours)
+    if fresh:
         return False
     # The same command finds its own run again; any other would mix two runs in one folder.
-    old = asdict(Settings.from_file(ours))
-    for name, value in asdict(s).items():
-        if old[name] != value:
+    for name, value in s.stored().items():
+        if old.stored()[name] != value:
             raise BadInput(f"{out} holds another run ({flag(name)} differs); name another --out, or say --fresh.")
     return (out / "results.json").exists()
+
+
+# All that train.py, report, lape, probes and plot write about a run; a benchmark and an export know their run.
+WRITTEN = [
+    "checkpoint.pt", "log.jsonl", "gates.safetensors", "router.safetensors", "results.json", "report.md",
+    "lape.safetensors", "lape.json", "lape.md", "probes.json", "probes.md",
+    "layers.png", "swap.png", "curves.png", "lape.png",
+    "later/*/settings.json", "later/*/checkpoint.pt", "later/*/log.jsonl",
+    "backbone/config.json", *[f"backbone/{name}" for name in (SINGLE, *BESIDE)],
+]  # fmt: skip
+
+
+def erase(out):
+    """Remove an old run from its folder, but not its settings. What else the folder holds stays."""
+    for pattern in WRITTEN:
+        for path in out.glob(pattern):
+            discard(path)
+    for path in out.glob("modules/*.safetensors"):
+        with contextlib.suppress(BadInput):
+            if "koff_backbone" in read_tensors(path)[1]:  # a module of ours
+                discard(path)
 
 
 # After it ------------------------------------------------------------------------------------------------------------
@@ -170,6 +211,10 @@ class Run:
         self.loaded = {}  # modules, once they were asked for
 
     @cached_property
+    def config(self):
+        return read_config(self.folder / "backbone")
+
+    @cached_property
     def backbone(self):
         return load(self.folder / "backbone", self.dtype, self.device)
 
@@ -181,8 +226,7 @@ class Run:
         if name not in self.names:
             raise BadInput(f"{self.folder} has no module {name!r}; it has {', '.join(self.names) or 'none'}.")
         if name not in self.loaded:
-            config = read_config(self.folder / "backbone")
-            self.loaded[name] = load_module(self.module_path(name), config, self.dtype, self.device)
+            self.loaded[name] = load_module(self.module_path(name), self.config, self.dtype, self.device)
         return self.loaded[name]
 
     @property
@@ -198,19 +242,36 @@ class Run:
         return gates, load_gates(self.folder / "gates.safetensors", gates)
 
 
+@contextlib.contextmanager
+def held(folder, device="auto"):
+    """Yield the `Run` in a folder, which no other process changes meanwhile; BadInput if one is about to."""
+    Run(folder, device)  # a lock is no thing to leave in a folder that has no run
+    with only_process(Path(folder)):
+        yield Run(folder, device)  # what may have changed until now is read again
+
+
 def open_finished(folder, device="auto"):
-    """What an evaluation looks at: the run, its unpruned model, its text {domain: Split}."""
+    """What an evaluation looks at: the run, its unpruned model, its text {domain: Split}. BadInput where the model or a
+    text is another than in training: what was held out could have been trained on."""
     run = Run(folder, device)
-    base = load(model_folder(run.settings.model), run.dtype, run.device)
-    reader = TextReader(run.folder / "backbone", base.config, run.folder.parent / ".tokens")
-    heldout = max(run.settings.eval_len, Router.WINDOW)
-    text = {}
-    for name, path in texts_of(run).items():
-        text[name] = reader.read(path, 0, heldout)
-    return run, base, text
+    pretrained = model_folder(run.settings.model)
+    check_same(run.folder, {"model": run.config.raw.get("koff_model")}, {"model": digest(pretrained)})
+    text = texts_of(run)
+    return run, load(pretrained, run.dtype, run.device), text
 
 
 def texts_of(run):
+    """{domain: `Split`}: the text of each domain, where the run was trained on it or where a later one was found."""
+    reader = TextReader(run.folder / "backbone", run.config, run.folder)
+    heldout = max(run.settings.eval_len, Router.WINDOW)
+    text = {}
+    for name, path in paths_of(run).items():
+        text[name] = reader.read(path, 0, heldout)
+        check_same(run.folder, {f"text of {name}": run.router.keys[name]}, {f"text of {name}": text[name].key})
+    return text
+
+
+def paths_of(run):
     """{domain: path of its text}: in the folder that the run was trained on, or where a later domain was found."""
     # The router's own paths win: of domains that came later, or were renamed.
     there = find_domains(run.settings.data) | run.router.paths

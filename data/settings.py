@@ -1,13 +1,15 @@
 """What a run can be told: every setting with its default (`Settings`), and presets, which are named settings."""
 
 import json
-from dataclasses import dataclass, field, fields
+import math
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from data import BadInput
 from koff import GATED, OBJECTIVES, SCORES, TAILS
 
 ROOT = Path(__file__).resolve().parent.parent
+PATHS = ("model", "data", "retention")  # settings that can name a file or a folder
 CONSTRAINTS = ("progressive", "hinge", "lagrangian")
 
 
@@ -77,7 +79,7 @@ class Settings:
     gate_rate: float = option(5e-2, "AdamW rate of log alpha (measured; paper: 1e-2)", low=0)
     kv_rate: float = option(3e-3, "AdamW rate of the KV memory (measured; paper: 1e-2)", low=0)
     decay: float = option(0.5, "last share of the steps, in which LoRA's and KV's rates fall to 0", low=0, high=1)
-    seed: int = option(0, "seed of data order, gate noise and first LoRA", low=0)
+    seed: int = option(0, "seed of data order, gate noise and first LoRA", low=0, high=2**63 - 1)
 
     # The machine
     device: str = option("auto", "cpu or cuda; auto: cuda where there is one")
@@ -94,17 +96,40 @@ class Settings:
     def __post_init__(self):
         for f in fields(self):
             check_value(f, getattr(self, f.name))
-        # Each value may be fine by itself and the run impossible: say which two contradict each other.
-        if self.memory and not (self.rank or self.kv_tokens):
-            raise BadInput("--rank 0 and --kv-tokens 0 contradict --memory: nothing is left of it; say --no-memory.")
-        if self.constraint != "hinge" and self.ramp + self.fix_mask > 1:  # the plain hinge has no ramp
-            raise BadInput("--ramp and --fix-mask contradict each other: the mask would be fixed during the ramp.")
-        if self.order == "prune-first" and not self.fix_mask:
-            raise BadInput("--order prune-first contradicts --fix-mask 0: no step is left for the modules to learn in.")
-        if not self.memory and self.order == "prune-first":
-            raise BadInput("--no-memory contradicts --order prune-first, which trains the memories afterwards.")
-        if self.kv_tokens > self.seq_len:
-            raise BadInput("--kv-tokens is larger than --seq-len; a memory longer than the text is no memory.")
+        # Each value may be fine by itself and the run impossible, or void: say which two contradict each other.
+        gates_learn = self.gate_steps
+        lora_learns = self.rank and self.lora_rate
+        kv_learns = self.kv_tokens and self.kv_rate
+        contradictions = {
+            "--rank 0 and --kv-tokens 0 contradict --memory: nothing is left of it; say --no-memory.":
+                self.memory and not (self.rank or self.kv_tokens),
+            "--rank and --alpha 0 contradict each other: LoRA would add nothing; say --rank 0.":
+                self.memory and self.rank and not self.alpha,
+            "--lora-rate 0 or --kv-rate 0 leaves nothing of the memories to learn; say --steps 0, or --no-memory.":
+                self.memory and self.steps and not (lora_learns or kv_learns),
+            "--ramp and --fix-mask contradict each other: the mask would be fixed during the ramp.":
+                self.constraint != "hinge" and self.ramp + self.fix_mask > 1,  # the plain hinge has no ramp
+            "--order prune-first contradicts --fix-mask: it leaves no step for the memories to learn in; raise it.":
+                self.order == "prune-first" and gates_learn == self.steps and (self.steps or not self.fix_mask),
+            "--no-memory contradicts --order prune-first, which trains the memories afterwards.":
+                not self.memory and self.order == "prune-first",
+            "--no-memory contradicts --memory-blocks: there are none to place.":
+                not self.memory and self.memory_blocks,
+            "--no-memory contradicts --gate-rate 0: nothing would learn; say --steps 0.":
+                not self.memory and self.steps and not self.gate_rate,
+            f"--retention contradicts --retention-every: the gates learn for {gates_learn} steps only; lower it.":
+                self.retention and self.steps and self.retention_every > gates_learn,
+            "--kv-tokens is larger than --seq-len; a memory longer than the text is no memory.":
+                self.kv_tokens > self.seq_len,
+        }  # fmt: skip
+        for sentence, contradicts in contradictions.items():
+            if contradicts:
+                raise BadInput(sentence)
+
+    @property
+    def gate_steps(self):
+        """How many of the steps come before the mask is fixed."""
+        return math.ceil(self.steps * (1 - self.fix_mask))
 
     def first_blocks(self, layers):
         """(first gated block, first with a memory, split): blocks below `split` are the teacher's, unchanged."""
@@ -123,11 +148,32 @@ class Settings:
     def from_file(cls, path):
         """The settings that a run was saved with."""
         try:
-            return cls(**json.loads(path.read_text(encoding="utf-8")))
+            values = json.loads(path.read_text(encoding="utf-8"))
+            for name in PATHS:
+                if values[name] and (ROOT / values[name]).exists():  # see `stored`; an absolute path stays as it is
+                    values[name] = str(ROOT / values[name])
+            return cls(**values)
         except FileNotFoundError:
             raise BadInput(f"{path} does not exist; name the folder of a run that train.py made.") from None
-        except (OSError, ValueError, TypeError) as error:
-            raise BadInput(f"{path} is not the settings of this version ({error}); train the run again.") from None
+        except (OSError, ValueError, TypeError, LookupError, BadInput, RecursionError) as error:
+            raise BadInput(f"{path} is not the settings of this version ({error}); train in another folder.") from None
+
+    def stored(self):
+        """{setting: value} as a run saves it. Paths within this project are relative to it, so that it can be moved."""
+        values = asdict(self)
+        for name in PATHS:
+            if Path(values[name]).is_relative_to(ROOT):
+                values[name] = str(Path(values[name]).relative_to(ROOT))
+        return values
+
+
+def absolute(given):
+    """Settings as they were given, {name: value}, but with absolute paths: a run may be looked at from elsewhere."""
+    found = {}
+    for name in PATHS:
+        if given.get(name) and Path(given[name]).exists():  # else it is no path: an id on the Hub, a word
+            found[name] = str(Path(given[name]).resolve())
+    return {**given, **found}
 
 
 # In --help each group of settings begins with the field that is named here.
@@ -149,6 +195,9 @@ def check_value(f, value):
     """
     low = f.metadata["low"]
     high = f.metadata["high"]
+    kind = type(f.default)
+    if type(value) is not kind and (kind, type(value)) != (float, int):
+        raise BadInput(f"{flag(f.name)} is {value!r}; give a {kind.__name__}.")
     choices = f.metadata["choices"]
     if low is not None and not value >= low:  # not (value < low): NaN is refused too
         given = f"at least {low}" if high is None else f"{low} to {high}"

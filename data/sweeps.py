@@ -111,7 +111,7 @@ def sweep(name, given, out, fresh, train):
     """Train every run of a sweep that is not finished, with its table in sweep.md and sweep.json after each row.
 
     `train(settings, folder, fresh)` trains one. All see the same batches in the same order, but for --focus, which
-    looks at the losses. False after Ctrl-C.
+    looks at the losses.
     """
     if (out / "settings.json").exists():
         raise BadInput(f"{out} is a run, not a sweep; name another folder with --out.")
@@ -127,12 +127,10 @@ def sweep(name, given, out, fresh, train):
             if finished(s, folder, fresh):
                 continue
             print(f"\n{label}, seed {s.seed}")
-            if not train(s, folder, fresh):
-                return False
+            train(s, folder, fresh)
         done[label] = list(members)
         save_table(out, name, done)
     print(f"\n{(out / 'sweep.md').read_text()}")
-    return True
 
 
 def save_table(out, name, runs):

@@ -11,6 +11,7 @@ import numpy as np
 
 from data import BadInput, atomic
 from data.checkpoint import tensors_of
+from data.progress import read_log
 
 
 def spread(values):
@@ -81,8 +82,7 @@ def settled(log, results):
     settings = results["settings"]
     count = settings["count"]  # "physical" or "paper": the sparsity that the run aimed at
     learnt = settings["steps"] * (1 - settings["fix_mask"])
-    for line in log.read_text().splitlines():
-        entry = json.loads(line)
+    for entry in read_log(log):
         if entry["step"] < learnt and entry[count] >= 0.95 * results["sparsity"][count]:
             return entry["step"]
     return None

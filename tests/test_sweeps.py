@@ -11,7 +11,7 @@ from data import run, settings, sweeps, tables
 from data.checkpoint import read_config
 from data.settings import Settings
 from data.sweeps import SWEEPS
-from test_train import flags, open_run, outputs, trainer_of, world  # noqa: F401 (a fixture)
+from test_train import Killed, flags, open_run, outputs, trainer_of, world  # noqa: F401 (a fixture)
 from train import Trainer
 
 SMALL = sweeps.Sweep(
@@ -85,7 +85,7 @@ def test_part_of_the_domains_and_of_their_text(world, capsys):  # noqa: F811
     _, text = trainer_of(world)
     trainer, part = trainer_of(world, domains="german", text=0.5)
     assert trainer.domains == ["german"] and len(part["german"]) == len(text["german"]) // 2
-    opened = open_run(flags(world, retention="domains"))
+    opened = open_run(flags(world, retention="domains", retention_every=2))
     assert len(opened.text.general) == sum(map(len, text.values()))
     assert train.main(flags(world, domains="german", out=world / "runs/german")) == 0
     assert train.main(flags(world, domains="klingon", out=world / "runs/klingon")) == 2
@@ -134,12 +134,12 @@ def test_the_curve_of_a_run_has_one_line_every_ten_steps_also_after_a_kill(world
 
     def killed(self, tokens, domain, index, *rest, **kwargs):
         if index == 25:
-            raise MemoryError
+            raise Killed
         return step(self, tokens, domain, index, *rest, **kwargs)
 
     monkeypatch.setattr(Trainer, "step", killed)
     argv = flags(world, steps=40, save_every=15)
-    with pytest.raises(MemoryError):
+    with pytest.raises(Killed):
         train.main(argv)
     monkeypatch.setattr(Trainer, "step", step)
     assert train.main(argv) == 0

@@ -175,6 +175,10 @@ def test_without_memory_and_without_training(world, capsys):
     assert all((t == 0).all() for n, t in module.items() if n.endswith("lora_B"))
 
 
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing catches it."""
+
+
 def outputs(folder):
     return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*.safetensors")}
 
@@ -187,11 +191,11 @@ def test_resume_after_a_kill_is_the_uninterrupted_run_bit_for_bit(world, monkeyp
 
     def killed(self, tokens, domain, index, *rest, **kwargs):
         if index == 5:
-            raise MemoryError  # no chance to save: the checkpoint of step 3 is what is left
+            raise Killed  # no chance to save: the checkpoint of step 3 is what is left
         return step(self, tokens, domain, index, *rest, **kwargs)
 
     monkeypatch.setattr(Trainer, "step", killed)
-    with pytest.raises(MemoryError):
+    with pytest.raises(Killed):
         train.main(flags(world, out=world / "runs/two", **more))
     assert torch.load(world / "runs/two/checkpoint.pt", weights_only=True)["step"] == 3
     monkeypatch.setattr(Trainer, "step", step)
@@ -248,11 +252,11 @@ def test_text_is_read_with_what_comes_with_the_weights(world, monkeypatch):
     config = {name: value for name, value in CONFIG.items() if name != "eos_token_id"}
     (world / "base/config.json").write_text(json.dumps(config))
     (world / "base/generation_config.json").write_text(json.dumps({"eos_token_id": 7}))
-    whole = open_run(flags(world)).text.splits
+    whole = open_run(flags(world)).text.inputs
     (world / "alone").mkdir()
     shutil.copy(world / "base/config.json", world / "alone")
     monkeypatch.setattr(train, "model_folder", lambda name, weights=True: world / ("base" if weights else "alone"))
-    assert [split.cached for split in open_run(flags(world)).text.splits] == [split.cached for split in whole]
+    assert open_run(flags(world)).text.inputs == whole
 
 
 # Stand-ins for a GPU ------------------------------------------------------------------------------------------------
@@ -289,7 +293,7 @@ def test_no_tensor_is_made_on_another_device(on_meta):
         assert loss.is_meta
     cache = Cache(2)
     with torch.no_grad():
-        assert on_meta.gates.sparsity_gap(0.1, "physical").is_meta
+        assert on_meta.penalty(on_meta.gates.sparsity(), 0.1).is_meta
         assert model(tokens, module=memory, cache=cache).is_meta
         assert model(tokens[:, :1], module=memory, cache=cache).shape == (2, 1, 4096)
         assert on_meta.small(tokens).is_meta
@@ -420,7 +424,7 @@ BAD = {
     "not JSON": (bad_line, {}, "german.jsonl:1 is not a JSON object"),
     "no data": (no_data, {}, "is not a folder"),
     "no model": (nothing, dict(model="nowhere"), "nowhere/config.json does not exist"),
-    "no retention text": (nothing, dict(retention="nowhere.txt"), "nowhere.txt does not exist"),
+    "no retention text": (nothing, dict(retention="nowhere.txt", retention_every=2), "nowhere.txt does not exist"),
     "unreachable": (nothing, dict(sparsity=0.9), "cannot be reached"),
     "too many blocks": (nothing, dict(blocks=9), "has 3 blocks"),
     "a device that is none": (nothing, dict(device="gpu"), "is not there"),
@@ -468,7 +472,8 @@ def test_evaluation_of_what_is_no_finished_run(world, capsys):
         assert evaluation.main(["report", str(out)]) == 2
         assert message in capsys.readouterr().err
         out.mkdir(parents=True, exist_ok=True)
-        (out / "settings.json").write_text('{"wrong": 1}' if message == cases[0] else "{}")
+        values = {"wrong": 1} if message == cases[0] else Settings().stored()
+        (out / "settings.json").write_text(json.dumps(values))
     assert evaluation.main(["compare", str(out)]) == 2
     assert "results.json cannot be read" in capsys.readouterr().err
 
@@ -571,14 +576,20 @@ def test_the_operations_that_the_benchmark_counts_are_those_that_torch_counts(wo
 
 
 def test_a_round_visits_every_domain_once_and_the_worst_again(world):
+    """Also when its turn in a round comes last: a running mean that began at 0 would lag behind that of the other."""
     trainer, _ = trainer_of(world, focus=1)
-    trainer.recent[1] = 2.0
-    seen = [trainer.next_domain(i) for i in range(90)]
-    rounds = [[d for d, _ in seen[i : i + 3]] for i in range(0, 90, 3)]
-    assert all(sorted(r[:2]) == ["french", "german"] and r[2] == trainer.domains[1] for r in rounds)
+    seen = []
+    for i in range(92):
+        domain, turn = trainer.next_domain(i)
+        seen.append((domain, turn))
+        d = trainer.domains.index(domain)
+        trainer.recent[d].lerp_(torch.tensor([1.9, 2.0][d]), 0.2)  # as `Trainer.step` does: german is worse
+    assert sorted(d for d, _ in seen[:2]) == ["french", "german"]  # nobody comes twice before all have been measured
+    rounds = [[d for d, _ in seen[i : i + 3]] for i in range(2, 92, 3)]
+    assert all(sorted(r[:2]) == ["french", "german"] and r[2] == "german" for r in rounds)
     assert len({tuple(r) for r in rounds}) == 2  # the order changes
     for domain in trainer.domains:
-        assert [t for d, t in seen if d == domain] == list(range(60 if domain == trainer.domains[1] else 30))
+        assert [t for d, t in seen if d == domain] == list(range(61 if domain == "german" else 31))
 
 
 @pytest.mark.parametrize("more", [["--offload"], ["--compile"]])
