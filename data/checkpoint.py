@@ -24,6 +24,16 @@ BESIDE = (GENERATION, "tokenizer.json", "tokenizer_config.json", "chat_template.
 
 # config.json ---------------------------------------------------------------------------------------------------------
 
+# The kinds that transformers' classes demand of a field, where `parse_config` does not ask for one of its own.
+NULL = type(None)
+KINDS = {
+    (bool,): ("use_cache", "use_sliding_window"),
+    (float,): ("rms_norm_eps", "initializer_range"),
+    (int,): ("max_window_layers",),
+    (int, NULL): ("sliding_window", "bos_token_id", "pad_token_id", "pretraining_tp"),
+    (int, float, NULL): ("attention_dropout",),
+}
+
 
 def read_config(folder):
     """The `Config` of a Hugging Face folder."""
@@ -37,9 +47,9 @@ def read_config(folder):
             every = dict.fromkeys(config.eos_token_ids + turns)  # each once, in this order
             config = replace(config, eos_token_ids=tuple(every))
         return config
-    except (FileNotFoundError, NotADirectoryError):
-        raise BadInput(f"{path} does not exist; give the folder of a Hugging Face checkpoint.") from None
-    except (ValueError, TypeError, AttributeError) as error:
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read ({error.strerror}); give the folder of a checkpoint.") from None
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise BadInput(f"{path} is not a valid {path.name} ({error}); download it again.") from None
 
 
@@ -50,34 +60,38 @@ def parse_config(raw, where="config.json"):
         raise BadInput(f"{where}: model_type {kind!r} is not implemented; use llama, qwen2 or qwen3.")
     # transformers 5 writes rope_parameters; before, rope_scaling held the scaling and rope_theta stood by itself. Where
     # both are there (some cards advise to add the latter) transformers takes the older one, and so do we.
-    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    scaling = rope_scaling(rope, where)
-    refuse_unsupported(raw, rope, where)
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters")
+    if rope is None:
+        rope = {}
+    check_kinds(raw, where)
 
     # What a config leaves out is what transformers' own class for it says; what is there has to be of the right kind.
     sizes = {}
     for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
         sizes[key] = value_of(raw, key, int, None, where)
     heads = sizes["num_attention_heads"]
-    groups = value_of(raw, "num_key_value_heads", int, heads, where, nullable=True)
+    usual_groups = 32 if kind != "llama" and "num_key_value_heads" not in raw else heads
+    groups = value_of(raw, "num_key_value_heads", int, usual_groups, where, nullable=True)
     usual_head = 128 if kind == "qwen3" else sizes["hidden_size"] // heads
-    head_dim = value_of(raw, "head_dim", int, usual_head, where, nullable=True)
-    if heads % groups or head_dim % 2:
-        raise BadInput(f"{where}: {heads} heads of {head_dim} in {groups} groups do not fit; mend config.json.")
+    head_dim = value_of(raw, "head_dim", int, usual_head, where, nullable=kind == "llama")
+    blocks = sizes["num_hidden_layers"]
+    ragged = kind == "llama" and sizes["hidden_size"] % heads  # transformers minds it even where head_dim is given
+    if ragged or heads % groups or head_dim % 2 or blocks > 1000:  # a mistyped number would take hours to build
+        raise BadInput(f"{where}: {blocks} blocks, {heads} heads of {head_dim}, {groups} groups do not fit; mend it.")
+    refuse_unsupported(raw, rope, where)
 
-    bias = value_of(raw, "attention_bias", bool, False, where)
-    if kind == "qwen2":
-        bias = True  # always, on q, k and v, without a key for it
-    context = 2048 if kind == "llama" else 32768
+    # Qwen2 has biases on q, k and v, always, without a key for it.
+    bias = kind == "qwen2" or value_of(raw, "attention_bias", bool, False, where)
+    context = value_of(raw, "max_position_embeddings", int, 2048 if kind == "llama" else 32768, where)
     return Config(
         model_type=kind,
         **sizes,
         num_key_value_heads=groups,
         head_dim=head_dim,
         rms_norm_eps=value_of(raw, "rms_norm_eps", float, 1e-6, where),
-        rope_theta=value_of({**raw, **rope}, "rope_theta", float, 10_000.0, where, nullable=True),
-        rope_scaling=scaling,
-        max_position_embeddings=value_of(raw, "max_position_embeddings", int, context, where),
+        rope_theta=value_of({**raw, **rope}, "rope_theta", float, 10_000.0, where),
+        rope_scaling=rope_scaling(raw, rope, context, where),
+        max_position_embeddings=context,
         tie_word_embeddings=value_of(raw, "tie_word_embeddings", bool, False, where),
         qkv_bias=bias,
         o_bias=bias and kind != "qwen2",
@@ -89,6 +103,14 @@ def parse_config(raw, where="config.json"):
     )
 
 
+def check_kinds(raw, where):
+    """BadInput for a field that is there and of none of its `KINDS`."""
+    for kinds, keys in KINDS.items():
+        for key in keys:
+            if key in raw and type(raw[key]) not in kinds:
+                raise BadInput(f"{where}: {key} is {raw[key]!r}; take the checkpoint's own config.json.")
+
+
 def value_of(raw, key, kind, default, where, nullable=False):
     """raw[key], or the default where it is missing, or null where it may be. BadInput unless it is of its kind: a bool,
     or a number above 0."""
@@ -97,10 +119,7 @@ def value_of(raw, key, kind, default, where, nullable=False):
         value = default
     if kind is float and type(value) is int:
         value = float(value)
-    right = type(value) is kind
-    if right and kind is not bool:
-        right = 0 < value < math.inf
-    if not right:
+    if type(value) is not kind or (kind is not bool and not 0 < value < math.inf):
         should = "true or false" if kind is bool else f"a number above 0 ({kind.__name__})"
         raise BadInput(f"{where}: {key} is {value!r}, not {should}; take the checkpoint's own config.json.")
     return value
@@ -113,44 +132,51 @@ def eos_ids(raw):
         return ()
     ids = tuple(eos) if isinstance(eos, list) else (eos,)
     for number in ids:
-        if type(number) is not int or number < 0:
+        if type(number) is not int or not -1 <= number < 1e9:  # some configs say -1 for none
             raise ValueError(f"eos_token_id {number!r} is no id")
     return ids
 
 
-def rope_scaling(rope, where):
+def rope_scaling(raw, rope, context, where):
     """The llama3 scaling in a config's RoPE parameters, None where there is none. BadInput for any other kind."""
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default" or (kind == "linear" and rope.get("factor") == 1):
         return None
     if kind != "llama3":
         raise BadInput(f"{where}: RoPE scaling {kind!r} is not implemented; choose a model without it.")
-    needed = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    for key in needed:
-        if type(rope.get(key)) not in (int, float) or not 0 < rope[key] < math.inf:
-            raise BadInput(f"{where}: llama3 RoPE scaling needs the numbers {', '.join(needed)}; mend config.json.")
-    return dict(rope)
+    # The pretrained length is looked for as transformers does: beside the scaling, in it, and then the context is it.
+    original = "original_max_position_embeddings"
+    found = {original: context, **rope}
+    if original in raw:
+        found[original] = raw[original]
+    scaling = {}
+    for key in ("factor", "low_freq_factor", "high_freq_factor", original):
+        scaling[key] = value_of(found, key, float, None, f"{where}, llama3 RoPE scaling")
+    if scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+        raise BadInput(f"{where}: low_freq_factor is not below high_freq_factor; mend config.json.")
+    return scaling
 
 
 def refuse_unsupported(raw, rope, where):
     """BadInput for what would change the numbers and is not implemented."""
     unsupported = None
-    for settings in (raw, rope):
-        if settings.get("partial_rotary_factor") not in (None, 1):
-            unsupported = "partial rotary embedding"
-    qwen = raw["model_type"] in ("qwen2", "qwen3")
+    if raw.get("partial_rotary_factor") not in (None, 1) or rope.get("partial_rotary_factor", 1) != 1:
+        unsupported = "partial rotary embedding"
+    if "full_attention" in rope:
+        unsupported = "RoPE by layer type"
+    blocks = raw["num_hidden_layers"]
+    types = raw.get("layer_types")
+    if types not in (None, ["full_attention"] * blocks):
+        unsupported = "layer_types other than full_attention for each block"
     # Qwen's window begins above block max_window_layers: in a model that has no such block it means nothing.
-    no_such_block = qwen and (raw.get("max_window_layers") or 28) >= (raw.get("num_hidden_layers") or 0)
-    if raw.get("use_sliding_window") and not no_such_block:
-        unsupported = "sliding-window attention"
-    if "sliding_attention" in (raw.get("layer_types") or ()):
-        unsupported = "sliding-window attention"
-    if raw.get("sliding_window") and not qwen:  # Qwen lists it even where it is off
+    window = types is None and raw.get("max_window_layers", 28) < blocks and raw.get("sliding_window", 0) is not None
+    if raw["model_type"] != "llama" and raw.get("use_sliding_window") and window:
         unsupported = "sliding-window attention"
     if raw.get("hidden_act", "silu") not in ("silu", "swish"):  # two names of one function
         unsupported = f"activation {raw['hidden_act']!r}"
-    if raw.get("quantization_config") is not None:
-        unsupported = "a quantised checkpoint"
+    for key in ("quantization_config", "per_layer_config", "configuration_files"):
+        if raw.get(key) is not None:
+            unsupported = key
     if unsupported:
         raise BadInput(f"{where}: {unsupported} is not implemented; choose a model without it.")
 
@@ -202,8 +228,11 @@ def load(folder, dtype=torch.float32, device="cpu"):
     Every tensor name and shape has to be accounted for. Raises BadInput otherwise.
     """
     config = read_config(folder)
-    with torch.device("meta"):  # shapes without numbers: the file brings these
-        model = Model(config)
+    try:
+        with torch.device("meta"):  # shapes without numbers: the file brings these
+            model = Model(config)
+    except Exception:  # of another kind for each kind of wrong number
+        raise BadInput(f"{folder}: no model has the sizes of its config.json; take the checkpoint's own.") from None
     expected = model.state_dict()
     state = {}
     # Shard by shard, tensor by tensor: never two copies of the model in memory.

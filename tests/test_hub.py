@@ -64,7 +64,7 @@ def test_a_folder_comes_first_and_a_path_is_no_id(asked, tmp_path, monkeypatch):
     assert model_folder("my/model") == model_folder(Path("my/model")) == Path("my/model")
     for path in "/nowhere/at/all", "../model", "./model", "model", "a/b/c", "données/modèle", "a/b@", "@a/b":
         assert model_folder(path) == Path(path)
-        with pytest.raises(BadInput, match=r"config\.json does not exist"):
+        with pytest.raises(BadInput, match=r"config\.json cannot be read"):
             load(model_folder(path))
     assert asked == []
 
