@@ -229,10 +229,6 @@ def test_damaged_checkpoints(tmp_path):
     path.unlink()
     with pytest.raises(BadInput, match="does not exist"):
         load(tmp_path)
-    index = tmp_path / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": {"model.norm.weight": "../secret.safetensors"}}))
-    with pytest.raises(BadInput, match="not a plain"):
-        load(tmp_path)
 
 
 def test_the_end_of_a_turn_may_stand_in_the_generation_config(tmp_path):
@@ -277,6 +273,74 @@ def test_weights_that_are_no_numbers_are_refused(tmp_path, value):
     save_file(state, tmp_path / "model.safetensors")
     with pytest.raises(BadInput, match=r"model\.norm\.weight has numbers that are NaN or infinite"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+def test_weights_of_any_floating_point_kind_are_read(tmp_path, dtype):
+    make(tmp_path, "llama")
+    state = load_file(tmp_path / "model.safetensors")
+    norm = state["model.norm.weight"].to(dtype)
+    save_file({**state, "model.norm.weight": norm}, tmp_path / "model.safetensors")
+    assert torch.equal(load(tmp_path).norm.weight, norm.float())
+
+
+def test_a_weight_beyond_float32_is_refused(tmp_path):
+    make(tmp_path, "llama")
+    state = load_file(tmp_path / "model.safetensors")
+    save_file(
+        {**state, "model.norm.weight": torch.full((48,), 1e300, dtype=torch.float64)}, tmp_path / "model.safetensors"
+    )
+    with pytest.raises(BadInput, match="NaN or infinite"):
+        load(tmp_path)
+
+
+def test_a_tensor_that_two_shards_hold_is_refused(tmp_path):
+    make(tmp_path, "llama", sharded=True)
+    first, second = sorted(tmp_path.glob("model-*.safetensors"))[:2]
+    name, tensor = max(load_file(first).items())
+    save_file({**load_file(second), name: tensor + 1}, second)
+    with pytest.raises(BadInput, match=f"holds {name}, which was there before"):
+        load(tmp_path)
+
+
+INDEXES = ["", "[]", "null", 100_000 * "[", '{"weight_map": [1]}', '{"weight_map": {"x": 3}}']
+UNTRUSTED = ["../secret.safetensors", "..", "", "/tmp/x.safetensors", "a\\b.safetensors", "\ud800.safetensors", "x.bin"]
+
+
+@pytest.mark.parametrize("text", INDEXES, ids=lambda text: text[:20])
+def test_an_index_that_is_none_is_refused(tmp_path, text):
+    make(tmp_path, "llama")
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(BadInput, match="no valid weight_map"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("name", UNTRUSTED)
+def test_a_shard_outside_the_folder_or_without_a_plain_name_is_refused(tmp_path, name):
+    make(tmp_path, "llama")
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": name}}))
+    with pytest.raises(BadInput, match="not a plain"):
+        load(tmp_path)
+
+
+FILES = ["config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json"]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_folder_in_place_of_a_file_is_refused(tmp_path, name):
+    make(tmp_path, "llama")
+    (tmp_path / ("model.safetensors" if "index" in name else name)).unlink()
+    (tmp_path / name).mkdir()
+    with pytest.raises(BadInput, match=name):
+        load(tmp_path)
+
+
+def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
+    (tmp_path / "model").write_text("")
+    with pytest.raises(BadInput, match="Not a directory"):
+        load(tmp_path / "model")
 
 
 def test_smollm2(tmp_path):
