@@ -33,6 +33,17 @@ CONFIG = dict(
     mlp_bias=False, bos_token_id=None, eos_token_id=0, torch_dtype="bfloat16",
 )  # fmt: skip
 
+# Without it transformers 4 makes this a Llama 2 tokenizer: other ids, and some beyond the embedding; and no version knows
+# which token ends a text. The clean-up, which older ones do, takes spaces out of a decoded text.
+TOKENIZER_CONFIG = dict(
+    tokenizer_class="PreTrainedTokenizerFast", eos_token="<|endoftext|>", clean_up_tokenization_spaces=False
+)
+
+
+def write_json(path, content):
+    with atomic(path) as partial:
+        partial.write_text(json.dumps(content, indent=2) + "\n")
+
 
 def train_tokenizer(texts, path):
     try:
@@ -49,7 +60,7 @@ def train_tokenizer(texts, path):
     )
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    special = ["<|endoftext|>"]
+    special = [TOKENIZER_CONFIG["eos_token"]]
     trainer = trainers.BpeTrainer(vocab_size=CONFIG["vocab_size"], special_tokens=special, initial_alphabet=alphabet)
     tokenizer.train_from_iterator(texts, trainer)
     with atomic(path) as partial:
@@ -98,8 +109,8 @@ def main(minutes, size=16, length=256, peak=3e-3):
     state = {checkpoint_name(n): p.detach().bfloat16() for n, p in model.named_parameters()}
     with atomic(base / "model.safetensors") as partial:
         save_file(state, partial, metadata={"format": "pt"})
-    with atomic(base / "config.json") as partial:
-        partial.write_text(json.dumps(CONFIG, indent=2) + "\n")
+    write_json(base / "config.json", CONFIG)
+    write_json(base / "tokenizer_config.json", TOKENIZER_CONFIG)
     model.to(torch.bfloat16).float()
     for name, split in domains.items():
         x = torch.from_numpy(windows(split.heldout, length))

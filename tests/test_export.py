@@ -16,7 +16,7 @@ import train
 from data import export
 from data.checkpoint import load, parse_config
 from data.run import Run
-from model import Memory, Model, matrix_name
+from model import Memory, Model, generate, matrix_name
 from test_train import CONFIG, flags, world  # noqa: F401 (a fixture)
 
 KINDS = {
@@ -82,6 +82,21 @@ def test_transformers_and_peft_give_the_logits_of_the_run(world, kind, shape, ca
         found = adapted(TOKENS).logits
         assert close(found, reference(TOKENS, lora)) and not close(found, reference(TOKENS))
         theirs = adapted.unload()
+
+
+def test_transformers_continues_a_text_with_the_tokenizer_of_the_export(world):  # noqa: F811
+    out = finished(world)
+    assert evaluation.main(["export", str(out), "hf"]) == 0
+    run = Run(out, "cpu", torch.float32)
+    theirs = AutoModelForCausalLM.from_pretrained(out / "export/hf", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(out / "export/hf")
+    given = tokenizer("Der Kernel", return_tensors="pt")
+    found = theirs.generate(**given, max_new_tokens=12, do_sample=False)[0]
+    prompt = torch.tensor([run.tokenizer.encode("Der Kernel")])
+    ours = list(generate(run.backbone, prompt, 12, run.tokenizer.vocab_size, run.backbone.config.eos_token_ids))
+    expected = prompt[0].tolist() + torch.cat(ours).tolist()
+    assert found.tolist() == expected and tokenizer.decode(found) == run.tokenizer.decode(expected)
+    assert tokenizer.eos_token_id in run.backbone.config.eos_token_ids
 
 
 def whole_modules(where, run, lora_only=False):

@@ -190,6 +190,18 @@ def test_ids_equal_tokenizers_on_a_real_file(folder):
     assert_same(folder(), paragraphs() + NASTY + hostile())
 
 
+def test_transformers_reads_the_tokenizer_of_the_base_model_as_we_do():
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(base_model())
+    ours = Tokenizer.from_folder(base_model())
+    rows = json.loads((base_model() / "config.json").read_text())["vocab_size"]
+    assert len(theirs) == ours.vocab_size == rows  # no id beyond the embedding
+    assert theirs.eos_token_id == ours.special["<|endoftext|>"]
+    for text in [*paragraphs()[::20], "a , b . c <|endoftext|> don 't", "<s></s><unk><pad>"]:
+        ids = ours.encode(text)
+        assert theirs.encode(text) == ids and theirs.decode(ids) == text
+
+
 @pytest.mark.parametrize("style", ["smollm2", "llama3", "qwen"])
 def test_one_long_text(trained, style):
     assert_same(

@@ -47,7 +47,8 @@ def world(tmp_path):
     save_file({f"model.{n}": torch.randn_like(p) * 0.2 + (p.ndim == 1) for n, p in model.named_parameters()},
               base / "model.safetensors")  # fmt: skip
     (base / "config.json").write_text(json.dumps(CONFIG))
-    shutil.copy(ROOT / "data/base/tokenizer.json", base)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(ROOT / "data/base" / name, base)
     for name in ("german", "french"):
         lines = (ROOT / f"data/handbook/{name}.txt").read_text(encoding="utf-8").splitlines()
         (data / f"{name}.txt").write_text("\n".join(lines[:120]) + "\n", encoding="utf-8")
