@@ -55,7 +55,8 @@ for every in (20, 50, 100):
 SWEEPS = {
     "ablations": Sweep(
         PARTS
-        | {"memory in all layers": dict(memory_blocks=-1), "both, with retention": dict(retention="domains")},
+        | {"memory in all layers": dict(memory_blocks=-1)}
+        | {"both, with retention": dict(retention="domains", retention_every=5)},  # the gates learn for 50 steps only
         common=dict(steps=200, eval_windows=6),
         seeds=SEEDS,
     ),

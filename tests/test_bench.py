@@ -18,6 +18,7 @@ from data.benchmarks import LITE, TASKS, encode, load_items
 from data.checkpoint import checkpoint_name, load, parse_config
 from data.tokenizer import Tokenizer
 from model import Model
+from test_train import Killed
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL = Path(os.environ.get("KOFF_ROWS", ROOT / "../shared/data/benchmarks"))

@@ -1,0 +1,472 @@
+"""What goes wrong around a run: text and model that changed, other processes, torn files, odd terminals and numbers."""
+
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import eval as evaluation
+import koff
+import train
+from data import BadInput, atomic, only_process, run_script, sweeps
+from data.corpus import load_text
+from data.hub import model_folder
+from data.settings import PRESETS, ROOT, Settings
+from data.sweeps import SWEEPS
+from data.tokenizer import Tokenizer
+from test_modules import add, files, run  # noqa: F401 (a fixture)
+from test_train import ctrl_c_in_step_5, flags, outputs, world  # noqa: F401 (a fixture)
+
+# Another text, another model -----------------------------------------------------------------------------------------
+
+
+def other_text(world):  # noqa: F811
+    path = world / "data/french.txt"
+    path.write_text(path.read_text(encoding="utf-8")[:-400], encoding="utf-8")
+
+
+def other_name(world):  # noqa: F811
+    (world / "data/french.txt").rename(world / "data/zulu.txt")  # german, the second, would go on from french's memory
+
+
+def other_model(world):  # noqa: F811
+    path = world / "base/model.safetensors"
+    save_file({name: tensor * 1.01 for name, tensor in load_file(path).items()}, path)
+
+
+def other_config(world):  # noqa: F811
+    config = json.loads((world / "base/config.json").read_text())
+    (world / "base/config.json").write_text(json.dumps({**config, "rope_theta": 500.0}))
+
+
+CHANGES = {
+    "text": (other_text, "text of french"),
+    "name": (other_name, "text of french"),
+    "model": (other_model, "model"),
+    "config": (other_config, "model"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_stopped_run_goes_on_only_with_what_it_began_with(world, monkeypatch, capsys, change):  # noqa: F811
+    damage, name = CHANGES[change]
+    assert train.main(flags(world, out=world / "runs/whole")) == 0
+    shutil.copytree(world / "data", world / "copy/data")
+    shutil.copytree(world / "base", world / "copy/base")
+    with ctrl_c_in_step_5(monkeypatch):
+        assert train.main(flags(world)) == 130
+    damage(world)
+    before = files(world / "runs/one")
+    capsys.readouterr()
+    assert train.main(flags(world)) == 2
+    assert f"runs/one began with another {name};" in capsys.readouterr().err
+    assert files(world / "runs/one") == before
+    for part in ("data", "base"):  # back again, and nothing is lost
+        shutil.rmtree(world / part)
+        shutil.copytree(world / "copy" / part, world / part)
+    assert train.main(flags(world)) == 0
+    assert outputs(world / "runs/one") == outputs(world / "runs/whole")
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_report_and_a_later_module_refuse_what_changed(run, capsys, change):  # noqa: F811
+    damage, name = CHANGES[change]
+    damage(run.parent.parent)
+    before = files(run)
+    for command in (lambda: evaluation.main(["report", str(run)]), lambda: add(run)):
+        capsys.readouterr()
+        assert command() == 2
+        err = capsys.readouterr().err
+        assert f"began with another {name};" in err or (change == "name" and "has no french" in err)
+    assert files(run) == before
+
+
+def test_a_later_module_gets_its_steps_from_the_first_domains_alone(run):  # noqa: F811
+    from data.run import Run
+
+    def steps():
+        return train.settings_to_add(Run(run), "spanish", {}).steps
+
+    assert steps() == 3 * 8 // 2
+    assert add(run) == 0 and steps() == 3 * 8 // 2
+    assert evaluation.main(["remove", str(run), "french"]) == 0 and steps() == 3 * 8 // 2
+
+
+def test_a_later_module_of_an_older_backbone_does_not_go_on(run, monkeypatch, capsys):  # noqa: F811
+    with ctrl_c_in_step_5(monkeypatch):
+        assert add(run) == 130
+    stopped = shutil.copytree(run / "later", run.parent / "kept")
+    assert train.main([*flags(run.parent.parent, seed=1), "--fresh"]) == 0
+    assert not list((run / "later").rglob("*.*"))
+    shutil.copytree(stopped, run / "later", dirs_exist_ok=True)
+    settings = json.loads((run / "later/italian/settings.json").read_text())
+    (run / "later/italian/settings.json").write_text(json.dumps({**settings, "seed": 1}))
+    capsys.readouterr()
+    assert add(run) == 2 and "italian began with another backbone" in capsys.readouterr().err
+
+
+# Other processes -----------------------------------------------------------------------------------------------------
+
+
+def tokenise(folder, barrier, rounds, failures):
+    """What each of several processes does: all read and write the same cache at the same time, `rounds` times."""
+    tokenizer = Tokenizer.from_folder(ROOT / "data/base")
+    expected = None
+    for number in range(rounds):
+        barrier.wait()
+        try:
+            split = load_text(folder / "text.txt", tokenizer, folder / f"cache{number}")
+            split.store()
+            again = load_text(folder / "text.txt", tokenizer, folder / f"cache{number}")
+            expected = split.train if expected is None else expected
+            if not np.array_equal(again.train, expected) or not np.array_equal(again.heldout, split.heldout):
+                failures.put("other ids")
+        except BaseException as error:
+            failures.put(repr(error))
+            raise
+
+
+@pytest.mark.parametrize("turn", [1, 2])
+def test_four_processes_share_a_cache(tmp_path, turn):
+    shutil.copy(ROOT / "data/handbook/german.txt", tmp_path / "text.txt")
+    context = multiprocessing.get_context("spawn")
+    barrier, failures = context.Barrier(4), context.Queue()
+    workers = [context.Process(target=tokenise, args=(tmp_path, barrier, 20, failures)) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert failures.empty() and [worker.exitcode for worker in workers] == [0] * 4
+    assert len(list(tmp_path.glob("cache*/*"))) == 20 and not list(tmp_path.rglob(".*"))
+
+
+def test_a_damaged_cache_is_made_anew(tmp_path):
+    shutil.copy(ROOT / "data/handbook/german.txt", tmp_path / "text.txt")
+    tokenizer = Tokenizer.from_folder(ROOT / "data/base")
+    split = load_text(tmp_path / "text.txt", tokenizer, tmp_path / "cache")
+    split.store()
+    whole = split.cached.read_bytes()
+    for damaged in (b"", whole[:50], whole[: len(whole) // 2]):
+        split.cached.write_bytes(damaged)
+        again = load_text(tmp_path / "text.txt", tokenizer, tmp_path / "cache")
+        assert np.array_equal(again.train, split.train)
+        again.store()
+        assert split.cached.read_bytes() == whole
+
+
+def test_a_second_process_in_a_run_folder_is_refused_and_sigterm_saves(world, capsys):  # noqa: F811
+    out = world / "runs/one"
+    argv = flags(world, steps=100_000, out=out)
+    first = subprocess.Popen([sys.executable, ROOT / "train.py", *argv], stderr=subprocess.PIPE, text=True)
+    for _ in range(600):
+        if (out / "checkpoint.pt").exists():
+            break
+        time.sleep(0.1)
+    assert train.main(argv) == 2
+    assert f"{out} is in use by another process (number {first.pid})" in capsys.readouterr().err
+    first.send_signal(signal.SIGTERM)
+    _, err = first.communicate(timeout=60)
+    assert first.returncode == 143 and "stopped after step" in err and "Traceback" not in err
+    step = torch.load(out / "checkpoint.pt", weights_only=True)["step"]
+    assert f"stopped after step {step}\n" in err and not list(out.rglob("*.part"))
+
+
+def test_nothing_changes_a_run_that_another_process_holds(run, capsys):  # noqa: F811
+    partial = run / "modules/.french.safetensors.0123.part"
+    partial.write_bytes(b"left by a process that was killed")
+    with only_process(run):
+        before = files(run)
+        commands = (
+            lambda: add(run),
+            lambda: evaluation.main(["report", str(run)]),
+            lambda: evaluation.main(["rename", str(run), "french", "francais"]),
+            lambda: evaluation.main(["remove", str(run), "french"]),
+            lambda: train.main([*flags(run.parent.parent, seed=3), "--fresh"]),
+        )
+        for command in commands:
+            capsys.readouterr()
+            assert command() == 2
+            assert f"{run} is in use by another process (number {os.getpid()})" in capsys.readouterr().err
+        assert files(run) == before
+    assert not partial.exists()
+    assert evaluation.main(["rename", str(run), "french", "francais"]) == 0
+
+
+def test_no_two_writers_have_the_same_temporary_name(tmp_path):
+    with atomic(tmp_path / "a") as one, atomic(tmp_path / "a") as two:
+        one.write_text("one")
+        two.write_text("two")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"] and one != two
+
+
+# What a folder holds -------------------------------------------------------------------------------------------------
+
+
+def test_fresh_removes_what_this_program_wrote_and_nothing_else(run, capsys):  # noqa: F811
+    mine = ["README.md", "notes.json", "photos/beach.png", "modules/tool.py", "backbone/notes.txt", "bench/mine.jsonl"]
+    for name in mine:
+        (run / name).parent.mkdir(exist_ok=True)
+        (run / name).write_text("mine")
+    save_file({"x": torch.ones(1)}, run / "modules/adapter.safetensors")  # not a module of ours
+    old = ["lape.json", "swap.png", "backbone/chat_template.jinja", "later/dutch/checkpoint.pt"]
+    for name in old:
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_text("of the run before")
+    shutil.copy(run / "modules/french.safetensors", run / "modules/former.safetensors")
+    assert train.main([*flags(run.parent.parent, seed=1), "--fresh"]) == 0
+    assert all((run / name).read_text() == "mine" for name in mine)
+    assert {path.stem for path in (run / "modules").glob("*.safetensors")} == {"adapter", "french", "german"}
+    assert not any((run / name).exists() for name in old)
+
+
+@pytest.mark.parametrize("text", ['{"editor.fontSize": 12}', "{}", "[]", "not JSON", '{"steps": "many"}'])
+def test_a_folder_with_settings_of_something_else_is_left_alone(world, capsys, text):  # noqa: F811
+    out = world / "runs/one"
+    out.mkdir(parents=True)
+    (out / "settings.json").write_text(text)
+    (out / "results.json").write_text("mine")
+    for more in ([], ["--fresh"]):
+        assert train.main([*flags(world), *more]) == 2
+        assert "is not the settings of this version" in capsys.readouterr().err
+    assert {path.name for path in out.iterdir()} == {"settings.json", "results.json"}
+
+
+def test_a_torn_log_goes_on_and_a_torn_checkpoint_is_named(world, monkeypatch, capsys):  # noqa: F811
+    argv = flags(world, steps=24)
+    assert train.main(flags(world, steps=24, out=world / "runs/whole")) == 0
+    with ctrl_c_in_step_5(monkeypatch):
+        assert train.main(argv) == 130
+    out = world / "runs/one"
+    log = (out / "log.jsonl").read_bytes()
+    checkpoint = (out / "checkpoint.pt").read_bytes()
+    for torn in (b"", checkpoint[:100], checkpoint[: len(checkpoint) // 2], b"\0" * 1000, b"nonsense"):
+        (out / "checkpoint.pt").write_bytes(torn)
+        capsys.readouterr()
+        assert train.main(argv) == 2
+        err = capsys.readouterr().err
+        assert f"{out}/checkpoint.pt is damaged" in err and "remove it" in err and err.count("\n") == 1
+    (out / "checkpoint.pt").write_bytes(checkpoint)
+    (out / "log.jsonl").write_bytes(log + b'\n\n\0\0\0\0\n[3]\n{"step": 3, "lo')
+    assert train.main(argv) == 0
+    assert outputs(out) == outputs(world / "runs/whole")
+    assert (out / "log.jsonl").read_bytes() == (world / "runs/whole/log.jsonl").read_bytes()
+
+
+def test_token_ids_go_into_the_run_folder_where_its_parent_cannot_be_written(world, monkeypatch):  # noqa: F811
+    (world / "runs/one").mkdir(parents=True)
+    allowed = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path != world / "runs" and allowed(path, mode))
+    assert train.main(flags(world)) == 0
+    assert not (world / "runs/.tokens").exists() and len(list((world / "runs/one/.tokens").iterdir())) == 2
+
+
+def test_a_run_is_found_from_anywhere(world, monkeypatch, tmp_path):  # noqa: F811
+    monkeypatch.chdir(world)
+    assert train.main(flags(world, model="base", data="data", out="runs/one")) == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    shutil.move(world / "runs/one", "moved")
+    assert evaluation.main(["report", "moved"]) == 0
+    # What belongs to this project is stored as it is called there, for another clone.
+    assert (Settings().stored()["model"], Settings().stored()["data"]) == ("data/base", "data/handbook")
+    (tmp_path / "settings.json").write_text(json.dumps(Settings().stored()))
+    assert Settings.from_file(tmp_path / "settings.json") == Settings()
+
+
+def test_a_relative_path_that_is_missing_is_never_asked_of_the_hub(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    assert str(model_folder("models/smollm2")) == "models/smollm2"
+    with pytest.raises(BadInput, match="pip install huggingface_hub"):
+        model_folder("owner/smollm2")
+
+
+# Terminals and numbers -----------------------------------------------------------------------------------------------
+
+
+def test_what_a_terminal_cannot_show_is_replaced(run):  # noqa: F811
+    prompts = run / "prompts.jsonl"
+    prompts.write_text('{"prompt": "\\ud800 für"}\n{"prompt": "Der Kern"}\n')
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
+    for prompt, lines in ((f"@{prompts}", 2), (b"\xff caf\xc3\xa9", 1)):
+        argv = [sys.executable, ROOT / "eval.py", "generate", run, prompt, "--tokens", "3"]
+        done = subprocess.run(argv, env=environment, capture_output=True)
+        assert done.returncode == 0 and done.stdout.count(b"\n") >= lines and b"Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "more,sentence",
+    [
+        (["--temperature", "nan"], "--temperature of at least 0"),
+        (["--seed", str(2**70)], "--seed is 1180591620717411303424"),
+        (["--seed", "-1"], "--seed is -1"),
+    ],
+)
+def test_sampling_that_means_nothing_is_refused(run, capsys, more, sentence):  # noqa: F811
+    assert evaluation.main(["generate", str(run), "Der", *more]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_a_tiny_temperature_is_greedy_and_a_date_is_a_seed(world, capsys):  # noqa: F811
+    assert train.main(flags(world, seed=20251125120000)) == 0
+    texts = []
+    for temperature in ("0", "1e-40", "1e-320"):
+        capsys.readouterr()
+        argv = ["generate", str(world / "runs/one"), "Der", "--tokens", "8", "--temperature", temperature]
+        assert evaluation.main([*argv, "--seed", "20251125120000"]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] == texts[2]
+    assert train.main(flags(world, seed=2**70, out=world / "runs/two")) == 2
+    assert "--seed is 1180591620717411303424" in capsys.readouterr().err
+
+
+def test_a_loss_above_709_nats_is_an_infinite_perplexity(run):  # noqa: F811
+    assert evaluation.perplexity([1e5], 10) == math.inf
+    results = json.loads((run / "results.json").read_text())
+    results["perplexity"]["backbone"]["german"] = math.inf
+    assert "inf" in evaluation.report(results)
+
+
+# How a script ends ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "error,status,sentence",
+    [
+        (BadInput("x is wrong; mend it."), 2, "name: x is wrong; mend it.\n"),
+        (OSError(28, "No space left on device"), 2, "No space left on device"),
+        (MemoryError(), 2, "there is not enough memory; try a smaller --batch"),
+        (torch.OutOfMemoryError("CUDA out of memory"), 2, "there is not enough memory; try a smaller --batch"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, "there is not enough memory"),
+        (KeyboardInterrupt(), 130, "stopped; again"),
+        (KeyboardInterrupt(signal.SIGTERM), 143, "stopped; again"),
+        (ZeroDivisionError("division by zero"), 1, "please report the lines above"),
+    ],
+)
+def test_every_end_has_its_status_and_one_sentence(capsys, error, status, sentence):
+    def work():
+        raise error
+
+    assert run_script("name", work, "again") == status
+    err = capsys.readouterr().err
+    assert sentence in err and ("Traceback" in err) == (status == 1)
+
+
+def test_sigterm_tidies_up(tmp_path, capsys):
+    def work():
+        with atomic(tmp_path / "file") as partial:
+            partial.write_text("half")
+            signal.raise_signal(signal.SIGTERM)
+
+    assert run_script("name", work, "again") == 143
+    assert not list(tmp_path.iterdir()) and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+# Settings that are void together -------------------------------------------------------------------------------------
+
+VOID = [
+    dict(order="prune-first", fix_mask=0.0),
+    dict(order="prune-first", steps=10, fix_mask=0.05),  # less than a step
+    dict(order="prune-first", memory=False),
+    dict(memory=False, memory_blocks=2),
+    dict(memory=False, gate_rate=0.0),
+    dict(rank=0, kv_tokens=0),
+    dict(alpha=0.0),
+    dict(lora_rate=0.0, kv_rate=0.0),
+    dict(lora_rate=0.0, kv_tokens=0),
+    dict(kv_rate=0.0, rank=0),
+    dict(ramp=0.5, fix_mask=0.6),
+    dict(retention="domains", steps=40, retention_every=20),  # the mask is fixed after 10 steps
+]
+FINE = [
+    dict(fix_mask=0.0),
+    dict(order="prune-first"),
+    dict(order="prune-first", steps=0),
+    dict(memory=False),
+    dict(memory_blocks=2),
+    dict(gate_rate=0.0),
+    dict(rank=0, alpha=0.0),
+    dict(kv_tokens=0),
+    dict(lora_rate=0.0),
+    dict(kv_rate=0.0),
+    dict(lora_rate=0.0, kv_rate=0.0, steps=0),
+    dict(ramp=0.4, fix_mask=0.6),
+    dict(retention="domains", steps=40, retention_every=10),
+]
+
+
+@pytest.mark.parametrize("given", VOID, ids=str)
+def test_settings_that_are_void_together_are_refused_by_name(given):
+    with pytest.raises(BadInput, match=r"--.*(contradict|leaves nothing)"):
+        Settings(**given)
+
+
+def test_their_neighbours_are_not():
+    for given in FINE:
+        Settings(**given)
+    for name in SWEEPS:
+        for preset in ("handbook", "quick", "paper", "best"):
+            if (name, preset) != ("retention", "quick"):  # one batch every 100 steps never comes in 30
+                sweeps.runs_of(name, PRESETS[preset], Path("out"))
+
+
+# The penalty ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [200, 500, 2000])
+@pytest.mark.parametrize("kind", ["hinge", "progressive", "lagrangian"])
+def test_the_sparsity_lands_on_its_target(kind, steps):
+    """Gates as the default starts them, AdamW as a run has it, and a loss that wants to open them, here noise and all."""
+    generator = torch.Generator().manual_seed(0)
+    a = torch.linspace(1, 5, 400).requires_grad_()
+    optimizer = torch.optim.AdamW([a], lr=0.05, betas=(0.9, 0.99), weight_decay=0.0)
+    penalty = koff.Penalty(kind, 60.0, True, "cpu")
+    for index in range(steps):
+        closed = 1 - koff.p_open(a, 2 / 3)
+        target = 0.25 if kind == "hinge" else 0.25 * min(1.0, (index + 1) / (0.2 * steps))
+        noise = 1 + torch.randn(400, generator=generator)
+        loss = (noise * closed).sum() / 400  # what is closed costs something
+        (loss + penalty(closed.mean(), target)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert 1 - koff.p_open(a, 2 / 3).mean().item() == pytest.approx(0.25, abs=0.01)
+    assert penalty.multipliers.max() < 1000
+
+
+@pytest.mark.parametrize("tail", koff.TAILS)
+def test_no_gradient_is_nan_however_far_apart_the_two_are(tail):
+    logits = torch.zeros(3, 50)
+    logits[0, 0] = 300  # the student is sure: nothing is left for the rest
+    logits[1, 40] = 300  # of what is outside the top
+    logits.requires_grad_()
+    index = torch.arange(10).expand(3, 10)
+    log_p = torch.full((3, 10), -300.0)
+    log_p[:, 1] = math.log(0.5)
+    rest = torch.full((3, 1), math.log(0.5))
+    loss = koff.kl_topk(logits, (index, log_p, rest), tail=tail)
+    loss.sum().backward()
+    assert loss.isfinite().all() and logits.grad.isfinite().all()
+
+
+def test_a_checkpoint_folder_is_found_again_by_its_digest(world):  # noqa: F811
+    from data.checkpoint import digest
+
+    first = digest(world / "base")
+    assert first == digest(world / "base")
+    config = json.loads((world / "base/config.json").read_text())
+    (world / "base/config.json").write_text(json.dumps({**config, "transformers_version": "9"}))
+    assert first == digest(world / "base")  # what means nothing may change
+    other_model(world)
+    assert first != digest(world / "base")
