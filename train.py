@@ -11,7 +11,6 @@ saves; the same command continues. Read `Trainer.learn`, `retain` and `recover`,
 """
 
 import argparse
-import contextlib
 import json
 import math
 import shutil
@@ -338,7 +337,7 @@ def loop(trainer, text, out, begun):
     log = Log(out, start)
     resumed = time.time()
     bar = tqdm(total=last, initial=start, desc=out.name)
-    with stop_signals() as signals, bar, contextlib.closing(log):
+    with stop_signals() as signals, bar:
         for index in range(start, last):
             done = index + 1  # steps, after this one
             trainer.start_step(index)
@@ -553,6 +552,8 @@ def parse(argv):
         else:
             group.add_argument(flag(f.name), type=type(f.default), choices=f.metadata["choices"], **about)
     args = parser.parse_args(argv)
+    if args.dry_run and (args.sweep or args.add):
+        parser.error("--dry-run is for a single run, without --sweep and --add")
     names = [f.name for f in fields(Settings)]
     args.flags = {name: getattr(args, name) for name in names if hasattr(args, name)}
     args.given = absolute({**PRESETS[args.preset], **args.flags})

@@ -35,7 +35,7 @@ def read_log(path):
 
 
 class Log:
-    """The curves of a run: a line of JSON every ten steps in log.jsonl; a TensorBoard where that is installed."""
+    """The curves of a run: a line of JSON every ten steps in log.jsonl."""
 
     def __init__(self, out, start):
         self.path = out / "log.jsonl"
@@ -44,12 +44,6 @@ class Log:
             for entry in entries:
                 if entry["step"] < start:  # what was written after the checkpoint comes again
                     file.write(json.dumps(entry) + "\n")
-        # TensorBoard draws over old points only if it is told where the new ones begin.
-        self.board = None
-        with contextlib.suppress(ImportError):
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(out / "tensorboard", purge_step=start)
 
     def check(self, step, domain, trainer, loss):
         """BadInput if the loss of a step is no number any more: from there nothing can be learnt."""
@@ -75,11 +69,4 @@ class Log:
         }
         with open(self.path, "a") as file:
             file.write(json.dumps(line) + "\n")
-        # Without a board there is nothing to do; the first name is the step itself.
-        for name in list(line)[1:] if self.board else ():
-            self.board.add_scalar(name, line[name], step)
         return f"loss {line['loss']:.3f}, sparsity {line['physical']:.3f} physical, {line['paper']:.3f} paper"
-
-    def close(self):
-        if self.board:
-            self.board.close()

@@ -772,25 +772,3 @@ def test_a_dry_run_estimates_the_peak_that_is_then_measured(more, capsys):
     command, env = [sys.executable, "-c", STEPS, *flags], os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000"}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
     assert int(done.stdout) / 1e9 == pytest.approx(estimate, rel=0.15)
-
-
-def test_curves_go_to_tensorboard_where_it_is_installed(world, monkeypatch):
-    shown = []
-
-    class Writer:
-        def __init__(self, folder, purge_step):
-            assert folder == world / "runs/one/tensorboard" and purge_step == 0
-
-        def add_scalar(self, *line):
-            shown.append(line)
-
-        def close(self):
-            shown.append("closed")
-
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", type(sys)("tensorboard"))
-    monkeypatch.setattr(sys.modules["torch.utils.tensorboard"], "SummaryWriter", Writer, raising=False)
-    assert train.main(flags(world, steps=20)) == 0
-    log = [json.loads(line) for line in (world / "runs/one/log.jsonl").read_text().splitlines()]
-    assert shown == [(n, x, line["step"]) for line in log for n, x in line.items() if n != "step"] + ["closed"]
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    assert train.main([*flags(world), "--fresh"]) == 0
