@@ -1,16 +1,20 @@
 """A Hugging Face `tokenizer.json` (byte-level BPE) read into tiktoken: the ids of the `tokenizers` library without it.
 
-Text passes five stages: added tokens are cut out -> NFC (Qwen) -> a regex cuts the rest into pieces -> BPE on the bytes
-of each piece -> ids. What would need another stage is refused when the file is read.
+Text passes six stages: added tokens are cut out -> NFC (Qwen) -> added tokens of the normalised text are cut out -> a
+regex cuts the rest into pieces -> BPE on the bytes of each piece -> ids. What would need another stage is refused when
+the file is read. Truncation and padding, which some files ask for, are left to the caller, as in transformers.
 """
 
+import functools
 import hashlib
+import itertools
 import json
 import unicodedata
+from array import array
 from pathlib import Path
 
 import regex
-import tiktoken
+from tiktoken._tiktoken import CoreBPE
 
 from data import BadInput
 
@@ -18,19 +22,25 @@ from data import BadInput
 GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 DIGITS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
 
+# What `regex` reads otherwise than the library that `tokenizers` has: \h, \w, \b, ^, $, a class in a class, x{2}+,
+# flags, \p after (?i:.
+DIALECT = r"\\[^\WpPsSdDrnt]|(?<!\[)\^|\$|&&|\[[^\]]*\[|\d\}\+|\(\?(?!i:)[\w^~-]|\(\?i:[^)]*\\"
+
 # A byte-level vocabulary writes each byte as one visible character: itself where it has a shape, else from U+0100 on.
-VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-BYTE_OF = {chr(byte): byte for byte in VISIBLE}
-for byte in range(256):
-    if byte not in VISIBLE:
-        BYTE_OF[chr(256 + len(BYTE_OF) - len(VISIBLE))] = byte
+SHAPELESS = [*range(33), *range(127, 161), 173]
+BYTE_OF = {chr(byte): byte for byte in range(256) if byte not in SHAPELESS}
+for number, byte in enumerate(SHAPELESS):
+    BYTE_OF[chr(256 + number)] = byte
+
+# Finds in a text the characters that the Unicode of tiktoken, which is that of `tokenizers`, does not have.
+UNASSIGNED = CoreBPE({bytes([byte]): byte for byte in range(256)}, {}, r"\p{Cn}")
 
 
 class Tokenizer:
     """Text to ids and back.
 
     vocab_size: highest id + 1, added tokens included.      bos: ids that `encode(bos=True)` prepends, [] if none.
-    fingerprint: hash of the file, a key for token caches.  special: added tokens, {text: id}.
+    fingerprint: hash of the file, a key for token caches.
     """
 
     @classmethod
@@ -44,44 +54,55 @@ class Tokenizer:
             raise BadInput(f"{path} cannot be read ({error.strerror}); name a folder with a tokenizer.json.") from None
         except BadInput as error:
             raise BadInput(f"{path}: {error}") from None
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError, regex.error) as error:
-            raise BadInput(f"{path} is not a valid tokenizer.json ({error!r}); download it again.") from None
+        except Exception as error:  # nobody can list the values that a damaged file may have, and what they lead to
+            raise BadInput(f"{path} is not a valid tokenizer.json ({error!r:.200}); download it again.") from None
 
     def __init__(self, file, fingerprint):
         """`file` is the parsed tokenizer.json."""
         model = file["model"]
         vocab = model["vocab"]
-        added = file.get("added_tokens") or []
-        self._normalizer = file.get("normalizer")  # NFC or None
-        check_supported(model, self._normalizer, added)
+        # Of two added tokens with one content the later counts, an empty one not at all.
+        added = {token["content"]: token for token in file.get("added_tokens") or [] if token["content"]}
+        normalizer = file.get("normalizer")  # NFC or None
+        check_supported(model, normalizer, added.values())
         self.fingerprint = fingerprint
         self.bos = bos_of(file.get("post_processor"))
 
-        # Added tokens: the regex finds the longest of those that begin at one place.
-        self.special = {token["content"]: token["id"] for token in added if token["content"]}
-        self._added = regex.compile(r"(\L<added>)", added=list(self.special))
+        # Added tokens: some are looked for in the text as it is, the others in the normalised text between those. Those
+        # that the vocabulary has keep that id, the others are numbered on, whatever the file says.
+        self._normalize = functools.partial(unicodedata.normalize, "NFC") if normalizer else str
+        ids = dict(vocab)
+        self._raw = {}
+        self._normalized = {}
+        for content, token in added.items():
+            id = ids.setdefault(content, len(ids))
+            if token.get("normalized"):
+                self._normalized[self._normalize(content)] = id
+            else:
+                self._raw[content] = id
 
-        # BPE. tiktoken numbers the entries by rank: of two possible merges, that with the lower result comes first.
-        # `_ids` has the file's own number of each.
-        ranks = {}
-        self._ids = []
-        for token in merge_order(model, self.special):
-            ranks[to_bytes(token)] = len(self._ids)
-            self._ids.append(vocab[token])
-        self._missing = bytes(byte for char, byte in BYTE_OF.items() if char not in vocab)
+        # BPE. tiktoken numbers the entries by rank; `_ids` has the file's own number of each.
+        entries = merge_order(model["merges"], vocab)
+        ranks = {to_bytes(entry): rank for rank, entry in enumerate(entries)}
+        self._ids = [vocab[entry] for entry in entries]
+        self._bpe = CoreBPE(ranks, {}, "")
+        self._missing = bytes(BYTE_OF[char] for char in BYTE_OF.keys() - vocab)
+        # Llama-3 does not merge a piece that is an entry of the vocabulary.
+        self._whole = {
+            to_bytes(token): id for token, id in vocab.items() if model.get("ignore_merges") and is_byte_level(token)
+        }
 
-        # Pieces. tiktoken loses text that no alternative matches; `tokenizers` makes each such run a piece, and so does
-        # the second half of our pattern.
+        # Pieces. `tokenizers` makes a piece of each run that no alternative matches, and so does the second half.
         given = pattern_of(file.get("pre_tokenizer"))
-        pattern = rf"{given}|(?:(?!{given})(?s:.))+"
-        self._pieces = regex.compile(pattern)
-        self._bpe = tiktoken.Encoding(fingerprint, pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+        self._pattern = regex.compile(rf"{given}|(?:(?!{given})(?s:.))+")
+        self._cut("")  # refuses most of the regexes that _cut refuses, before there is a text
 
         # And back: what each id stands for.
-        self._bytes = {id: to_bytes(token) for token, id in vocab.items()}
-        for token, id in self.special.items():
-            self._bytes[id] = token.encode()
-        self.vocab_size = max(self._bytes) + 1
+        self._bytes = {id: to_bytes(text) if text in vocab else text.encode() for text, id in ids.items()}
+        if len(self._bytes) < len(ids):
+            raise BadInput("two entries of the vocabulary have one id; download the file again.")
+        self.vocab_size = max(array("I", self._bytes)) + 1  # OverflowError or TypeError if one is no whole number
+        self.decode(self.bos)  # ValueError if the post-processor names an id that there is not
 
     def encode(self, text, bos=False):
         """Ids of `text`, added tokens in it recognised. `bos` prepends `self.bos`, unless the ids begin with it.
@@ -90,35 +111,44 @@ class Tokenizer:
         """
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         ids = []
-        parts = self._added.split(text) if self.special else [text]
-        for part in parts:
-            if part in self.special:
-                ids.append(self.special[part])
-            else:
-                ids += self._encode_ordinary(part)
+        for outer in cut_out(self._raw, text):
+            if outer in self._raw:
+                ids.append(self._raw[outer])
+                continue
+            for part in cut_out(self._normalized, self._normalize(outer)):
+                if part in self._normalized:
+                    ids.append(self._normalized[part])
+                    continue
+                for piece in self._cut(part):
+                    ids += self._encode_piece(piece)
         if bos and ids[: len(self.bos)] != self.bos:
             return self.bos + ids
         return ids
 
-    def _encode_ordinary(self, text):
-        """Ids of a text without added tokens."""
-        if self._normalizer:
-            text = unicodedata.normalize("NFC", text)
-        raw = text.encode()
-        if raw == raw.translate(None, self._missing):
-            ranks = self._bpe.encode_ordinary(text)
-        else:
-            # tiktoken panics on a missing byte; `tokenizers` drops it after the regex, before BPE: "(\x04)" is "()".
-            ranks = []
-            for piece in self._pieces.finditer(text):
-                known = piece[0].encode().translate(None, self._missing)
-                if known:
-                    ranks += self._bpe._encode_single_piece(known)
-        return [self._ids[rank] for rank in ranks]
+    def _cut(self, text):
+        """The pieces of `text`. BadInput if the regex matches an empty one: after it, each library goes its way."""
+        # To `regex` a newer character may be a letter. For the cut it becomes one that is none in any Unicode.
+        newer = bytes(UNASSIGNED.encode_ordinary(text)).decode()
+        known = text.translate(dict.fromkeys(map(ord, newer), "\ufdd0")) if newer else text
+        pieces = [text[slice(*match.span())] for match in self._pattern.finditer(known)]
+        if "" in pieces:
+            refuse("a pre-tokenizer whose regex matches an empty text")
+        return pieces
+
+    @functools.lru_cache(2**16)  # noqa: B019 (a text repeats its words, and a tokenizer lives as long as the program)
+    def _encode_piece(self, piece):
+        """Ids of one piece. `tokenizers` drops a missing byte between the regex and BPE: "(\\x04)" is "()"."""
+        piece = piece.encode()
+        if piece in self._whole:
+            return [self._whole[piece]]
+        known = piece.translate(None, self._missing)
+        if not known:
+            return []
+        return [self._ids[rank] for rank in self._bpe.encode_single_piece(known)]
 
     def decode(self, ids):
         """Text of `ids`, added tokens included; bytes that are not UTF-8 become U+FFFD. ValueError on an unknown id."""
-        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+        return self.decode_bytes(ids).decode(errors="replace")
 
     def decode_bytes(self, ids):
         """Bytes of `ids`, for streaming: one token may end inside a character. ValueError on an unknown id."""
@@ -128,28 +158,59 @@ class Tokenizer:
             raise ValueError(f"token id {error} is not in the vocabulary of {self.vocab_size}") from None
 
 
+def cut_out(added, text):
+    """`text` cut into the `added` tokens, of those that begin at one place the longest, and what is between them."""
+    # No text has a lone surrogate; an empty list would be found everywhere.
+    return regex.split(r"(\L<added>)", text, added=added or ["\ud800"])
+
+
+def is_byte_level(token):
+    """Is each character of `token` one that stands for a byte?"""
+    return BYTE_OF.keys() >= set(token)
+
+
 def to_bytes(token):
     """Bytes of a vocabulary entry; one with characters outside the byte alphabet stands for itself."""
-    if BYTE_OF.keys() >= set(token):
+    if is_byte_level(token):
         return bytes(map(BYTE_OF.get, token))
     return token.encode()
 
 
-def merge_order(model, special):
-    """The entries of the vocabulary that BPE can produce, {entry: None}; results of merges first, in their order.
+def merge_order(merges, vocab):
+    """The entries of the vocabulary that BPE can produce, in the order of their merges; then the single bytes.
 
-    After them the single bytes, and with `ignore_merges` whatever else stands in the vocabulary: pieces as a whole.
+    `tokenizers` merges the pairs that the file lists, tiktoken all neighbours that spell an entry. To do the same,
+    tiktoken gets only the entries that come out as one token where BPE has nothing else, ranked by their last pair.
+    Proof: as long as no token crosses the ends of an entry's place in a text, inside happens what happens to the entry
+    alone. So one that alone does not come out is never produced; and of one that does, no neighbours ever spell it but
+    its last pair.
     """
-    entries = {}  # a set that keeps its order
-    for merge in model["merges"]:
+    ranks = {}  # of two equal pairs, `tokenizers` takes the later
+    for rank, merge in enumerate(merges):
         left, right = merge.split(" ") if isinstance(merge, str) else merge  # older files have "a b", newer ["a", "b"]
-        entries[left + right] = None
-    for token in model["vocab"]:
-        if token in BYTE_OF or (model.get("ignore_merges") and token not in special):
-            entries[token] = None
-    if not BYTE_OF.keys() >= set("".join(entries)):
-        refuse("a BPE vocabulary that is not byte-level")
-    return entries
+        if {left, right, left + right} - vocab.keys():
+            raise BadInput(f"the merge {left!r} + {right!r} is not in the vocabulary; download the file again.")
+        ranks[left, right] = rank
+    entries = set(map("".join, ranks))
+    last = {last_parts(entry, ranks) for entry in entries if is_byte_level(entry)}
+    produced = ["".join(pair) for pair in sorted(last & ranks.keys(), key=ranks.get)]
+    return produced + sorted(vocab.keys() & BYTE_OF)
+
+
+def last_parts(entry, ranks):
+    """What BPE by its definition makes of `entry`, stopped at two parts: a tuple of strings.
+
+    ranks: {(left, right): rank}. The listed pair of the lowest rank is merged, the leftmost of equal ones, and again.
+    """
+    parts = list(entry)
+    while len(parts) > 2:
+        pairs = list(itertools.pairwise(parts))
+        listed = [pair for pair in pairs if pair in ranks]
+        if not listed:
+            break
+        at = pairs.index(min(listed, key=ranks.get))
+        parts[at : at + 2] = ["".join(pairs[at])]
+    return tuple(parts)
 
 
 def refuse(what):
@@ -168,12 +229,11 @@ def check_supported(model, normalizer, added):
     for setting in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(setting):
             refuse(f"the model setting {setting}={model[setting]!r}")
-    if normalizer is not None and normalizer["type"] != "NFC":
+    if normalizer and normalizer["type"] != "NFC":
         refuse(f"the normalizer {normalizer['type']}")
     for token in added:
-        for flag in ("lstrip", "rstrip", "single_word", "normalized"):
-            # A `normalized` token is looked for in the normalised text, which is the text itself without a normalizer.
-            if token.get(flag) and not (flag == "normalized" and normalizer is None):
+        for flag in ("lstrip", "rstrip", "single_word"):
+            if token.get(flag):
                 refuse(f"the flag {flag} of the added token {token['content']!r}")
 
 
@@ -181,16 +241,17 @@ def pattern_of(pre_tokenizer):
     """The regex whose matches are the pieces that BPE works in."""
     steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer]) if pre_tokenizer else []
     names = [step["type"] for step in steps]
-    if names[-1:] == ["ByteLevel"] and not steps[-1].get("add_prefix_space", True):
+    if steps and not steps[-1].get("add_prefix_space", True):
         first = steps[0]
         use_regex = steps[-1].get("use_regex", True)  # GPT-2's, after what the other step does
         if names == ["ByteLevel"] and use_regex:
             return GPT2
         if names == ["Digits", "ByteLevel"] and use_regex and first["individual_digits"]:
             return DIGITS
-        isolated = first.get("behavior") == "Isolated" and not first.get("invert")
-        if names == ["Split", "ByteLevel"] and not use_regex and isolated and "Regex" in first["pattern"]:
-            return first["pattern"]["Regex"]
+        if names == ["Split", "ByteLevel"] and not use_regex and "Regex" in first["pattern"]:
+            given = first["pattern"]["Regex"]
+            if first["behavior"] == "Isolated" and not first["invert"] and not regex.search(DIALECT, given):
+                return given
     refuse(f"the pre-tokenizer {' + '.join(names) or 'null'}, with the settings it has,")
 
 
@@ -199,10 +260,9 @@ def bos_of(post_processor):
     ids = []
     steps = post_processor.get("processors", [post_processor]) if post_processor else []
     for step in steps:
-        if step["type"] == "ByteLevel":
-            continue  # it moves offsets only
-        if step["type"] != "TemplateProcessing" or "Sequence" not in step["single"][-1]:
+        if step["type"] == "TemplateProcessing" and "Sequence" in step["single"][-1]:
+            for piece in step["single"][:-1]:  # the last one stands for the text
+                ids += step["special_tokens"][piece["SpecialToken"]["id"]]["ids"]
+        elif step["type"] != "ByteLevel":  # that one moves offsets only
             refuse(f"the post-processor {step['type']}, with the template it has,")
-        for piece in step["single"][:-1]:  # the last one stands for the text
-            ids += step["special_tokens"][piece["SpecialToken"]["id"]]["ids"]
     return ids
