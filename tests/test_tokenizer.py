@@ -564,6 +564,54 @@ def test_what_is_wrong_with_a_vocabulary_is_said():
             Tokenizer({"model": model, "pre_tokenizer": sequence(SPLIT, BYTES)}, "x")
 
 
+def token(content, id, normalized=False):
+    return {"id": id, "content": content, "normalized": normalized, "special": False, "single_word": False,
+            "lstrip": False, "rstrip": False}  # fmt: skip
+
+
+ODD = {
+    "wrong id": {"added_tokens": [token("<x>", 77), token("ab", 50)]},
+    "empty": {"added_tokens": [token("", 6), token("<x>", 7)]},
+    "twice": {"added_tokens": [token("é", 6), token("<x>", 7), token("é", 6, normalized=True)]},
+    "no bytes": {"model": {"vocab": {"▁": 6}, "merges": [], "ignore_merges": True}},
+    "no byte merged": {"model": {"vocab": {"▁": 6, "âĸģ": 7, "â": 8, "ĸ": 9, "ģ": 10, "âĸ": 11, "a▁": 12},
+                                 "merges": [["â", "ĸ"], ["âĸ", "ģ"], ["a", "▁"]]}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_files_count_as_in_tokenizers(name):
+    model = {
+        "type": "BPE",
+        "vocab": {char: id for id, char in enumerate(["a", "b", "Ġ", "ab", "Ã", "©"])},
+        "merges": [],
+    }
+    change = ODD[name].get("model", {})
+    model |= change | {"vocab": model["vocab"] | change.get("vocab", {})}
+    file = {"normalizer": {"type": "NFC"}, "pre_tokenizer": sequence(SPLIT, BYTES | {"trim_offsets": True})}
+    file = {"version": "1.0", "added_tokens": []} | file | ODD[name] | {"model": model}
+    oracle = tokenizers.Tokenizer.from_str(json.dumps(file))
+    rng = random.Random(0)
+    texts = ["".join(rng.choices(["a", "b", " ", "<x>", "é", "e\u0301", "▁"], k=rng.randint(1, 5))) for _ in range(300)]
+    ours = Tokenizer(file, name)
+    for text in texts:
+        assert ours.encode(text) == oracle.encode(text).ids, text
+
+
+def test_an_added_token_is_decoded_as_it_is_written():
+    file = {"model": {"vocab": {"a": 0}, "merges": []}, "pre_tokenizer": sequence(SPLIT, BYTES)}
+    ours = Tokenizer(file | {"added_tokens": [token("<señor>", 1)]}, "x")
+    assert ours.decode(ours.encode("a<señor>a")) == "a<señor>a"
+
+
+@pytest.mark.parametrize("id", [1.5, -1, 2**32, None, "7"])
+def test_an_id_is_a_whole_number(tmp_path, id):
+    file = {"model": {"vocab": {"a": 0, "b": id}, "merges": []}, "pre_tokenizer": sequence(SPLIT, BYTES)}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(file))
+    with pytest.raises(BadInput, match=r"is not a valid tokenizer\.json"):
+        Tokenizer.from_folder(tmp_path)
+
+
 @pytest.mark.parametrize("style", ["smollm2", "llama3"])
 def test_a_million_of_one_character(trained, style):
     """tiktoken's own regex panics on some of these."""
