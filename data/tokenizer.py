@@ -188,7 +188,7 @@ def merge_order(merges, vocab):
     ranks = {}  # of two equal pairs, `tokenizers` takes the later
     for rank, merge in enumerate(merges):
         left, right = merge.split(" ") if isinstance(merge, str) else merge  # older files have "a b", newer ["a", "b"]
-        if {left, right, left + right} - vocab.keys():
+        if not {left, right, left + right} <= vocab.keys():
             raise BadInput(f"the merge {left!r} + {right!r} is not in the vocabulary; download the file again.")
         ranks[left, right] = rank
     entries = set(map("".join, ranks))
