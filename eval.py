@@ -19,6 +19,7 @@ import argparse
 import math
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -203,7 +204,7 @@ def evaluate(folder, begun=None, device="auto"):
         "router": router,
         "ledger": sizes,
         "layers": layers,
-        "settings": run.settings.stored(),
+        "settings": asdict(run.settings),
         "seconds": seconds,
     }
     save(run.folder, {"report.md": report(results), "results.json": results})
@@ -407,6 +408,8 @@ def parse(argv):
     args = parser.parse_args(argv)
     if args.command == "bench" and args.harness:
         args.work = harness
+        if args.rows or args.subjects or args.fresh:
+            parser.error("--harness gets its questions by itself, without --rows, --subjects and --fresh")
     elif args.command == "bench" and not (args.task in benchmarks.TASKS and args.rows):
         parser.error(f"bench takes {', '.join(benchmarks.TASKS)} with --rows, or any task with --harness")
     return args

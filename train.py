@@ -16,7 +16,7 @@ import math
 import shutil
 import sys
 import time
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -379,7 +379,7 @@ def loop(trainer, text, out, begun):
 def resume(trainer, text, out, begun):
     """Load the checkpoint of a run folder, or start anew. Returns (the first step to do, when the run began)."""
     with atomic(out / "settings.json") as partial:
-        partial.write_text(json.dumps(trainer.s.stored(), indent=1) + "\n")
+        partial.write_text(json.dumps(asdict(trainer.s), indent=1) + "\n")
     path = out / "checkpoint.pt"
     if not path.exists():
         trainer.initialise(text.train)

@@ -85,7 +85,7 @@ class RunModel:
             context, settings = request.args
             settings = normalize_gen_kwargs(settings)  # tasks have several names for the same
             if settings.get("do_sample"):
-                raise BadInput("this task asks for text that is sampled; here it is greedy: name a task of another kind.")
+                raise BadInput("this task asks for sampled text, which is not implemented; name another.")
             until = settings["until"]
             steps = min(settings["max_gen_toks"], self.max_length - 1)
             ids = self.tok_encode(context)[steps - self.max_length :]  # its end, with room for what is written
@@ -118,8 +118,6 @@ def harness(args):
     class Adapter(RunModel, TemplateLM):
         pass
 
-    if args.rows or args.subjects or args.fresh:
-        raise BadInput("--harness gets its questions by itself; leave out --rows, --subjects and --fresh.")
     run, variants = open_variants(args.run, args.device, args.on)
     tasks = TaskManager(include_path=args.include and str(args.include))
     if args.task not in tasks.all_tasks:

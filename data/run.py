@@ -8,7 +8,7 @@ Opening a run always takes the same way: settings -> the model's folder -> confi
 import contextlib
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -161,8 +161,8 @@ def finished(s, out, fresh=False):
     if fresh:
         return False
     # The same command finds its own run again; any other would mix two runs in one folder.
-    for name, value in s.stored().items():
-        if old.stored()[name] != value:
+    for name, value in asdict(s).items():
+        if getattr(old, name) != value:
             raise BadInput(f"{out} holds another run ({flag(name)} differs); name another --out, or say --fresh.")
     return (out / "results.json").exists()
 

@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from data import BadInput
@@ -113,8 +113,6 @@ class Settings:
                 self.order == "prune-first" and gates_learn == self.steps and (self.steps or not self.fix_mask),
             "--no-memory contradicts --order prune-first, which trains the memories afterwards.":
                 not self.memory and self.order == "prune-first",
-            "--no-memory contradicts --memory-blocks: there are none to place.":
-                not self.memory and self.memory_blocks,
             "--no-memory contradicts --gate-rate 0: nothing would learn; say --steps 0.":
                 not self.memory and self.steps and not self.gate_rate,
             f"--retention contradicts --retention-every: the gates learn for {gates_learn} steps only; lower it.":
@@ -149,22 +147,13 @@ class Settings:
         """The settings that a run was saved with."""
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-            for name in PATHS:
-                if values[name] and (ROOT / values[name]).exists():  # see `stored`; an absolute path stays as it is
-                    values[name] = str(ROOT / values[name])
+            if not values:
+                raise ValueError("it is empty")
             return cls(**values)
         except FileNotFoundError:
             raise BadInput(f"{path} does not exist; name the folder of a run that train.py made.") from None
-        except (OSError, ValueError, TypeError, LookupError, BadInput, RecursionError) as error:
+        except (OSError, ValueError, TypeError, BadInput, RecursionError) as error:
             raise BadInput(f"{path} is not the settings of this version ({error}); train in another folder.") from None
-
-    def stored(self):
-        """{setting: value} as a run saves it. Paths within this project are relative to it, so that it can be moved."""
-        values = asdict(self)
-        for name in PATHS:
-            if Path(values[name]).is_relative_to(ROOT):
-                values[name] = str(Path(values[name]).relative_to(ROOT))
-        return values
 
 
 def absolute(given):

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -473,7 +473,7 @@ def test_evaluation_of_what_is_no_finished_run(world, capsys):
         assert evaluation.main(["report", str(out)]) == 2
         assert message in capsys.readouterr().err
         out.mkdir(parents=True, exist_ok=True)
-        values = {"wrong": 1} if message == cases[0] else Settings().stored()
+        values = {"wrong": 1} if message == cases[0] else asdict(Settings())
         (out / "settings.json").write_text(json.dumps(values))
     assert evaluation.main(["compare", str(out)]) == 2
     assert "results.json cannot be read" in capsys.readouterr().err

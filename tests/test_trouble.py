@@ -278,10 +278,6 @@ def test_a_run_is_found_from_anywhere(world, monkeypatch, tmp_path):  # noqa: F8
     monkeypatch.chdir(tmp_path / "elsewhere")
     shutil.move(world / "runs/one", "moved")
     assert evaluation.main(["report", "moved"]) == 0
-    # What belongs to this project is stored as it is called there, for another clone.
-    assert (Settings().stored()["model"], Settings().stored()["data"]) == ("data/base", "data/handbook")
-    (tmp_path / "settings.json").write_text(json.dumps(Settings().stored()))
-    assert Settings.from_file(tmp_path / "settings.json") == Settings()
 
 
 def test_a_relative_path_that_is_missing_is_never_asked_of_the_hub(monkeypatch, tmp_path):
@@ -317,6 +313,18 @@ def test_what_a_terminal_cannot_show_is_replaced(run):  # noqa: F811
 def test_sampling_that_means_nothing_is_refused(run, capsys, more, sentence):  # noqa: F811
     assert evaluation.main(["generate", str(run), "Der", *more]) == 2
     assert sentence in capsys.readouterr().err
+
+
+def test_what_would_be_ignored_is_refused(capsys):
+    bench = ["bench", "out/run", "mmlu", "--harness"]
+    for more in (["--rows", "rows"], ["--subjects", "law"], ["--fresh"]):
+        with pytest.raises(SystemExit):
+            evaluation.parse([*bench, *more])
+        assert "--harness gets its questions by itself" in capsys.readouterr().err
+    for more in (["--sweep", "choices"], ["--add", "dutch.txt"]):
+        with pytest.raises(SystemExit):
+            train.parse(["--dry-run", *more])
+        assert "--dry-run is for a single run" in capsys.readouterr().err
 
 
 def test_a_tiny_temperature_is_greedy_and_a_date_is_a_seed(world, capsys):  # noqa: F811
@@ -380,7 +388,6 @@ VOID = [
     dict(order="prune-first", fix_mask=0.0),
     dict(order="prune-first", steps=10, fix_mask=0.05),  # less than a step
     dict(order="prune-first", memory=False),
-    dict(memory=False, memory_blocks=2),
     dict(memory=False, gate_rate=0.0),
     dict(rank=0, kv_tokens=0),
     dict(alpha=0.0),
