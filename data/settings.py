@@ -51,7 +51,7 @@ class Settings:
     fix_mask: float = option(0.75, "last share of the steps, under the final 0/1 mask (measured)", low=0, high=0.99)
     constraint: str = option("progressive", "hinge with a rising target, or at once, or lagrangian", *CONSTRAINTS)
     penalty: float = option(60.0, "first lambda (paper); lagrangian: first lambda_2", low=1)
-    scaled: bool = option(True, "lambda x 1.03 a step while behind, / 1.03 while not")
+    scaled: bool = option(True, "lambda x 1.03 a step while behind and not moving, / 1.03 at the target")
 
     # The memory modules
     memory: bool = option(True, "train memory modules; --no-memory prunes only")
@@ -147,12 +147,12 @@ class Settings:
         """The settings that a run was saved with."""
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-            if not values:
-                raise ValueError("it is empty")
+            if values.keys() != {f.name for f in fields(cls)}:
+                raise ValueError("it has other names")
             return cls(**values)
         except FileNotFoundError:
             raise BadInput(f"{path} does not exist; name the folder of a run that train.py made.") from None
-        except (OSError, ValueError, TypeError, BadInput, RecursionError) as error:
+        except (OSError, ValueError, TypeError, AttributeError, BadInput, RecursionError) as error:
             raise BadInput(f"{path} is not the settings of this version ({error}); train in another folder.") from None
 
 
@@ -160,8 +160,9 @@ def absolute(given):
     """Settings as they were given, {name: value}, but with absolute paths: a run may be looked at from elsewhere."""
     found = {}
     for name in PATHS:
-        if given.get(name) and Path(given[name]).exists():  # else it is no path: an id on the Hub, a word
-            found[name] = str(Path(given[name]).resolve())
+        value = given.get(name)
+        if value and value != "domains" and Path(value).exists():  # else it is no path: an id on the Hub, say
+            found[name] = str(Path(value).resolve())
     return {**given, **found}
 
 
