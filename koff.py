@@ -223,44 +223,46 @@ class Penalty:
     as fast as they are now, and only the loss opens what has closed too much.
     hinge, progressive: Omega is the gap, 0 at the target and beyond ("progressive" is the hinge behind a rising target,
     see `Trainer.target`). The paper's "auto-scaling" of lambda is not given; here, with --scaled, lambda grows by 3% a
-    step while the sparsity is too low and does not rise, and shrinks by as much once the target is reached.
+    step while there is a gap that does not shrink, and shrinks by as much while there is none. The less lambda needs to
+    be, the more the loss decides which gates close.
     lagrangian: lambda_1 gap + lambda_2 gap^2, whose multipliers climb their own gradients (Sheared LLaMA, arXiv
-    2310.06694). It pulls back what went too far. lambda_2 begins at `start`, which is also the rate at which both
-    climb; lambda_1 begins at 0 and climbs slowly, or what it gathers on the way would lead far beyond the target.
+    2310.06694). It pulls back what went too far. lambda_2 begins at ten times `start`, because a square is small, which
+    is also the rate at which both climb; lambda_1 begins at 0 and climbs slowly, or what it gathers on the way would
+    lead far beyond the target.
     """
 
     MOMENTUM = 9  # steps: the sum of 0.9, 0.9^2, ...
-    CLOSE = 0.002  # of all parameters: the gap at which lambda need not grow
+    CLOSE = 0.002  # of all parameters: a smaller gap is none
     GROWTH = 1.03
-    MOST = 100  # times its start: a lambda beyond would leave nothing of the loss
+    LARGEST = 6000.0  # a lambda beyond would leave nothing of the loss
     UP, DOWN = 0.01, 0.15  # of its gradient, for lambda_1
 
     def __init__(self, kind, start, scaled, device):
         self.kind = kind
-        self.start = start
         self.scaled = scaled
-        first = [0.0, start] if kind == "lagrangian" else [start, 0.0]
+        first = [0.0, 10 * start] if kind == "lagrangian" else [start, 0.0]
         self.multipliers = torch.tensor(first, device=device)
-        self.last = None  # sparsity of the step before
+        self.rate = 10 * start
+        self.last = None  # [2]: sparsity and gap of the step before
 
     def __call__(self, sparsity, target):
         """The penalty for the expected sparsity, both scalars. Each call also moves the multipliers, for the next."""
-        now = sparsity.detach()
-        speed = 0 * now if self.last is None else now - self.last
+        gap = target - sparsity.detach()
+        now = torch.stack([sparsity.detach(), gap])
+        speed, widening = now - (now if self.last is None else self.last)
         self.last = now
-        gap = target - now
         gap_ahead = target - (sparsity + self.MOMENTUM * speed)
         if self.kind == "lagrangian":
             loss = self.multipliers[0] * gap_ahead + self.multipliers[1] * gap_ahead.square()
             slowly = torch.where(gap > 0, self.UP, self.DOWN)
-            climb = self.start * torch.stack([slowly * gap, gap.square()])
+            climb = self.rate * torch.stack([slowly * gap, gap.square()])
             self.multipliers = (self.multipliers + climb).clamp(min=0)  # the loss opens gates by itself
             return loss
         loss = self.multipliers[0] * gap_ahead.clamp(min=0)
         if self.scaled:
-            stuck = torch.where(speed <= 0, self.GROWTH, 1.0)
-            factor = torch.where(gap > self.CLOSE, stuck, 1 / self.GROWTH)
-            self.multipliers = (self.multipliers * factor).clamp(1.0, self.MOST * self.start)  # never lost for good
+            behind = torch.where(widening >= 0, self.GROWTH, 1.0)
+            factor = torch.where(gap > self.CLOSE, behind, 1 / self.GROWTH)
+            self.multipliers = (self.multipliers * factor).clamp(1.0, self.LARGEST)  # never lost for good
         return loss
 
 

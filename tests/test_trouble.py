@@ -433,13 +433,13 @@ def test_their_neighbours_are_not():
 
 
 @pytest.mark.parametrize("steps", [200, 500, 2000])
-@pytest.mark.parametrize("kind", ["hinge", "progressive", "lagrangian"])
-def test_the_sparsity_lands_on_its_target(kind, steps):
+@pytest.mark.parametrize("kind,start", [("hinge", 6.0), ("hinge", 60.0), ("progressive", 6.0), ("lagrangian", 6.0)])
+def test_the_sparsity_lands_on_its_target(kind, start, steps):
     """Gates as the default starts them, AdamW as a run has it, and a loss that wants to open them, here noise and all."""
     generator = torch.Generator().manual_seed(0)
     a = torch.linspace(1, 5, 400).requires_grad_()
     optimizer = torch.optim.AdamW([a], lr=0.05, betas=(0.9, 0.99), weight_decay=0.0)
-    penalty = koff.Penalty(kind, 60.0, True, "cpu")
+    penalty = koff.Penalty(kind, start, True, "cpu")
     for index in range(steps):
         closed = 1 - koff.p_open(a, 2 / 3)
         target = 0.25 if kind == "hinge" else 0.25 * min(1.0, (index + 1) / (0.2 * steps))
@@ -449,7 +449,7 @@ def test_the_sparsity_lands_on_its_target(kind, steps):
         optimizer.step()
         optimizer.zero_grad()
     assert 1 - koff.p_open(a, 2 / 3).mean().item() == pytest.approx(0.25, abs=0.01)
-    assert penalty.multipliers.max() < 1000
+    assert penalty.multipliers.max() < 400
 
 
 @pytest.mark.parametrize("tail", koff.TAILS)
