@@ -226,9 +226,9 @@ class Penalty:
     step while there is a gap that does not shrink, and shrinks by as much while there is none. The less lambda needs to
     be, the more the loss decides which gates close.
     lagrangian: lambda_1 gap + lambda_2 gap^2, whose multipliers climb their own gradients (Sheared LLaMA, arXiv
-    2310.06694). It pulls back what went too far. lambda_2 begins at ten times `start`, because a square is small, which
-    is also the rate at which both climb; lambda_1 begins at 0 and climbs slowly, or what it gathers on the way would
-    lead far beyond the target.
+    2310.06694). It pulls back what went too far. lambda_2 begins at three times `start`, because a square is small,
+    which is also the rate at which both climb; lambda_1 begins at 0 and climbs slowly, or what it gathers on the way
+    would lead far beyond the target.
     """
 
     MOMENTUM = 9  # steps: the sum of 0.9, 0.9^2, ...
@@ -240,9 +240,9 @@ class Penalty:
     def __init__(self, kind, start, scaled, device):
         self.kind = kind
         self.scaled = scaled
-        first = [0.0, 10 * start] if kind == "lagrangian" else [start, 0.0]
+        first = [0.0, 3 * start] if kind == "lagrangian" else [start, 0.0]
         self.multipliers = torch.tensor(first, device=device)
-        self.rate = 10 * start
+        self.rate = 3 * start
         self.last = None  # [2]: sparsity and gap of the step before
 
     def __call__(self, sparsity, target):

@@ -45,7 +45,7 @@ from data.run import (
     pick_dtype,
     read_training_text,
     texts_of,
-)  # fmt: skip
+)
 from data.settings import GROUPS, PRESETS, ROOT, Settings, absolute, flag
 from data.sweeps import SWEEPS, sweep
 from eval import evaluate
@@ -386,13 +386,12 @@ def resume(trainer, text, out, begun):
         return 0, begun
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        check_same(out, state["inputs"], text.inputs)
-        trainer.restore(state)
-    except BadInput:
-        raise
+        before = state["inputs"]
     except Exception as error:  # a torn file fails in many ways
         reason = str(error).partition("\n")[0]
         raise BadInput(f"{path} is damaged ({reason}); remove it, and the training begins again.") from None
+    check_same(out, before, text.inputs)
+    trainer.restore(state)
     print(f"continuing {out} at step {state['step']}")
     return state["step"], begun - state["seconds"]
 

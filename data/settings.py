@@ -50,7 +50,7 @@ class Settings:
     ramp: float = option(0.2, "share of the steps in which the target rises to --sparsity (measured)", low=0.01, high=1)
     fix_mask: float = option(0.75, "last share of the steps, under the final 0/1 mask (measured)", low=0, high=0.99)
     constraint: str = option("progressive", "hinge with a rising target, or at once, or lagrangian", *CONSTRAINTS)
-    penalty: float = option(6.0, "first lambda (measured; paper: 60); lagrangian: a tenth of lambda_2", low=1)
+    penalty: float = option(20.0, "first lambda (measured; paper: 60); lagrangian: a third of lambda_2", low=1)
     scaled: bool = option(True, "lambda x 1.03 a step while behind and not moving, / 1.03 at the target")
 
     # The memory modules

@@ -144,7 +144,7 @@ def test_open_neurons_are_rounded_and_the_target_is_met(tiny):
 
 def test_a_lagrangian_lands_on_its_target_from_both_sides_and_a_hinge_waits_beyond_it():
     def land(kind, start, steps=400):
-        penalty, a = koff.Penalty(kind, 6.0, False, "cpu"), torch.full((50,), start, requires_grad=True)
+        penalty, a = koff.Penalty(kind, 20.0, False, "cpu"), torch.full((50,), start, requires_grad=True)
         optimizer = torch.optim.Adam([a], lr=0.05)
         for _ in range(steps):
             closed = 1 - torch.sigmoid(a).mean()

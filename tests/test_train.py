@@ -116,7 +116,7 @@ def test_retention_moves_gates_only_and_the_fixed_mask_stops_them(world):
     before = tensors(trainer)
     trainer.retain(tokens, "german", 0)
     after = tensors(trainer)
-    assert trainer.penalty.multipliers[0].item() == 6  # Omega and its lambda belong to the domains' steps
+    assert trainer.penalty.multipliers[0].item() == 20  # Omega and its lambda belong to the domains' steps
     moved = {n for n in before if not torch.equal(before[n], after[n])}
     assert moved and all(n.startswith("log_alpha") for n in moved)
     trainer.start_step(7)
@@ -132,11 +132,11 @@ def test_lambda_grows_while_behind_and_shrinks_while_not(world):
     for a in trainer.gates.log_alpha.values():
         a.data.fill_(9.0)
     trainer.step(tokens, "german", 7)
-    assert trainer.penalty.multipliers[0].item() == pytest.approx(6 * 1.03)
+    assert trainer.penalty.multipliers[0].item() == pytest.approx(20 * 1.03)
     for a in trainer.gates.log_alpha.values():
         a.data.fill_(-9.0)
     trainer.step(tokens, "german", 7)
-    assert trainer.penalty.multipliers[0].item() == pytest.approx(6, rel=1e-5)
+    assert trainer.penalty.multipliers[0].item() == pytest.approx(20, rel=1e-5)
 
 
 # The whole line -----------------------------------------------------------------------------------------------------
