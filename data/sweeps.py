@@ -90,7 +90,7 @@ SWEEPS = {
     "domains": Sweep(each("domains", "1", "2", "3", "4", "5", "6")),
     "text": Sweep(each("text", 0.1, 0.25, 0.5, 1.0)),
     "retention": Sweep(INTERVALS, common=dict(retention="domains")),
-    "lambda": Sweep(each("penalty", 15.0, 20.0, 40.0, 60.0, 80.0, 120.0), common=dict(scaled=False, constraint="hinge")),
+    "lambda": Sweep(each("penalty", 15.0, 40.0, 60.0, 80.0, 120.0), common=dict(scaled=False, constraint="hinge")),
 }  # fmt: skip
 
 
