@@ -16,6 +16,7 @@ commands do is in `data/`; the imports say where.
 """
 
 import argparse
+import contextlib
 import math
 import sys
 import time
@@ -184,8 +185,9 @@ def evaluate(folder, begun=None, device="auto"):
     run, base, text = open_finished(folder, device)
     # A report that is made again keeps what it cannot measure: the time, and the run that was put beside it.
     before = {}
-    if not begun and Path(folder, "results.json").exists():
-        before = saved_results(folder)
+    if not begun:
+        with contextlib.suppress(BadInput):  # there is none, or it is damaged
+            before = saved_results(folder)
     ppl, swap = perplexities(run, base, text)
     pruned = before.get("perplexity", {}).get("pruned", {})  # of a run beside this one, see `put_beside`
     if pruned.keys() == text.keys():

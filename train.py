@@ -373,6 +373,8 @@ def loop(trainer, text, out, begun):
                 bar.close()
                 print(f"stopped after step {done}", file=sys.stderr)
                 raise KeyboardInterrupt(stop[0])
+        if signals:  # while the last step was saved
+            raise KeyboardInterrupt(signals[0])
     return begun
 
 
@@ -410,6 +412,8 @@ class Opened:
 
 def open_run(s, out, paths=None):
     """Check everything that a run needs, before anything is written. `paths`: see `read_training_text`."""
+    if str(out) != str(out).encode(errors="replace").decode():
+        raise BadInput(f"--out {out} is not UTF-8, which safetensors needs; give another name.")
     # The order matters: what is cheap to check comes first, gigabytes of weights come last.
     fitting_gates(s, read_config(model_folder(s.model, weights=False)))
     device = pick_device(s.device)
@@ -432,6 +436,11 @@ def train(s, out, fresh=False):
     opened = open_run(s, out)
     out.mkdir(parents=True, exist_ok=True)
     with only_process(out):
+        if finished(s, out, fresh):  # by another process, since this one began
+            return
+        for pattern in (".checkpoint.pt.*.part", "backbone/.*.part"):  # left by processes that were killed
+            for path in out.glob(pattern):
+                discard(path)
         if fresh:  # nothing of an old run goes before the new one is known to work
             erase(out)
         begun = loop(opened.trainer, opened.text, out, begun)
@@ -480,9 +489,15 @@ def add(path, out, given, fresh=False):
     device = given.get("device") or Settings.from_file(out / "settings.json").device
     with held(out, device) as run:
         name = domain_name(path)
-        s = settings_to_add(run, name, given)
-        texts_of(run)  # BadInput now, rather than in the evaluation, where one of them has changed
         work = out / "later" / name
+        texts_of(run)  # BadInput now, rather than in the evaluation, where one of them has changed
+        if work.exists() and run.router.paths.get(name) == str(
+            path.resolve()
+        ):  # stopped when all but the tables was done
+            evaluate(out, device=device)
+            shutil.rmtree(work)
+            return
+        s = settings_to_add(run, name, given)
         if fresh:
             discard(work)
         if (work / "settings.json").exists() and Settings.from_file(work / "settings.json") != s:
@@ -500,8 +515,8 @@ def add(path, out, given, fresh=False):
         run.router.paths[name] = str(path.resolve())
         run.router.save(out / "router.safetensors")
         del opened
-        shutil.rmtree(work)
         evaluate(out, device=s.device)
+        shutil.rmtree(work)
 
 
 def settings_to_add(run, name, given):

@@ -36,8 +36,8 @@ class BadInput(Exception):
 
 
 def discard(path):
-    """Remove a file or a folder, if it is there."""
-    if path.is_dir():
+    """Remove a file, a folder or a link, if it is there."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
@@ -56,8 +56,11 @@ def atomic(path):
     try:
         yield partial
         os.replace(partial, path)
-    except SafetensorError as error:  # a full disk, as safetensors tells it
-        raise OSError(f"{path} cannot be written: {error}") from None
+    except (SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):
+            raise
+        # A full disk, as safetensors and as torch.save tell it.
+        raise OSError(f"{path} cannot be written ({error}); is the disk full?") from None
     finally:
         discard(partial)
 
@@ -79,8 +82,6 @@ def only_process(folder):
             raise BadInput(f"{folder} is in use by another process ({process}); wait until it has ended.") from None
         file.truncate(0)
         print(f"number {os.getpid()}", end="", file=file, flush=True)
-        for partial in folder.rglob(".*.part"):  # left by processes that were killed
-            discard(partial)
         yield
 
 
@@ -92,9 +93,13 @@ def read_tensors(path, framework="pt", device="cpu"):
     try:
         with safe_open(path, framework, device=str(device)) as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
-            return tensors, file.metadata() or {}
+            metadata = file.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise BadInput(f"{path} cannot be read ({error}); name a run that train.py has finished.") from None
+    for name, tensor in tensors.items():
+        if framework == "pt" and not tensor.isfinite().all():
+            raise BadInput(f"{path}: {name} has numbers that are NaN or infinite; train again with lower rates.")
+    return tensors, metadata
 
 
 def run_script(name, work, stopped):
@@ -103,9 +108,11 @@ def run_script(name, work, stopped):
     2 and one sentence for what can be foreseen: bad input, an unreadable file, a full disk, no memory. 130 after
     Ctrl-C, 143 after SIGTERM (Slurm, docker stop). Anything else is a fault of ours: 1, and a traceback to report.
     """
-    for stream in (sys.stdin, sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError):  # a stream of a test, or none
-            stream.reconfigure(errors="replace")  # what a terminal cannot show, or nobody can read, becomes a "?"
+    for stream, mode in ("stdin", "r"), ("stdout", "w"), ("stderr", "w"):
+        if getattr(sys, stream) is None:  # somebody closed it
+            setattr(sys, stream, open(os.devnull, mode))  # noqa: SIM115
+        with contextlib.suppress(AttributeError):  # a stream of a test
+            getattr(sys, stream).reconfigure(errors="replace")  # what cannot be shown, or read, becomes a "?"
     before = signal.signal(signal.SIGTERM, stop)
     try:
         return work()

@@ -122,7 +122,7 @@ def read_prompts(path):
         if path.suffix == ".jsonl":
             try:
                 prompt = json.loads(line)["prompt"]
-            except (ValueError, LookupError, TypeError):
+            except (ValueError, LookupError, TypeError, RecursionError):
                 prompt = None
         if not isinstance(prompt, str):
             raise BadInput(f'{where} has no "prompt" that is a text; mend or remove the line.')

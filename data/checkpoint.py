@@ -343,14 +343,18 @@ def load_module(path, config, dtype, device="cpu"):
     if made_for is None or made_for != config.raw.get("koff_fingerprint"):
         raise BadInput(f"{path} was trained with another backbone ({made_for}); load it with the run it belongs to.")
     module = {}
-    for name, tensor in tensors.items():
-        _, i, part, *half = name.split(".")  # layers.7.down.lora_A, or layers.7.keys
-        memory = module.setdefault(int(i), Memory())
-        if not half:
-            setattr(memory, part, tensor.to(dtype))
-        elif half == ["lora_A"]:
-            b = tensors[f"layers.{i}.{part}.lora_B"]
-            memory.lora[part] = (tensor.to(dtype), b.to(dtype))
+    try:
+        for name, tensor in tensors.items():
+            _, i, part, *half = name.split(".")  # layers.7.down.lora_A, or layers.7.keys
+            memory = module.setdefault(range(config.num_hidden_layers)[int(i)], Memory())
+            if half:
+                a = tensors[f"layers.{i}.{part}.lora_A"]
+                b = tensors[f"layers.{i}.{part}.lora_B"]
+                memory.lora[part] = (a.to(dtype), b.to(dtype))
+            else:
+                setattr(memory, part, tensor.to(dtype))
+    except (LookupError, ValueError):
+        raise BadInput(f"{path} is not a module of this version; train it again.") from None
     return module
 
 
@@ -367,7 +371,10 @@ def load_gates(path, gates):
     """Fill `gates` with the saved log alpha; returns the final mask {name: bool [N, channels]}."""
     tensors, _ = read_tensors(path)
     mask = {}
-    for name in gates.log_alpha:
-        gates.log_alpha[name].data.copy_(tensors[f"log_alpha.{name}"])
-        mask[name] = tensors[f"mask.{name}"].bool()
+    try:
+        for name in gates.log_alpha:
+            gates.log_alpha[name].data.copy_(tensors[f"log_alpha.{name}"])
+            mask[name] = tensors[f"mask.{name}"].bool()
+    except (LookupError, RuntimeError):
+        raise BadInput(f"{path} has not the gates that settings.json asks for; train the run again.") from None
     return mask

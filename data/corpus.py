@@ -185,8 +185,11 @@ def check_length(path, part, ids, least, flags):
 def domain_name(path):
     """The domain that a file or folder is named after; BadInput if the name does not do for files of a run."""
     name = path.name if path.is_dir() else path.stem
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
-        raise BadInput(f"{path}: a domain's name becomes a file name; use letters, digits, '.', '_' and '-'.")
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}", name):
+        letters = "at most 100 letters, digits, '.', '_' and '-'"
+        raise BadInput(f"{path}: a domain's name becomes a file name; use {letters}.")
+    if name in ("unpruned", "backbone", "routed", "auto"):
+        raise BadInput(f"{path}: a domain cannot be called {name}, which has a meaning here; rename it.")
     return name
 
 
@@ -197,7 +200,7 @@ def find_domains(folder, only="", least=1):
     """
     paths = domains_in(Path(folder))
     chosen = list(paths)
-    if only.isdigit():
+    if only.isdecimal():
         chosen = chosen[: int(only)]
         if not 0 < int(only) <= len(paths):
             raise BadInput(f"--domains is {only}, and {folder} holds {len(paths)} domains; give 1 to that many.")

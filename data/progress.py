@@ -27,7 +27,7 @@ def read_log(path):
     """The entries of a log.jsonl. A crash may leave lines that are cut, blank or NUL: these are left out."""
     entries = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             entry = json.loads(line)
             if isinstance(entry, dict) and isinstance(entry.get("step"), int):
                 entries.append(entry)

@@ -114,6 +114,6 @@ class Router:
                 router.keys[name] = key
                 if path:
                     router.paths[name] = path
-        except (LookupError, ValueError):
+        except (LookupError, ValueError, TypeError):
             raise BadInput(f"{path} is not a router of this version; train the run again.") from None
         return router

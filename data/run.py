@@ -66,6 +66,8 @@ def fitting_gates(s, config):
             raise BadInput(f"{flag(name)} is {wanted}, but {have}; give fewer.")
     first_gated, _, _ = s.first_blocks(config.num_hidden_layers)
     gates = koff.Gates(config, first_gated, s.granularity, gated=s.gated)
+    if s.granularity == "neuron" and s.multiple > config.intermediate_size:
+        raise BadInput(f"--multiple is {s.multiple}, but a block has {config.intermediate_size} neurons; give less.")
     # The most that could be removed: every gate closed.
     all_closed = {name: torch.zeros(a.shape) for name, a in gates.log_alpha.items()}
     most = gates.sparsity(all_closed, s.count).item()
@@ -121,6 +123,9 @@ def read_training_text(s, reader, config, paths=None):
         raise BadInput(f"{longest} tokens, --kv-tokens included, exceed the model's context of {limit}; lower them.")
     if paths is None:
         paths = find_domains(s.data, s.domains, least=1 if s.domains else 2)
+    memories_learn = s.steps - s.gate_steps if s.order == "prune-first" else s.steps
+    if s.memory and 0 < memories_learn < len(paths):
+        raise BadInput(f"{len(paths)} memories cannot learn in {memories_learn} steps; raise --steps.")
     # At least one batch, and enough for the router to learn from and to be tested on.
     one_batch = max(s.batch, s.retention_batch) * (s.seq_len + 1)  # and room for a random offset
     training = max(one_batch, 10 * Router.WINDOW)
@@ -135,7 +140,7 @@ def read_training_text(s, reader, config, paths=None):
         text.general = np.concatenate(list(text.train.values()))
     elif s.retention:
         split = reader.read(s.retention, training, 0)
-        text.splits["retention"] = split
+        text.splits["--retention"] = split  # no domain can have this name
         text.general = split.train
     for name, split in text.splits.items():
         text.inputs[f"text of {name}"] = split.key
@@ -152,6 +157,8 @@ def check_same(folder, before, now):
 def finished(s, out, fresh=False):
     """Is the run `s` in `out` complete? BadInput if the folder holds something else."""
     ours = out / "settings.json"
+    if Path(s.data).resolve() in out.resolve().parents:
+        raise BadInput(f"{out} lies within the text in {s.data}; name another folder with --out.")
     if not ours.exists():
         # Names with a dot are not looked at: a lock, a cache.
         if out.exists() and (not out.is_dir() or any(out.glob("[!.]*"))):
@@ -164,7 +171,7 @@ def finished(s, out, fresh=False):
     for name, value in asdict(s).items():
         if getattr(old, name) != value:
             raise BadInput(f"{out} holds another run ({flag(name)} differs); name another --out, or say --fresh.")
-    return (out / "results.json").exists()
+    return (out / "results.json").exists() and (out / "router.safetensors").exists()
 
 
 # All that train.py, report, lape, probes and plot write about a run; a benchmark and an export know their run.

@@ -13,7 +13,7 @@ PATHS = ("model", "data", "retention")  # settings that can name a file or a fol
 CONSTRAINTS = ("progressive", "hinge", "lagrangian")
 
 
-def option(default, text, *choices, low=None, high=None):
+def option(default, text, *choices, low=None, high=10**9):
     """A field of `Settings`: its default, its line in --help, what it can be."""
     return field(default=default, metadata={"help": text, "choices": choices or None, "low": low, "high": high})
 
@@ -45,7 +45,9 @@ class Settings:
     gate_init: str = option("fisher", "start of log alpha: by a score, or 3 for every gate", *SCORES, "constant")
     fisher_sequences: int = option(48, "sequences of the calibration pass for it (measured)", low=1)
     multiple: int = option(8, "a block keeps a multiple of this many neurons (granularity neuron)", low=1)
-    beta: float = option(2 / 3, "temperature of the gates (Louizos; at the paper's 2 the cost misleads)", low=0.05)
+    beta: float = option(
+        2 / 3, "temperature of the gates (Louizos; at the paper's 2 the cost misleads)", low=0.05, high=10
+    )
     beta_end: float = option(0.0, "temperature to which it falls while gates learn; 0: it does not", low=0)
     ramp: float = option(0.2, "share of the steps in which the target rises to --sparsity (measured)", low=0.01, high=1)
     fix_mask: float = option(0.75, "last share of the steps, under the final 0/1 mask (measured)", low=0, high=0.99)
@@ -75,9 +77,9 @@ class Settings:
     focus: int = option(0, "extra steps a round for the domain furthest from the teacher (measured)", low=0)
     batch: int = option(4, "sequences per batch (paper: 2)", low=1)
     seq_len: int = option(256, "tokens per sequence (paper: 512)", low=8)
-    lora_rate: float = option(5e-3, "AdamW rate of LoRA (measured; paper: 1e-5 over 150M tokens)", low=0)
-    gate_rate: float = option(5e-2, "AdamW rate of log alpha (measured; paper: 1e-2)", low=0)
-    kv_rate: float = option(3e-3, "AdamW rate of the KV memory (measured; paper: 1e-2)", low=0)
+    lora_rate: float = option(5e-3, "AdamW rate of LoRA (measured; paper: 1e-5 over 150M tokens)", low=0, high=10)
+    gate_rate: float = option(5e-2, "AdamW rate of log alpha (measured; paper: 1e-2)", low=0, high=10)
+    kv_rate: float = option(3e-3, "AdamW rate of the KV memory (measured; paper: 1e-2)", low=0, high=10)
     decay: float = option(0.5, "last share of the steps, in which LoRA's and KV's rates fall to 0", low=0, high=1)
     seed: int = option(0, "seed of data order, gate noise and first LoRA", low=0, high=2**63 - 1)
 
@@ -107,6 +109,10 @@ class Settings:
                 self.memory and self.rank and not self.alpha,
             "--lora-rate 0 or --kv-rate 0 leaves nothing of the memories to learn; say --steps 0, or --no-memory.":
                 self.memory and self.steps and not (lora_learns or kv_learns),
+            "--top 1 contradicts --tail renormalise: a single outcome has probability one, whatever the student says.":
+                self.top == 1 and self.tail == "renormalise",
+            "--beta-end contradicts --beta: the temperature falls; give less.":
+                self.beta_end > self.beta,
             "--ramp and --fix-mask contradict each other: the mask would be fixed during the ramp.":
                 self.constraint != "hinge" and self.ramp + self.fix_mask > 1,  # the plain hinge has no ramp
             "--order prune-first contradicts --fix-mask: it leaves no step for the memories to learn in; raise it.":
@@ -117,6 +123,8 @@ class Settings:
                 not self.memory and self.steps and not self.gate_rate,
             f"--retention contradicts --retention-every: the gates learn for {gates_learn} steps only; lower it.":
                 self.retention and self.steps and self.retention_every > gates_learn,
+            "--retention contradicts --gate-rate 0: it moves gates only.":
+                self.retention and not self.gate_rate,
             "--kv-tokens is larger than --seq-len; a memory longer than the text is no memory.":
                 self.kv_tokens > self.seq_len,
         }  # fmt: skip
@@ -189,11 +197,9 @@ def check_value(f, value):
     if type(value) is not kind and (kind, type(value)) != (float, int):
         raise BadInput(f"{flag(f.name)} is {value!r}; give a {kind.__name__}.")
     choices = f.metadata["choices"]
-    if low is not None and not value >= low:  # not (value < low): NaN is refused too
-        given = f"at least {low}" if high is None else f"{low} to {high}"
+    if low is not None and not low <= value <= high:  # NaN is refused too
+        given = f"at least {low}" if value < low and high == 10**9 else f"{low} to {high}"
         raise BadInput(f"{flag(f.name)} is {value}; give {given}.")
-    if high is not None and not value <= high:
-        raise BadInput(f"{flag(f.name)} is {value}; give {low} to {high}.")
     if choices and value not in choices:
         raise BadInput(f"{flag(f.name)} is {value!r}; give one of {', '.join(choices)}.")
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from data import BadInput
 from data.checkpoint import read_config
+from data.corpus import find_domains
 from data.hub import model_folder
 from data.run import finished, fitting_gates
 from data.settings import PRESETS, Settings
@@ -119,6 +120,7 @@ def sweep(name, given, out, fresh, train):
     runs = runs_of(name, given, out)
     for members in runs.values():
         for folder, s in members.items():  # what cannot work shows before hours are spent
+            find_domains(s.data, s.domains)
             fitting_gates(s, read_config(model_folder(s.model, weights=False)))
             finished(s, folder, fresh)  # BadInput if the folder holds another run
     # The table is written again after each row, so that a long sweep can be read while it runs.

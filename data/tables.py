@@ -59,7 +59,7 @@ def saved_results(folder):
         results = json.loads(path.read_text(encoding="utf-8"))
         if not {"perplexity", "swap", "sparsity", "settings"} <= results.keys():
             raise ValueError("it is of another version")
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise BadInput(f"{path} cannot be read ({error}); name runs that train.py has finished.") from None
     return results
 

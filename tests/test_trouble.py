@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import eval as evaluation
@@ -183,8 +184,6 @@ def test_a_second_process_in_a_run_folder_is_refused_and_sigterm_saves(world, ca
 
 
 def test_nothing_changes_a_run_that_another_process_holds(run, capsys):  # noqa: F811
-    partial = run / "modules/.french.safetensors.0123.part"
-    partial.write_bytes(b"left by a process that was killed")
     with only_process(run):
         before = files(run)
         commands = (
@@ -199,8 +198,105 @@ def test_nothing_changes_a_run_that_another_process_holds(run, capsys):  # noqa:
             assert command() == 2
             assert f"{run} is in use by another process (number {os.getpid()})" in capsys.readouterr().err
         assert files(run) == before
-    assert not partial.exists()
     assert evaluation.main(["rename", str(run), "french", "francais"]) == 0
+
+
+def test_what_another_process_did_meanwhile_is_seen(world, monkeypatch, capsys):  # noqa: F811
+    """A second process that has checked everything, and was still loading the model when the first one had the lock."""
+    opening = train.open_run
+
+    def slowly(s, out, paths=None):
+        opened = opening(s, out, paths)
+        if s.lora_rate == 0.1:
+            monkeypatch.setattr(train, "open_run", opening)
+            assert train.main(flags(world)) == 0
+        return opened
+
+    monkeypatch.setattr(train, "open_run", slowly)
+    assert train.main(flags(world, lora_rate=0.1)) == 2
+    assert "holds another run (--lora-rate differs)" in capsys.readouterr().err
+
+
+def test_a_signal_while_the_last_step_is_saved_is_heard(world, monkeypatch, capsys):  # noqa: F811
+    saving = torch.save
+
+    def interrupted(state, path):
+        saving(state, path)
+        if state["step"] == 8:
+            monkeypatch.setattr(torch, "save", saving)
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(torch, "save", interrupted)
+    assert train.main(flags(world)) == 143
+    assert train.main(flags(world)) == 0 and "at step 8" in capsys.readouterr().out
+
+
+def test_a_later_module_that_was_stopped_in_the_evaluation_gets_its_tables(run, monkeypatch, capsys):  # noqa: F811
+    evaluating = train.evaluate
+
+    def stopped(*args, **more):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "evaluate", stopped)
+    assert add(run) == 130
+    monkeypatch.setattr(train, "evaluate", evaluating)
+    before = (run / "modules/italian.safetensors").read_bytes()
+    assert add(run) == 0 and (run / "modules/italian.safetensors").read_bytes() == before
+    assert list(json.loads((run / "results.json").read_text())["swap"]) == ["french", "german", "italian"]
+    assert not (run / "later/italian").exists()
+    assert add(run) == 2 and "has a domain italian already" in capsys.readouterr().err
+
+
+def test_a_run_that_lost_its_router_is_not_finished(run, capsys):  # noqa: F811
+    (run / "router.safetensors").unlink()
+    assert train.main(flags(run.parent.parent)) == 0 and (run / "router.safetensors").exists()
+    (run / "results.json").write_text('{"torn')
+    assert evaluation.main(["report", str(run)]) == 0
+    assert json.loads((run / "results.json").read_text())["perplexity"]
+
+
+def foreign(tensors):
+    return {"x": torch.ones(2)}
+
+
+def nan(tensors):
+    return {name: tensor * float("nan") if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+
+
+def half(tensors):
+    return dict(list(tensors.items())[1:])  # without its first one
+
+
+@pytest.mark.parametrize("damage", [foreign, nan, half])
+@pytest.mark.parametrize("name", ["gates", "modules/french"])
+def test_a_damaged_part_of_a_run_is_named(run, capsys, damage, name):  # noqa: F811
+    path = run / f"{name}.safetensors"
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    save_file(damage(load_file(path)), path, metadata)
+    assert evaluation.main(["report", str(run)]) == 2
+    err = capsys.readouterr().err
+    assert f"{name}.safetensors" in err and "Traceback" not in err
+
+
+def test_a_text_of_every_name(world, capsys):  # noqa: F811
+    shutil.copy(world / "data/french.txt", world / "data/retention.txt")
+    argv = flags(world, retention=world / "data/german.txt", retention_every=1)
+    assert train.main(argv) == 0  # a domain may be called like a part of a run,
+    for name in ("backbone", "x" * 101):  # but not like a variant of it
+        shutil.copy(world / "data/french.txt", world / f"data/{name}.txt")
+        assert train.main(flags(world, out=world / "runs/two")) == 2
+        assert "a domain" in capsys.readouterr().err
+        (world / f"data/{name}.txt").unlink()
+    assert train.main(flags(world, out=world / "data/run")) == 2
+    assert "lies within the text" in capsys.readouterr().err
+    assert train.main(flags(world, domains="²", out=world / "runs/two")) == 2
+
+
+def test_closed_streams_stop_no_training(world):  # noqa: F811
+    argv = " ".join(flags(world, out=world / "runs/two"))
+    done = subprocess.run(f"{sys.executable} {ROOT}/train.py {argv} 2>&- <&- >&-", shell=True)
+    assert done.returncode == 0 and (world / "runs/two/report.md").exists()
 
 
 def test_no_two_writers_have_the_same_temporary_name(tmp_path):
@@ -214,12 +310,27 @@ def test_no_two_writers_have_the_same_temporary_name(tmp_path):
 
 
 def test_fresh_removes_what_this_program_wrote_and_nothing_else(run, capsys):  # noqa: F811
-    mine = ["README.md", "notes.json", "photos/beach.png", "modules/tool.py", "backbone/notes.txt", "bench/mine.jsonl"]
+    mine = [
+        "README.md",
+        ".song.part",
+        "x/.film.part",
+        "notes.json",
+        "photos/beach.png",
+        "modules/tool.py",
+        "backbone/notes.txt",
+        "bench/mine.jsonl",
+    ]
     for name in mine:
         (run / name).parent.mkdir(exist_ok=True)
         (run / name).write_text("mine")
     save_file({"x": torch.ones(1)}, run / "modules/adapter.safetensors")  # not a module of ours
-    old = ["lape.json", "swap.png", "backbone/chat_template.jinja", "later/dutch/checkpoint.pt"]
+    old = [
+        "lape.json",
+        "swap.png",
+        ".checkpoint.pt.01234567.part",
+        "backbone/chat_template.jinja",
+        "later/dutch/checkpoint.pt",
+    ]
     for name in old:
         (run / name).parent.mkdir(parents=True, exist_ok=True)
         (run / name).write_text("of the run before")
@@ -360,6 +471,7 @@ def test_a_loss_above_709_nats_is_an_infinite_perplexity(run):  # noqa: F811
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, "there is not enough memory"),
         (KeyboardInterrupt(), 130, "stopped; again"),
         (KeyboardInterrupt(signal.SIGTERM), 143, "stopped; again"),
+        (OSError("x cannot be written; is the disk full?"), 2, "is the disk full?"),
         (ZeroDivisionError("division by zero"), 1, "please report the lines above"),
     ],
 )
@@ -395,6 +507,9 @@ VOID = [
     dict(lora_rate=0.0, kv_tokens=0),
     dict(kv_rate=0.0, rank=0),
     dict(ramp=0.5, fix_mask=0.6),
+    dict(top=1, tail="renormalise"),
+    dict(beta=0.5, beta_end=2.0),
+    dict(retention="domains", gate_rate=0.0),
     dict(retention="domains", steps=40, retention_every=20),  # the mask is fixed after 10 steps
 ]
 FINE = [
@@ -412,6 +527,19 @@ FINE = [
     dict(ramp=0.4, fix_mask=0.6),
     dict(retention="domains", steps=40, retention_every=10),
 ]
+
+
+@pytest.mark.parametrize("more", [dict(steps=1), dict(order="prune-first", fix_mask=0.13), dict(multiple=41)])
+def test_what_the_text_or_the_model_makes_void_is_refused(world, capsys, more):  # noqa: F811
+    assert train.main(flags(world, **more)) == 2
+    err = capsys.readouterr().err
+    assert "2 memories cannot learn in 1 steps" in err or "a block has 40 neurons" in err
+
+
+@pytest.mark.parametrize("given", [dict(rank=2**70), dict(lora_rate=math.inf), dict(beta=math.inf), dict(steps=1.5)])
+def test_numbers_beyond_all_bounds_are_refused(given):
+    with pytest.raises(BadInput, match=f"--{next(iter(given)).replace('_', '-')} is"):
+        Settings(**given)
 
 
 @pytest.mark.parametrize("given", VOID, ids=str)
