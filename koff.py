@@ -240,9 +240,9 @@ class Penalty:
     def __init__(self, kind, start, scaled, device):
         self.kind = kind
         self.scaled = scaled
-        first = [0.0, 3 * start] if kind == "lagrangian" else [start, 0.0]
-        self.multipliers = torch.tensor(first, device=device)
         self.rate = 3 * start
+        first = [0.0, self.rate] if kind == "lagrangian" else [start, 0.0]
+        self.multipliers = torch.tensor(first, device=device)
         self.last = None  # [2]: sparsity and gap of the step before
 
     def __call__(self, sparsity, target):

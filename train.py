@@ -25,7 +25,7 @@ from torch import nn
 from tqdm import tqdm
 
 import koff
-from data import BadInput, atomic, discard, only_process, run_script
+from data import BadInput, atomic, discard, discard_all, only_process, run_script
 from data.checkpoint import digest, load, read_config, save_backbone, save_gates, save_module
 from data.corpus import batch, domain_name
 from data.dryrun import dry_run
@@ -392,7 +392,8 @@ def resume(trainer, text, out, begun):
     except Exception as error:  # a torn file fails in many ways
         reason = str(error).partition("\n")[0]
         raise BadInput(f"{path} is damaged ({reason}); remove it, and the training begins again.") from None
-    check_same(out, before, text.inputs)
+    for name in {**before, **text.inputs}:
+        check_same(out, name, before.get(name), text.inputs.get(name))
     trainer.restore(state)
     print(f"continuing {out} at step {state['step']}")
     return state["step"], begun - state["seconds"]
@@ -438,9 +439,7 @@ def train(s, out, fresh=False):
     with only_process(out):
         if finished(s, out, fresh):  # by another process, since this one began
             return
-        for pattern in (".checkpoint.pt.*.part", "backbone/.*.part"):  # left by processes that were killed
-            for path in out.glob(pattern):
-                discard(path)
+        discard_all(out, [".checkpoint.pt.*.part", "backbone/.*.part"])  # left by processes that were killed
         if fresh:  # nothing of an old run goes before the new one is known to work
             erase(out)
         begun = loop(opened.trainer, opened.text, out, begun)
@@ -489,34 +488,36 @@ def add(path, out, given, fresh=False):
     device = given.get("device") or Settings.from_file(out / "settings.json").device
     with held(out, device) as run:
         name = domain_name(path)
-        work = out / "later" / name
         texts_of(run)  # BadInput now, rather than in the evaluation, where one of them has changed
-        if work.exists() and run.router.paths.get(name) == str(
-            path.resolve()
-        ):  # stopped when all but the tables was done
-            evaluate(out, device=device)
-            shutil.rmtree(work)
-            return
-        s = settings_to_add(run, name, given)
-        if fresh:
-            discard(work)
-        if (work / "settings.json").exists() and Settings.from_file(work / "settings.json") != s:
-            raise BadInput(f"{work} holds a stopped training with other settings; give the same or --fresh.")
-        opened = open_run(s, out, paths={name: path})
-        check_same(out, {"model": run.config.raw["koff_model"]}, {"model": opened.text.inputs["model"]})
-        opened.text.inputs["backbone"] = run.config.raw["koff_fingerprint"]
-        # The backbone stays as it is: with its mask frozen from the start, every step is one of `Trainer.recover`.
-        _, mask = run.gates(opened.trainer.model)
-        opened.trainer.freeze_mask(mask)
-        loop(opened.trainer, opened.text, work, time.time())
-        # The router comes after the module: it is its row there that makes the module part of the run.
-        save_modules(opened.trainer, out, run.config.raw["koff_fingerprint"])
-        run.router.add(name, opened.text.train[name], opened.text.splits[name].key)
-        run.router.paths[name] = str(path.resolve())
-        run.router.save(out / "router.safetensors")
-        del opened
-        evaluate(out, device=s.device)
+        work = out / "later" / name
+        # Both are there where this very command was stopped in its evaluation: then only that is left to do.
+        if not work.exists() or run.router.paths.get(name) != str(path.resolve()):
+            train_module(run, name, path, work, given, fresh)
+        evaluate(out, device=device)
         shutil.rmtree(work)
+
+
+def train_module(run, name, path, work, given, fresh):
+    """Train a module on the backbone of a run and make it part of the run. `work`: the folder of this training."""
+    s = settings_to_add(run, name, given)
+    if fresh:
+        discard(work)
+    if (work / "settings.json").exists() and Settings.from_file(work / "settings.json") != s:
+        raise BadInput(f"{work} holds a stopped training with other settings; give the same or --fresh.")
+    opened = open_run(s, run.folder, paths={name: path})
+    text = opened.text
+    check_same(run.folder, "model", run.config.raw["koff_model"], text.inputs["model"])
+    fingerprint = run.config.raw["koff_fingerprint"]
+    text.inputs["backbone"] = fingerprint
+    # The backbone stays as it is: with its mask frozen from the start, every step is one of `Trainer.recover`.
+    _, mask = run.gates(opened.trainer.model)
+    opened.trainer.freeze_mask(mask)
+    loop(opened.trainer, text, work, time.time())
+    # The router comes after the module: it is its row there that makes the module part of the run.
+    save_modules(opened.trainer, run.folder, fingerprint)
+    run.router.add(name, text.train[name], text.splits[name].key)
+    run.router.paths[name] = str(path.resolve())
+    run.router.save(run.folder / "router.safetensors")
 
 
 def settings_to_add(run, name, given):

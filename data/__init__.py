@@ -43,6 +43,13 @@ def discard(path):
         path.unlink(missing_ok=True)
 
 
+def discard_all(folder, patterns):
+    """Remove what a folder has under any of the patterns."""
+    for pattern in patterns:
+        for path in folder.glob(pattern):
+            discard(path)
+
+
 @contextlib.contextmanager
 def atomic(path):
     """Yield a temporary path beside `path`, for a file or a folder; rename it to `path` on success, else remove it.

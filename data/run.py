@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 import koff
-from data import BadInput, discard, only_process, read_tensors
+from data import BadInput, discard, discard_all, only_process, read_tensors
 from data.chat_template import ChatTemplate
 from data.checkpoint import BESIDE, SINGLE, digest, load, load_gates, load_module, read_config
 from data.corpus import Split, find_domains, load_text
@@ -147,11 +147,10 @@ def read_training_text(s, reader, config, paths=None):
     return text
 
 
-def check_same(folder, before, now):
-    """BadInput, by name, unless {what: its hash} is now as it was when the run in the folder began."""
-    for name in {**before, **now}:
-        if before.get(name) != now.get(name):
-            raise BadInput(f"{folder} began with another {name}; bring that back, or train anew (--fresh).")
+def check_same(folder, what, before, now):
+    """BadInput unless the hash of `what` is now as it was before, when the run in the folder began."""
+    if before != now:
+        raise BadInput(f"{folder} began with another {what}; bring that back, or train anew (--fresh).")
 
 
 def finished(s, out, fresh=False):
@@ -186,9 +185,7 @@ WRITTEN = [
 
 def erase(out):
     """Remove an old run from its folder, but not its settings. What else the folder holds stays."""
-    for pattern in WRITTEN:
-        for path in out.glob(pattern):
-            discard(path)
+    discard_all(out, WRITTEN)
     for path in out.glob("modules/*.safetensors"):
         with contextlib.suppress(BadInput):
             if "koff_backbone" in read_tensors(path)[1]:  # a module of ours
@@ -262,7 +259,7 @@ def open_finished(folder, device="auto"):
     text is another than in training: what was held out could have been trained on."""
     run = Run(folder, device)
     pretrained = model_folder(run.settings.model)
-    check_same(run.folder, {"model": run.config.raw.get("koff_model")}, {"model": digest(pretrained)})
+    check_same(run.folder, "model", run.config.raw.get("koff_model"), digest(pretrained))
     text = texts_of(run)
     return run, load(pretrained, run.dtype, run.device), text
 
@@ -274,7 +271,7 @@ def texts_of(run):
     text = {}
     for name, path in paths_of(run).items():
         text[name] = reader.read(path, 0, heldout)
-        check_same(run.folder, {f"text of {name}": run.router.keys[name]}, {f"text of {name}": text[name].key})
+        check_same(run.folder, f"text of {name}", run.router.keys[name], text[name].key)
     return text
 
 

@@ -13,7 +13,10 @@ PATHS = ("model", "data", "retention")  # settings that can name a file or a fol
 CONSTRAINTS = ("progressive", "hinge", "lagrangian")
 
 
-def option(default, text, *choices, low=None, high=10**9):
+MOST = 10**9  # of any number that has no bound of its own
+
+
+def option(default, text, *choices, low=None, high=MOST):
     """A field of `Settings`: its default, its line in --help, what it can be."""
     return field(default=default, metadata={"help": text, "choices": choices or None, "low": low, "high": high})
 
@@ -198,7 +201,7 @@ def check_value(f, value):
         raise BadInput(f"{flag(f.name)} is {value!r}; give a {kind.__name__}.")
     choices = f.metadata["choices"]
     if low is not None and not low <= value <= high:  # NaN is refused too
-        given = f"at least {low}" if value < low and high == 10**9 else f"{low} to {high}"
+        given = f"at least {low}" if value < low and high == MOST else f"{low} to {high}"
         raise BadInput(f"{flag(f.name)} is {value}; give {given}.")
     if choices and value not in choices:
         raise BadInput(f"{flag(f.name)} is {value!r}; give one of {', '.join(choices)}.")

@@ -48,14 +48,19 @@ class Tokenizer:
         """Read `<folder>/tokenizer.json`. BadInput if it is missing, damaged or needs what is not implemented."""
         path = Path(folder, "tokenizer.json")
         try:
-            raw = path.read_bytes()
-            return cls(json.loads(raw), hashlib.sha256(raw).hexdigest()[:16])
+            return cls.from_bytes(path.read_bytes())
         except OSError as error:
             raise BadInput(f"{path} cannot be read ({error.strerror}); name a folder with a tokenizer.json.") from None
         except BadInput as error:
             raise BadInput(f"{path}: {error}") from None
         except Exception as error:  # nobody can list the values that a damaged file may have, and what they lead to
             raise BadInput(f"{path} is not a valid tokenizer.json ({error!r:.200}); download it again.") from None
+
+    @classmethod
+    @functools.lru_cache(2)  # a run has its model's file, and to read one takes a second
+    def from_bytes(cls, raw):
+        """Read the bytes of a tokenizer.json."""
+        return cls(json.loads(raw), hashlib.sha256(raw).hexdigest()[:16])
 
     def __init__(self, file, fingerprint):
         """`file` is the parsed tokenizer.json."""
@@ -88,9 +93,8 @@ class Tokenizer:
         self._bpe = CoreBPE(ranks, {}, "")
         self._missing = bytes(BYTE_OF[char] for char in BYTE_OF.keys() - vocab)
         # Llama-3 does not merge a piece that is an entry of the vocabulary.
-        self._whole = {
-            to_bytes(token): id for token, id in vocab.items() if model.get("ignore_merges") and is_byte_level(token)
-        }
+        whole = filter(is_byte_level, vocab) if model.get("ignore_merges") else ()
+        self._whole = {to_bytes(token): vocab[token] for token in whole}
 
         # Pieces. `tokenizers` makes a piece of each run that no alternative matches, and so does the second half.
         given = pattern_of(file.get("pre_tokenizer"))
