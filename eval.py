@@ -44,8 +44,8 @@ from data.tables import ledger, ratios, save, saved_results, side_by_side, table
 
 
 @torch.no_grad()
-def window_losses(model, module, shared, first, tokens):
-    """Summed next-token loss of each window, [n] float64, in nats.
+def token_losses(model, module, shared, first, tokens):
+    """Next-token loss of each token that can be predicted, [n, T - 1] float64, in nats.
 
     tokens [n, T]; shared [n, T, D]: their hidden states before block `first`, the same for every model and module.
     """
@@ -54,13 +54,13 @@ def window_losses(model, module, shared, first, tokens):
     for states, row in zip(hidden, tokens, strict=True):  # one row's logits at a time: the vocabulary is wide
         logits = model.logits(states[:-1])  # [T - 1, V]: the last token predicts nothing that we know
         loss = koff.next_token_loss(logits, row[1:])
-        losses.append(loss.double().sum())
+        losses.append(loss.double())
     return torch.stack(losses)
 
 
 @torch.no_grad()
 def losses_of(variants, tokens, first, size=8):
-    """{variant: [n]}: `window_losses` of every variant (model, module) on tokens [n, T], `size` windows at a time.
+    """{variant: [n, T - 1]}: `token_losses` of every variant (model, module) on tokens [n, T], `size` windows at once.
 
     Blocks below `first` are the same in all variants and run once.
     """
@@ -69,12 +69,13 @@ def losses_of(variants, tokens, first, size=8):
     for part in tokens.split(size):
         shared = some_model.run(some_model.embed_tokens(part), 0, first)
         for name, (model, module) in variants.items():
-            parts[name].append(window_losses(model, module, shared, first, part))
+            parts[name].append(token_losses(model, module, shared, first, part))
     return {name: torch.cat(parts[name]).cpu().numpy() for name in variants}
 
 
 def perplexities(run, base, text):
-    """Two tables, {variant: {domain: perplexity}} and the swap matrix {domain: {module: perplexity}}."""
+    """Three tables: {variant: {domain: perplexity}}, the swap matrix {domain: {module: perplexity}}, and the controls
+    {label: {domain: a ratio of perplexities}}, see `controls`."""
     # Every text is read by every variant, on the same windows: what differs is the model alone.
     s = run.settings
     _, _, first = s.first_blocks(len(base.layers))
@@ -83,30 +84,77 @@ def perplexities(run, base, text):
         variants[f"module {name}"] = (run.backbone, module)
     ppl = {"unpruned": {}, "backbone": {}, "koff": {}, "routed": {}}
     swap = {}
+    ratios_of = {}
     for domain, split in text.items():
         x = windows(split.heldout, s.eval_len, s.eval_windows)
+        if run.names and s.kv_tokens:
+            variants["unpruned, text KV"] = (base, kv_of_text(run, base, split.train))
         losses = losses_of(variants, torch.from_numpy(x).to(run.device), first)
-        predicted = x.shape[0] * (x.shape[1] - 1)  # the first token of a window is given
-        ppl["unpruned"][domain] = perplexity(losses["unpruned"], predicted)
-        ppl["backbone"][domain] = perplexity(losses["backbone"], predicted)
+        ppl["unpruned"][domain] = perplexity(losses["unpruned"])
+        ppl["backbone"][domain] = perplexity(losses["backbone"])
         if not run.names:  # pruned only: there are no modules to attach
             continue
         swap[domain] = {}
         for name in run.names:
-            swap[domain][name] = perplexity(losses[f"module {name}"], predicted)
+            swap[domain][name] = perplexity(losses[f"module {name}"])
         ppl["koff"][domain] = swap[domain][domain]  # with its own module
-        routed = []  # each window with the module that the router picks for it; with none where it is unsure
-        for i, name in enumerate(run.router.route(x)):
-            variant = f"module {name}" if name in run.names else "backbone"
-            routed.append(losses[variant][i])
-        ppl["routed"][domain] = perplexity(routed, predicted)
-    return ppl, swap
+        losses["own"] = losses[f"module {domain}"]
+        losses["routed"] = routed(run, losses, x)
+        ppl["routed"][domain] = perplexity(losses["routed"])
+        losses["routed early"] = routed(run, losses, x[:, : run.router.WINDOW])
+        for label, ratio in controls(losses, s.kv_tokens, run.router.WINDOW).items():
+            ratios_of.setdefault(label, {})[domain] = ratio
+    return ppl, swap, ratios_of
 
 
-def perplexity(losses, predicted):
-    """exp of the mean loss of a predicted token, from the summed losses of some windows."""
+def routed(run, losses, x):
+    """The losses [n, T - 1] of windows, each with the module that the router picks for it by x [n, any]; with none
+    where it is unsure. losses: those of all variants."""
+    picked = []
+    for i, name in enumerate(run.router.route(x)):
+        variant = f"module {name}" if name in run.names else "backbone"
+        picked.append(losses[variant][i])
+    return np.stack(picked)
+
+
+@torch.no_grad()
+def kv_of_text(run, base, ids):
+    """A module that is nothing but the KV memory with which a domain's own began: its text, read by the base model."""
+    s = run.settings
+    _, first_memory, _ = s.first_blocks(len(base.layers))
+    with run.device:
+        module = koff.MemoryModule(base.config, first_memory, 0, 0.0, s.kv_tokens)
+    tokens = torch.from_numpy(ids[: s.kv_tokens].astype(np.int64)).to(run.device)
+    module.init_from_text(base, tokens)
+    return module.by_block(run.dtype)
+
+
+def controls(losses, M, W):
+    """What of a domain's ratio is context: {label: ratio of two perplexities on the same predictions}.
+
+    A KV memory is M tokens of the domain's text, a context that the unpruned model lacks: so that model gets it too;
+    or the first M predictions of a window are left out. And a router may see a window's first W tokens only, which are
+    then not scored. losses {variant: [n, T - 1]}.
+    """
+    ratios = {}
+
+    def ratio(label, variant, start=0):
+        if start < losses[variant].shape[1]:  # else the windows are too short
+            unpruned = perplexity(losses["unpruned"][:, start:])
+            ratios[label] = perplexity(losses[variant][:, start:]) / unpruned
+
+    if M:
+        ratio(f"unpruned, with {M} tokens of text as KV memory", "unpruned, text KV")
+        ratio(f"KOFF, without the first {M} predictions", "own", M)
+    ratio(f"KOFF, routed by the first {W} tokens, these not scored", "routed early", W - 1)
+    ratio("KOFF, own module, the same predictions", "own", W - 1)
+    return ratios
+
+
+def perplexity(losses):
+    """exp of the mean of losses [n, T], float64: one for each predicted token."""
     try:
-        return math.exp(float(np.sum(losses)) / predicted)
+        return math.exp(losses.mean())
     except OverflowError:  # above 709 nats
         return math.inf
 
@@ -188,7 +236,7 @@ def evaluate(folder, begun=None, device="auto"):
     if not begun:
         with contextlib.suppress(BadInput):  # there is none, or it is damaged
             before = saved_results(folder)
-    ppl, swap = perplexities(run, base, text)
+    ppl, swap, ratios_of = perplexities(run, base, text)
     pruned = before.get("perplexity", {}).get("pruned", {})  # of a run beside this one, see `put_beside`
     if pruned.keys() == text.keys():
         ppl["pruned"] = {domain: pruned[domain] for domain in text}
@@ -202,6 +250,7 @@ def evaluate(folder, begun=None, device="auto"):
     results = {
         "perplexity": ppl,
         "swap": swap,
+        "controls": ratios_of,
         "sparsity": total,
         "router": router,
         "ledger": sizes,
@@ -233,6 +282,8 @@ def report(results):
         parts += ["## What a module holds: perplexity with it, with none, with another's", held_table(results)]
         cost = results["router"]["wrong_route_cost"]
         parts += [f"The wrong module costs a factor of {cost:.3f} on average."]
+    if swap:
+        parts += ["## Controls: perplexity / unpruned, on the same predictions", controls_table(results["controls"])]
     parts += ["## Router and ledger", *router_and_ledger(results)]
     parts += ["## Closed channels per block and projection", layers_table(results["layers"])]
     return "\n\n".join(parts) + "\n"
@@ -279,6 +330,14 @@ def held_table(results):
             cells.append(perplexity["pruned"][domain])
         rows[domain] = [f"{cell:.2f}" for cell in cells]
     return table("", columns, rows)
+
+
+def controls_table(controls):
+    rows = {}
+    for label, ratio in controls.items():
+        cells = [f"{value:.3f} x" for value in ratio.values()]
+        rows[label] = [*cells, f"{np.mean(list(ratio.values())):.3f} x"]
+    return table("", [*ratio, "mean"], rows)
 
 
 def router_and_ledger(results):

@@ -11,12 +11,14 @@ The paper's symbols and where they are:
     dW_d x         LoRA, B A x in `model.Projection`;  K_mem, V_mem (Eq. 3): `Memory.keys` and `.values`
     Omega(z)       how far the sparsity (`Gates.sparsity`) is from its target;  with its lambda: `Penalty`
     distill        `kl_topk`, KL to the teacher's top-K outcomes, and the rest of them as `--tail` says
+    (ours)         LoRA on `down` in closed form, once the mask is fixed: `solve_memories`
     s*             the target, `--sparsity`, by one of two counts (`Gates.removed`)
     materialise    the final 0/1 mask (`Gates.final_mask`) cuts closed channels out of the matrices, `materialise`
 
 Shapes as in `model.py`; N is the number of gated upper blocks, K the number of the teacher's outcomes that are kept.
 """
 
+import contextlib
 import math
 from dataclasses import replace
 
@@ -269,9 +271,9 @@ class Penalty:
 def fisher_scores(model, gates, batches):
     """{name: [N, channels]}: how much each gate matters per parameter that it frees, to start log alpha from.
 
-    That is the squared gradient, per sequence, of the next-token loss with respect to each gate at 1. (The KL to the
-    teacher has gradient zero there.) batches: token tensors [B, T]; each is scaled to a sum of one, or domains that the
-    model knows badly, of large gradients, would decide alone.
+    That is its Fisher information at 1, the curvature of the KL to the teacher there (whose gradient is zero): the
+    squared gradient, per sequence, of the loss on next tokens that the model draws itself. batches: token tensors
+    [B, T]; each is scaled to a sum of one, or domains that the model knows badly would decide alone.
     """
     c = model.config
     frees = {name: columns for name, (_, columns) in c.shapes.items()}
@@ -287,9 +289,7 @@ def fisher_scores(model, gates, batches):
         with torch.no_grad():
             x = model.run(model.embed_tokens(tokens), 0, gates.first)
         hidden = model.run(x, gates.first, c.num_hidden_layers, gates.by_block(z, x.dtype))
-        targets = tokens[:, 1:].flatten()
-        rows = hidden[:, :-1].flatten(0, 1)  # the last token predicts nothing that is known
-        loss = in_chunks(model, rows, next_token_loss, targets)
+        loss = in_chunks(model, hidden.flatten(0, 1), drawn_token_loss)
         gradients = torch.autograd.grad(loss, list(z.values()))
         squares = {}
         for name, gradient in zip(z, gradients, strict=True):
@@ -300,6 +300,12 @@ def fisher_scores(model, gates, batches):
     return scores
 
 
+def drawn_token_loss(logits):
+    """Cross-entropy of each row of logits [n, V] against a token drawn from it, in nats."""
+    drawn = torch.multinomial(logits.detach().softmax(-1), 1)  # [n, 1]
+    return F.cross_entropy(logits, drawn[:, 0], reduction="none")
+
+
 # Scores to start the gates from: (model, gates, batches) -> {name: [N, channels]}. To try one of your own, name it
 # here: it is then a choice of --gate-init.
 SCORES = {"fisher": fisher_scores}
@@ -307,7 +313,9 @@ SCORES = {"fisher": fisher_scores}
 
 # The memory module of a domain: LoRA on five projections, and M trainable keys and values ----------------------------
 
-LORA = ("k", "v", "gate", "up", "down")
+# Which projections of a module have LoRA; the paper's choice is "kv+mlp". `down` is in all: for it alone LoRA has a
+# closed form, see `solve_memories`.
+LORA = {"kv+mlp": ("k", "v", "gate", "up", "down"), "mlp": ("gate", "up", "down"), "down": ("down",)}
 
 
 class MemoryModule(nn.Module):
@@ -316,14 +324,15 @@ class MemoryModule(nn.Module):
     LoRA A [N, r, fan-in] and B [N, channels, r]; keys and values [N, G, M, hd], keys after RoPE.
     """
 
-    def __init__(self, config, first, rank, alpha, kv_tokens):
+    def __init__(self, config, first, rank, alpha, kv_tokens, lora="kv+mlp"):
         super().__init__()
         self.first = first
         self.blocks = config.num_hidden_layers - first  # N
+        self.rank = rank
         self.scale = alpha / rank if rank else 0.0
         self.lora_a = nn.ParameterDict()
         self.lora_b = nn.ParameterDict()
-        for name in LORA if rank else ():
+        for name in LORA[lora] if rank else ():
             channels, fan_in = config.shapes[name]
             bound = fan_in**-0.5  # Kaiming-uniform with a = sqrt(5), as peft; B = 0: at first LoRA adds nothing
             a = torch.empty(self.blocks, rank, fan_in)
@@ -351,6 +360,14 @@ class MemoryModule(nn.Module):
             keys, values = cache.layers[self.first + n]  # [1, G, M, hd]
             self.keys[n] = keys[0]
             self.values[n] = values[0]
+
+    @torch.no_grad()
+    def set_lora(self, i, name, a, b, columns, rows):
+        """Block i gets LoRA A [up to r, columns] and B [rows, up to r], with alpha / r in B, and 0 elsewhere."""
+        whole_a = self.lora_a[name][i - self.first].zero_()
+        whole_b = self.lora_b[name][i - self.first].zero_()
+        whole_a[: len(a), columns] = a.to(whole_a.dtype)
+        whole_b[rows, : len(a)] = (b / self.scale).to(whole_b.dtype)
 
     def by_block(self, dtype):
         """{block: `Memory`} in `dtype`, the form that `Model` takes; cast once, then a view for each block."""
@@ -571,3 +588,93 @@ def materialise_module(module, kept):
             lora[name] = (a, b.index_select(0, kept[i][name]))
         small[i] = replace(module[i], lora=lora)
     return small
+
+
+# Memories by least squares: once the mask is fixed, LoRA on `down` has a closed form ---------------------------------
+
+
+@torch.no_grad()
+def solve_memories(model, student, module, kept, batches, ridge):
+    """Set a `MemoryModule`'s LoRA on `down` so that the student's hidden states come closest to the teacher's.
+
+    Forward passes only, block by block from the first gated one up. With H [n, F'] what the student's neurons say, and
+    R [n, D'] what its hidden state after the block lacks of the teacher's, the best LoRA is the rank-r regression of R
+    on H. The blocks below are already solved, and the rest of the module is attached as it is.
+    Not in the paper, whose modules are trained only.
+
+    student, kept: `materialise`, `kept_channels`; batches: token tensors [B, T] of the module's domain; ridge: see
+    `reduced_rank_regression`. Returns {block: share of R that was explained, float64 scalars}. Memory: the hidden
+    states of all tokens twice, H of one block, and H^T H [F', F'] in float64.
+    """
+    dtype = model.head.dtype
+    split = min(*kept, module.first)  # as in `Trainer`
+    first = max(min(kept), module.first)  # the first block that has both: gates and a memory
+    memories = materialise_module(module.by_block(dtype), kept)
+    teachers = []  # hidden states before the block that is solved, [B, T, D] of each batch
+    students = []
+    for tokens in batches:
+        shared = model.run(model.embed_tokens(tokens), 0, split)
+        teachers.append(model.run(shared, split, first))
+        students.append(student.run(shared, split, first, module=memories))
+
+    explained = {}
+    for i in range(first, len(model.layers)):
+        neurons = kept[i]["neuron"]
+        rows = kept[i]["down"]
+        lora = {name: pair for name, pair in memories[i].lora.items() if name != "down"}
+        memory = {i: replace(memories[i], lora=lora)}
+        gram = torch.zeros(len(neurons), len(neurons), dtype=torch.float64, device=neurons.device)  # H^T H
+        cross = torch.zeros(len(neurons), len(rows), dtype=torch.float64, device=neurons.device)  # H^T R
+        size = torch.zeros((), dtype=torch.float64, device=neurons.device)  # of R, squared
+        said = []  # H of each batch, [B, T, F']
+        for n in range(len(batches)):
+            teachers[n] = model.run(teachers[n], i, i + 1)
+            with inputs_to(student.layers[i].mlp.down_proj) as inputs:
+                students[n] = student.run(students[n], i, i + 1, module=memory)
+            said += inputs
+            wanted = teachers[n].float()
+            # A token counts by 1 / RMS of its hidden state, as the norm that reads it will see it. Else some few with
+            # massive activations would decide alone.
+            weight = wanted.square().mean(-1, keepdim=True).rsqrt()
+            h = (weight * said[n].float()).flatten(0, 1)
+            missing = (weight * (wanted - students[n].float())).index_select(-1, rows).flatten(0, 1)
+            gram += h.T @ h
+            cross += h.T @ missing
+            size += missing.square().sum()
+
+        a, b, fitted = reduced_rank_regression(gram, cross, module.rank, ridge)
+        explained[i] = fitted / size.clamp(min=torch.finfo(size.dtype).tiny)
+        module.set_lora(i, "down", a, b, neurons, rows)
+        for n, h in enumerate(said):
+            students[n] = students[n].index_add(-1, rows, F.linear(F.linear(h, a.to(dtype)), b.to(dtype)))
+    return explained
+
+
+@contextlib.contextmanager
+def inputs_to(projection):
+    """Yield a list to which every call of the projection under it adds its input."""
+    inputs = []
+    hook = projection.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    try:
+        yield inputs
+    finally:
+        hook.remove()
+
+
+def reduced_rank_regression(gram, cross, rank, ridge):
+    """(A [r, F], B [D, r], how much of R it explains) such that H A^T B^T is the best approximation of R.
+
+    From H^T H [F, F] and H^T R [F, D], float64: ridge regression, whose lambda is `ridge` times the mean of the
+    diagonal, and of what it fits the best part of rank r, by the SVD of the fitted values (Izenman 1975). r = `rank`,
+    or D if that is less. Column j of B is as long as row j of A.
+    """
+    damped = gram + ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    w = torch.linalg.solve(damped, cross)  # [F, D]: R ~ H W
+    fitted = w.T @ gram @ w  # [D, D]: of H W, whose right singular vectors are its eigenvectors
+    _, vectors = torch.linalg.eigh(fitted)  # from the lowest to the highest
+    b = vectors[:, -rank:]
+    a = (w @ b).T
+    # |R|^2 - |R - H A^T B^T|^2
+    explained = 2 * (a * (cross @ b).T).sum() - (a @ gram * a).sum()
+    length = a.norm(dim=1).clamp(min=torch.finfo(a.dtype).tiny)  # 0 where nothing is missing
+    return a / length[:, None].sqrt(), b * length.sqrt(), explained

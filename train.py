@@ -27,7 +27,7 @@ from tqdm import tqdm
 import koff
 from data import BadInput, atomic, discard, discard_all, only_process, run_script
 from data.checkpoint import digest, load, read_config, save_backbone, save_gates, save_module
-from data.corpus import batch, domain_name
+from data.corpus import batch, domain_name, windows
 from data.dryrun import dry_run
 from data.fast import keep_pages
 from data.hub import model_folder
@@ -49,6 +49,8 @@ from data.run import (
 from data.settings import GROUPS, PRESETS, ROOT, Settings, absolute, flag
 from data.sweeps import SWEEPS, sweep
 from eval import evaluate
+
+SOLVE_AT_ONCE = 4096  # tokens: without gradients more of them fit than in a step
 
 # One step ------------------------------------------------------------------------------------------------------------
 
@@ -74,7 +76,7 @@ class Trainer:
         self.modules = nn.ModuleList()
         with torch.device("cpu") if s.offload else self.device:
             for _ in self.domains if s.memory else ():
-                module = koff.MemoryModule(model.config, first_memory, s.rank, s.alpha, s.kv_tokens)
+                module = koff.MemoryModule(model.config, first_memory, s.rank, s.alpha, s.kv_tokens, s.lora)
                 self.modules.append(module)
         self.optimizer = self.make_optimizer()
         self.penalty = koff.Penalty(s.constraint, s.penalty, s.scaled, self.device)
@@ -82,6 +84,7 @@ class Trainer:
         self.mask = None  # the final mask {name: bool [N, channels]}, once it is frozen,
         self.kept = None  # the channels that it leaves,
         self.student = None  # and the materialised model
+        self.solved = 0  # so many domains have got their LoRA on `down` in closed form
         self.visits = [0] * len(self.domains)
         self.recent = torch.zeros(len(self.domains), device=self.device)  # running mean of each domain's loss
         self.worst = 0  # number of the domain whose mean was highest when this round of domains began
@@ -240,6 +243,25 @@ class Trainer:
         self.student = koff.materialise(self.model, self.kept)
         self.compile(self.student)
 
+    def unsolved(self):
+        """The domains whose LoRA on `down` waits for its closed form: none until the mask is frozen."""
+        if self.mask is None or not (self.modules and self.s.rank and self.s.solve_tokens):
+            return []
+        return self.domains[self.solved :]
+
+    def solve(self, domain, ids):
+        """LoRA on `down` of the next of `unsolved`, from its training text. Returns what `koff.solve_memories` does."""
+        s = self.s
+        tokens = windows(ids, s.seq_len, math.ceil(s.solve_tokens / s.seq_len))  # the whole text, if it has fewer
+        batches = self.on_device(tokens).split(max(1, SOLVE_AT_ONCE // s.seq_len))
+        module = self.memory_module(domain)
+        with torch.compiler.set_stance("force_eager"):  # it calls the blocks in ways that no step does
+            explained = koff.solve_memories(self.model, self.student, module, self.kept, batches, s.solve_ridge)
+        for p in (module.lora_a["down"], module.lora_b["down"]):  # AdamW's means were those of other numbers
+            self.optimizer.state[p] = {}
+        self.solved += 1
+        return explained
+
     def compile(self, model):
         """With --compile: torch compiles each block of `model` when it is first called."""
         if not self.s.compile:
@@ -307,6 +329,7 @@ class Trainer:
             "recent": self.recent,
             "worst": self.worst,
             "visits": self.visits,
+            "solved": self.solved,
         }
 
     def restore(self, state):
@@ -319,6 +342,7 @@ class Trainer:
         self.recent = state["recent"].to(self.device)
         self.worst = state["worst"]
         self.visits = state["visits"]
+        self.solved = state["solved"]
 
 
 # The loop ------------------------------------------------------------------------------------------------------------
@@ -335,12 +359,34 @@ def loop(trainer, text, out, begun):
     if not s.memory:
         last = s.gate_steps
     log = Log(out, start)
+
+    def save_at(step):
+        """A checkpoint from which step number `step` is the next."""
+        place = {"step": step, "seconds": time.time() - begun, "inputs": text.inputs}
+        with atomic(out / "checkpoint.pt") as partial:
+            torch.save(trainer.state() | place, partial)
+
+    def stopped(when, signal):
+        bar.close()
+        print(f"stopped {when}", file=sys.stderr)
+        return KeyboardInterrupt(signal)
+
+    def solve_all(index):
+        """Before step `index`: where the mask has just been frozen, LoRA on `down` gets its closed form."""
+        for domain in trainer.unsolved():
+            explained = trainer.solve(domain, text.train[domain])
+            bar.write(log.write_solved(index, domain, explained))
+            if signals:
+                save_at(index)
+                raise stopped(f"after {domain} was solved", signals[0])
+
     resumed = time.time()
     bar = tqdm(total=last, initial=start, desc=out.name)
     with stop_signals() as signals, bar:
         for index in range(start, last):
             done = index + 1  # steps, after this one
             trainer.start_step(index)
+            solve_all(index)
             # A resumed run sees what it would have seen: noise and order follow from seed and step, and how often each
             # domain was visited is in the checkpoint.
             domain, turn = trainer.next_domain(index)
@@ -366,13 +412,11 @@ def loop(trainer, text, out, begun):
             stop = list(signals)  # asked once: one can come at any moment
             if stop or done % s.save_every == 0 or done == last:
                 log.check(index, domain, trainer, loss)  # a checkpoint is worth keeping only if this is a number
-                place = {"step": done, "seconds": time.time() - begun, "inputs": text.inputs}
-                with atomic(out / "checkpoint.pt") as partial:
-                    torch.save(trainer.state() | place, partial)
+                save_at(done)
             if stop:
-                bar.close()
-                print(f"stopped after step {done}", file=sys.stderr)
-                raise KeyboardInterrupt(stop[0])
+                raise stopped(f"after step {done}", stop[0])
+        trainer.start_step(s.steps)  # past the last step the mask is frozen, whatever --fix-mask is
+        solve_all(s.steps)
         if signals:  # while the last step was saved
             raise KeyboardInterrupt(signals[0])
     return begun
@@ -451,10 +495,9 @@ def train(s, out, fresh=False):
 
 @torch.no_grad()
 def save(opened, out):
-    """Freeze the mask, if it is not frozen yet, and write backbone, gates, modules and router."""
+    """Write backbone, gates, modules and router."""
     trainer = opened.trainer
     text = opened.text
-    trainer.start_step(trainer.s.steps)  # past the last step the mask is frozen, whatever --fix-mask is
     about = {"koff_model": text.inputs["model"], "koff_domains": len(text.train)}
     fingerprint = save_backbone(out / "backbone", trainer.student, opened.folder, **about)
     save_gates(out / "gates.safetensors", trainer.gates, trainer.mask)

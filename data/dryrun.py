@@ -6,6 +6,7 @@ Its steps run on fake tensors, which have shapes and no numbers, and what they w
 import weakref
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -66,12 +67,12 @@ class Usage(TorchDispatchMode):
         self.now -= size
 
 
-def usage_of_step(usage, trainer, tokens):
-    """(bytes above what is there before it, operations) of one training step."""
+def usage_of(usage, function, *args):
+    """(bytes above what is there before it, operations) of one call."""
     before = usage.now
     usage.peak = before
     usage.operations = 0
-    trainer.step(tokens, "one", 0)
+    function(*args)
     return usage.peak - before, usage.operations
 
 
@@ -100,8 +101,8 @@ def dry_run(s, Trainer):
         # One domain is enough: what the others own is added below, and only one is at work at a time.
         trainer = Trainer(model.requires_grad_(False), s, ["one"])
         tokens = torch.zeros(s.batch, s.seq_len, dtype=torch.int64)
-        usage_of_step(usage, trainer, tokens)  # the first step makes AdamW's state
-        learning, operations = usage_of_step(usage, trainer, tokens)
+        trainer.step(tokens, "one", 0)  # the first step makes AdamW's state
+        learning, operations = usage_of(usage, trainer.step, tokens, "one", 0)
         before = usage.now
         trainer.mask = mask  # as `Trainer.freeze_mask` does; fake tensors cannot say which channels a mask leaves
         trainer.kept = kept
@@ -109,18 +110,23 @@ def dry_run(s, Trainer):
         materialised = usage.now - before
         recovering, fewer_operations = 0, 0
         if s.memory:  # else nothing is left to learn by then
-            recovering, fewer_operations = usage_of_step(usage, trainer, tokens)
+            recovering, fewer_operations = usage_of(usage, trainer.step, tokens, "one", 0)
+        solving, solve_operations = 0, 0
+        if trainer.unsolved():
+            ids = np.zeros(s.solve_tokens + s.seq_len, dtype=np.int64)
+            solving, solve_operations = usage_of(usage, trainer.solve, "one", ids)
 
     gate_count = koff.count_parameters(trainer.gates)
     module_count = koff.count_parameters(trainer.modules)
     on_device = gate_count + module_count * (1 if s.offload else domains)
     # In float32 a parameter takes 4 bytes, and its two means in AdamW 8.
-    peak = weights + 12 * on_device + max(learning, materialised + recovering)
+    peak = weights + 12 * on_device + max(learning, materialised + max(recovering, solving))
     physical = gates.sparsity(mask, "physical").item()
     paper = gates.sparsity(mask, "paper").item()
     all_closed = {name: torch.zeros(a.shape) for name, a in gates.log_alpha.items()}
     gated = int(gates.removed(all_closed, "physical"))
     total = s.steps * ((1 - s.fix_mask) * operations + s.fix_mask * fewer_operations)
+    total += domains * solve_operations
 
     print(f"{gates.total:,} parameters, {gated:,} of them gated, in {s.blocks} of {config.num_hidden_layers} blocks")
     trained = f"{gate_count + domains * module_count:,} to train"
@@ -133,6 +139,9 @@ def dry_run(s, Trainer):
     show(8 * on_device, "their AdamW state")
     show(learning, f"one step of {s.batch} x {s.seq_len} tokens, gates sampled")
     show(materialised + recovering, "or, once the mask is fixed, the materialised student and its step")
+    if solving:
+        tokens = f"{s.solve_tokens:,} tokens a domain, {domains * solve_operations / 1e12:.3g} TFLOP in all"
+        show(materialised + solving, f"or, while LoRA on down is solved for, it and what that takes: {tokens}")
     show(peak, "peak memory")
 
 

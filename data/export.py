@@ -99,7 +99,7 @@ def save_lora(folder, module, rank, base):
         "peft_type": "LORA",
         "r": rank,
         "lora_alpha": rank,  # peft multiplies by lora_alpha / r, which is in our B already
-        "target_modules": [f"{name}_proj" for name in koff.LORA],
+        "target_modules": [f"{name}_proj" for name in memory.lora],  # the same in every block
         "layers_to_transform": list(module),
         "layers_pattern": "layers",
     }

@@ -37,6 +37,7 @@ def draw_layers(figure, results):
 def draw_curves(figure, log):
     """What train.py logged, over the steps: the loss, sparsity by both counts, lambda."""
     names = {"loss": "loss", "physical": "sparsity, physical", "paper": "sparsity, paper", "lambda": "lambda"}
+    log = [entry for entry in log if "loss" in entry]  # other lines tell of memories that were solved
     steps = [entry["step"] for entry in log]
     for place, (name, label) in enumerate(names.items(), 1):
         axes = figure.add_subplot(1, 4, place, xlabel="step")

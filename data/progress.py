@@ -70,3 +70,11 @@ class Log:
         with open(self.path, "a") as file:
             file.write(json.dumps(line) + "\n")
         return f"loss {line['loss']:.3f}, sparsity {line['physical']:.3f} physical, {line['paper']:.3f} paper"
+
+    def write_solved(self, step, domain, explained):
+        """Add a line for a memory that was solved; returns it as the screen shows it. See `koff.solve_memories`."""
+        shares = {block: share.item() for block, share in explained.items()}
+        with open(self.path, "a") as file:
+            file.write(json.dumps({"step": step, "solved": domain, "explained": shares}) + "\n")
+        percent = ", ".join(f"{share:.0%}" for share in shares.values())
+        return f"solved {domain}: explains {percent} of what is missing after blocks {min(shares)} to {max(shares)}"

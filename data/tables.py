@@ -57,7 +57,7 @@ def saved_results(folder):
     path = Path(folder, "results.json")
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
-        if not {"perplexity", "swap", "sparsity", "settings"} <= results.keys():
+        if not {"perplexity", "swap", "controls", "sparsity", "settings"} <= results.keys():
             raise ValueError("it is of another version")
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise BadInput(f"{path} cannot be read ({error}); name runs that train.py has finished.") from None
@@ -83,7 +83,7 @@ def settled(log, results):
     count = settings["count"]  # "physical" or "paper": the sparsity that the run aimed at
     learnt = settings["steps"] * (1 - settings["fix_mask"])
     for entry in read_log(log):
-        if entry["step"] < learnt and entry[count] >= 0.95 * results["sparsity"][count]:
+        if entry["step"] < learnt and entry.get(count, 0) >= 0.95 * results["sparsity"][count]:  # else it is no step's
             return entry["step"]
     return None
 

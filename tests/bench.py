@@ -56,7 +56,7 @@ def operations(config, s):
     c, n = config, config.num_hidden_layers
     tokens, q_width = s.batch * s.seq_len, c.num_attention_heads * c.head_dim
     block = sum(rows * columns for rows, columns in c.shapes.values())
-    lora = s.rank * sum(sum(c.shapes[name]) for name in koff.LORA)
+    lora = s.rank * sum(sum(c.shapes[name]) for name in koff.LORA[s.lora])
     head = c.vocab_size * c.hidden_size
     unneeded = c.hidden_size * (q_width + 2 * c.shapes["k"][0] + 2 * s.rank)  # of the first gated block's input
     forward = (n + s.blocks) * block + s.blocks * lora + 2 * head

@@ -193,7 +193,7 @@ def random_module(model):
     module = {}
     for i in range(3):
         lora = {}
-        for name in koff.LORA:
+        for name in koff.LORA["kv+mlp"]:
             channels, fan_in = model.config.shapes[name]
             lora[name] = (torch.randn(2, fan_in), torch.randn(channels, 2))
         module[i] = Scaled(lora, torch.randn(2, 5, 8), torch.randn(2, 5, 8), scale=2.0 + i)

@@ -162,22 +162,26 @@ def test_a_lagrangian_lands_on_its_target_from_both_sides_and_a_hinge_waits_beyo
 def test_fisher_score_is_the_squared_gradient_of_each_sequence(tiny):
     model, step = tiny(), 1e-2
     gates, tokens = koff.Gates(model.config, 1, "neuron"), torch.randint(0, 131, (2, 12))
+    torch.manual_seed(5)
+    drawn = torch.multinomial(model(tokens).flatten(0, 1).softmax(-1), 1).view(2, 12)
     square = {n: torch.zeros(a.shape) for n, a in gates.log_alpha.items()}
     z = {n: torch.ones(a.shape) for n, a in gates.log_alpha.items()}
     for name, at in ((n, at) for n, a in square.items() for at in product(*map(range, a.shape))):
         loss = []
         for sign in (1, -1):
             z[name][at] += sign * step
-            logits = model(tokens, gates.by_block(z, torch.float32))[:, :-1].transpose(1, 2)
-            loss.append(torch.nn.functional.cross_entropy(logits, tokens[:, 1:], reduction="none").sum(1))
+            logits = model(tokens, gates.by_block(z, torch.float32)).transpose(1, 2)
+            loss.append(torch.nn.functional.cross_entropy(logits, drawn, reduction="none").sum(1))
             z[name][at] = 1
         square[name][at] = ((loss[0] - loss[1]) / (2 * step)).square().sum()
     whole, frees = sum(q.sum() for q in square.values()), {"k": 24, "v": 24, "neuron": 3 * 24, "down": 40}
+    torch.manual_seed(5)
     score = koff.fisher_scores(model, gates, [tokens])
     for name, s in score.items():
         expected = square[name] / whole / frees[name]
         assert (s - expected).abs().max() < 0.01 * expected.max(), name
     other = koff.fisher_scores(model, gates, [tokens.flip(0, 1)])
+    torch.manual_seed(5)
     both = koff.fisher_scores(model, gates, [tokens, tokens.flip(0, 1)])  # each batch counts as much as any other
     torch.testing.assert_close(both["neuron"], score["neuron"] + other["neuron"])
     gates.start_from(score)
@@ -185,6 +189,21 @@ def test_fisher_score_is_the_squared_gradient_of_each_sequence(tiny):
     assert every.min() == 1 and every.max() == 5
     order = torch.cat([s.flatten() for s in score.values()]).argsort()
     assert (every[order].diff() >= 0).all()
+
+
+def test_fisher_score_is_the_curvature_of_the_kl_to_the_teacher(tiny):
+    model, step = tiny().double(), 1e-2
+    gates, tokens = koff.Gates(model.config, 1, "neuron"), torch.randint(0, 131, (2, 12))
+    z = {n: torch.ones(a.shape).double() for n, a in gates.log_alpha.items()}
+    teacher = model(tokens).log_softmax(-1)
+    curvature = torch.zeros_like(z["neuron"])
+    for at in product(*map(range, curvature.shape)):
+        z["neuron"][at] = 1 - step
+        student = model(tokens, gates.by_block(z, torch.float64)).log_softmax(-1)
+        curvature[at] = (teacher.exp() * (teacher - student)).sum()
+        z["neuron"][at] = 1
+    score = koff.fisher_scores(model, gates, [tokens] * 400)["neuron"].double()
+    assert torch.corrcoef(torch.stack([score.flatten(), curvature.flatten()]))[0, 1] > 0.98
 
 
 # The student --------------------------------------------------------------------------------------------------------

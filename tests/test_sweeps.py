@@ -144,6 +144,8 @@ def test_the_curve_of_a_run_has_one_line_every_ten_steps_also_after_a_kill(world
     monkeypatch.setattr(Trainer, "step", step)
     assert train.main(argv) == 0
     lines = [json.loads(line) for line in (world / "runs/one/log.jsonl").open()]
+    assert [line["solved"] for line in lines if "loss" not in line] == ["french", "german"]
+    lines = [line for line in lines if "loss" in line]
     assert [line["step"] for line in lines] == [0, 10, 20, 30] and set(lines[0]) == {
         "step",
         "loss",

@@ -1,0 +1,255 @@
+"""Memories in closed form, against numpy's least squares, the SVD, random rivals, and a case that can be exact."""
+
+import json
+import signal
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import koff
+import train
+from test_train import Killed, flags, outputs, trainer_of, world  # noqa: F401
+from train import Trainer
+
+# The regression -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def data():
+    """H [n, F] and R [n, D], correlated: R has a part that H explains, of falling strength."""
+    rng = np.random.default_rng(0)
+    H = rng.normal(size=(300, 12)) @ rng.normal(size=(12, 12))
+    R = H @ rng.normal(size=(12, 9)) * np.geomspace(1, 0.05, 9) + rng.normal(size=(300, 9))
+    return H, R
+
+
+def regression(H, R, rank, ridge):
+    """(H A^T B^T, the share of R that it says it explains)."""
+    gram, cross = torch.from_numpy(H.T @ H), torch.from_numpy(H.T @ R)
+    a, b, explained = koff.reduced_rank_regression(gram, cross, rank, ridge)
+    assert a.shape == (min(rank, R.shape[1]), H.shape[1]) and b.shape == (R.shape[1], len(a))
+    assert torch.allclose(a.norm(dim=1), b.norm(dim=0))
+    return H @ a.T.numpy() @ b.T.numpy(), explained.item() / np.square(R).sum()
+
+
+@pytest.mark.parametrize("ridge", [1e-12, 0.1])
+@pytest.mark.parametrize("rank", [1, 4, 9, 20])
+def test_the_regression_is_numpys_least_squares_and_the_svd_of_what_it_fits(data, rank, ridge):
+    H, R = data
+    # Ridge regression as plain least squares: one more row for each of the F coefficients.
+    root = np.sqrt(ridge * np.square(H).sum() / 12)
+    W, *_ = np.linalg.lstsq(np.vstack([H, root * np.eye(12)]), np.vstack([R, np.zeros((12, 9))]), rcond=None)
+    U, S, V = np.linalg.svd(H @ W, full_matrices=False)
+    best = U[:, :rank] * S[:rank] @ V[:rank]
+    ours, explained = regression(H, R, rank, ridge)
+    np.testing.assert_allclose(ours, best, atol=1e-8)
+    assert explained == pytest.approx(1 - np.square(R - best).sum() / np.square(R).sum(), abs=1e-9)
+
+
+def test_no_other_regression_of_its_rank_is_better(data):
+    H, R = data
+    ours, _ = regression(H, R, 3, 1e-12)
+    error = np.square(R - ours).sum()
+    rng = np.random.default_rng(1)
+    _, _, V = np.linalg.svd(ours, full_matrices=False)
+    for trial in range(200):
+        near = 0.0 if trial % 2 else 1.0  # half of them are close to the best
+        basis, _ = np.linalg.qr(near * V[:3].T + 0.3 ** (trial % 5) * rng.normal(size=(9, 3)))  # [D, r]
+        W, *_ = np.linalg.lstsq(H, R @ basis, rcond=None)  # the best A for this B
+        assert np.square(R - H @ W @ basis.T).sum() > error - 1e-9
+
+
+def test_where_nothing_is_missing_nothing_is_added(data):
+    H, _ = data
+    a, b, explained = koff.reduced_rank_regression(torch.from_numpy(H.T @ H), torch.zeros(12, 9).double(), 3, 0.01)
+    assert (b @ a).abs().max() == 0 and explained == 0
+
+
+# A whole module -----------------------------------------------------------------------------------------------------
+
+
+def pruned(model, closed, first=1, **more):
+    """(student, kept) of a tiny model whose neurons `closed` are gone in the blocks from `first` on."""
+    gates = koff.Gates(model.config, first)
+    mask = {name: torch.ones(a.shape, dtype=torch.bool) for name, a in gates.log_alpha.items()}
+    mask["neuron"][:, closed] = False
+    for name, rows in more.items():
+        mask[name][:, rows] = False
+    kept = koff.kept_channels(mask, model.config, first, model.head.device)
+    return koff.materialise(model, kept), kept
+
+
+def solved(model, student, kept, batches, rank=4, first=1, kv_tokens=0, ridge=0.01):
+    torch.manual_seed(3)
+    with model.head.device:
+        module = koff.MemoryModule(model.config, first, rank, 2.0 * rank, kv_tokens)  # alpha / r is not 1
+    explained = koff.solve_memories(model, student, module, kept, batches, ridge)
+    return module, explained
+
+
+def test_it_is_exact_where_the_removed_neurons_are_linear_in_those_that_stay(tiny):
+    """Every second neuron is a multiple of the one before: without it, down can say the same of that one alone."""
+    model = tiny()
+    closed = torch.arange(1, 40, 2)
+    for block in model.layers:
+        block.mlp.gate_proj.weight[closed] = block.mlp.gate_proj.weight[closed - 1]
+        block.mlp.up_proj.weight[closed] = block.mlp.up_proj.weight[closed - 1] * torch.linspace(-2, 2, 20)[:, None]
+    student, kept = pruned(model, closed)
+    tokens = torch.randint(0, 131, (8, 64))
+    module, explained = solved(model, student, kept, [tokens], rank=24, ridge=1e-10)
+    new = torch.randint(0, 131, (2, 50))
+    memories = koff.materialise_module(module.by_block(torch.float32), kept)
+    teacher = model(new)
+    assert (student(new) - teacher).abs().max() > 0.1
+    assert (student(new, module=memories) - teacher).abs().max() < 1e-4
+    assert all(share == pytest.approx(1, abs=1e-6) for share in explained.values())
+
+
+def parts(model, tokens, **more):
+    student, kept = pruned(model, torch.arange(25, 40), k=[1, 2], v=[3], down=[0, 5, 23])
+    module, explained = solved(model, student, kept, tokens, kv_tokens=3, **more)
+    products = module.lora_b["down"] @ module.lora_a["down"]
+    return products, explained
+
+
+def test_batches_are_only_a_way_to_save_memory(tiny):
+    tokens = torch.randint(0, 131, (12, 32))
+    whole, explained = parts(tiny(), [tokens])
+    for size in (1, 5):
+        split, other = parts(tiny(), tokens.split(size))
+        assert (whole - split).abs().max() < 1e-4 * whole.abs().max()
+        for i, share in other.items():
+            assert share.item() == pytest.approx(explained[i].item(), abs=1e-5)
+    assert whole.abs().max() > 0 and all(0 < share < 1 for share in explained.values())
+
+
+@pytest.mark.parametrize("memories", [0, 1, 2])  # all blocks, as many as have gates, fewer
+def test_what_it_explains_is_what_is_missing_less(tiny, memories):
+    """Block by block: |R|^2 falls by the share that it says, all that it must not touch stays as it was."""
+    model = tiny()
+    student, kept = pruned(model, torch.arange(20, 40), v=[3], down=[0, 5])
+    tokens = torch.randint(0, 131, (6, 40))
+    torch.manual_seed(3)
+    module = koff.MemoryModule(model.config, memories, 4, 4.0, 3)
+    for p in module.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    before = {name: p.clone() for name, p in module.named_parameters()}
+    explained = koff.solve_memories(model, student, module, kept, [tokens], 0.01)
+    assert list(explained) == list(range(max(1, memories), 3))
+    for name, p in module.named_parameters():
+        assert torch.equal(p, before[name]) == ("down" not in name)
+    small = koff.materialise_module(module.by_block(torch.float32), kept)
+    x = y = model.embed_tokens(tokens)
+    for i in range(3):
+        without = {}
+        if i in small:
+            lora = {name: pair for name, pair in small[i].lora.items() if name != "down"}
+            without[i] = replace(small[i], lora=lora)
+        y = model.run(y, i, i + 1)
+        lacks = y - student.run(x, i, i + 1, module=without)
+        x = student.run(x, i, i + 1, module=small)
+        if i not in explained:
+            continue
+        weight = 1 / y.square().mean(-1, keepdim=True).sqrt()
+        rows = kept[i]["down"]
+        missing = (weight * lacks)[..., rows].square().sum()
+        left = (weight * (y - x))[..., rows].square().sum()
+        assert explained[i].item() == pytest.approx(1 - (left / missing).item(), abs=1e-4)
+    closed = [0, 5]
+    assert (module.lora_b["down"][-1][closed] == 0).all() and (module.lora_a["down"][-1][:, 20:] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_stays_on_its_device_and_asks_for_no_number(tiny, dtype):
+    with torch.device("meta"):
+        model = tiny().to(dtype)
+        shape = {name: range(channels - 3) for name, (channels, _) in model.config.shapes.items()}
+        index = {name: torch.empty(len(rows), dtype=torch.int64) for name, rows in shape.items()}
+        kept = {i: {**index, "neuron": index["gate"]} for i in (1, 2)}
+        student = koff.materialise(model, kept)
+    tokens = torch.zeros(2, 16, dtype=torch.int64, device="meta")
+    module, explained = solved(model, student, kept, [tokens, tokens], kv_tokens=3)
+    assert all(share.is_meta for share in explained.values()) and all(p.is_meta for p in module.parameters())
+    index["down"] = torch.arange(len(shape["down"]))  # on the CPU: that it is elsewhere is noticed
+    with pytest.raises(Exception, match="device"):
+        solved(model, student, {i: {**index, "neuron": index["gate"]} for i in (1, 2)}, [tokens])
+
+
+# In a run -----------------------------------------------------------------------------------------------------------
+
+
+def lora(trainer, name):
+    return [getattr(module, "lora_" + part)[name].clone() for module in trainer.modules for part in "ab"]
+
+
+def test_a_trainer_solves_once_the_mask_is_fixed(world):  # noqa: F811
+    trainer, text = trainer_of(world, fix_mask=0.5)
+    trainer.initialise(text)
+    tokens = torch.arange(32).view(2, 16)
+    for index in range(4):
+        trainer.start_step(index)
+        assert trainer.unsolved() == []
+        trainer.step(tokens, "german", index)
+    trainer.start_step(4)
+    assert trainer.unsolved() == ["french", "german"]
+    before, others = lora(trainer, "down"), lora(trainer, "up")
+    trainer.solve("french", text["french"])
+    trainer.solve("german", text["german"])
+    assert trainer.unsolved() == []
+    assert not any(map(torch.equal, before, lora(trainer, "down"))) and all(
+        map(torch.equal, others, lora(trainer, "up"))
+    )
+    moved = lora(trainer, "down")
+    trainer.step(tokens, "german", 4)  # AdamW begins anew with what was solved, and goes on with the rest
+    steps = {name: trainer.optimizer.state[trainer.modules[1].lora_a[name]]["step"].item() for name in ("down", "up")}
+    assert steps == {"down": 1, "up": 5}
+    assert not any(map(torch.equal, moved[2:], lora(trainer, "down")[2:]))
+
+
+@pytest.mark.parametrize("more", [dict(rank=0), dict(solve_tokens=0), dict(memory_blocks=1), dict(lora="down")])
+def test_what_is_solved_and_what_is_not(world, more, capsys):  # noqa: F811
+    assert train.main(flags(world, steps=0, **more)) == 0
+    printed = capsys.readouterr().out
+    assert ("solved german: explains" in printed) == ("memory_blocks" in more or "lora" in more)
+    log = [json.loads(line) for line in (world / "runs/one/log.jsonl").read_text().splitlines()]
+    assert [entry["solved"] for entry in log] == (["french", "german"] if "solved french" in printed else [])
+
+
+@pytest.mark.parametrize("steps,fix_mask", [(8, 0.5), (8, 0.0), (0, 0.75)])
+@pytest.mark.parametrize("how", ["kill", "signal"])
+def test_a_run_that_is_stopped_while_it_solves_ends_as_any_other(world, monkeypatch, how, steps, fix_mask, capsys):  # noqa: F811
+    more = dict(steps=steps, fix_mask=fix_mask)
+    assert train.main(flags(world, **more)) == 0
+    whole, solve = outputs(world / "runs/one"), Trainer.solve
+
+    def interrupted(self, domain, ids):
+        if domain == "german" and how == "kill":
+            raise Killed
+        if domain == "french" and how == "signal":
+            signal.raise_signal(signal.SIGTERM)
+        return solve(self, domain, ids)
+
+    monkeypatch.setattr(Trainer, "solve", interrupted)
+    argv = flags(world, out=world / "runs/two", **more)
+    if how == "kill":
+        with pytest.raises(Killed):
+            train.main(argv)
+    else:
+        assert train.main(argv) == 143
+        assert "stopped after french was solved" in capsys.readouterr().err
+    monkeypatch.setattr(Trainer, "solve", solve)
+    assert train.main(argv) == 0
+    assert (how == "signal") == ("solved french" not in capsys.readouterr().out)
+    assert outputs(world / "runs/two") == whole
+
+
+def test_a_later_module_is_solved_first(world, capsys):  # noqa: F811
+    assert train.main(flags(world)) == 0
+    text = world / "dutch.txt"
+    text.write_text((world / "data/german.txt").read_text())
+    capsys.readouterr()
+    assert train.main(["--add", str(text), "--out", str(world / "runs/one"), "--steps", "0"]) == 0
+    printed = capsys.readouterr().out
+    assert "solved dutch" in printed and "solved german" not in printed
