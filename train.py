@@ -574,7 +574,7 @@ def settings_to_add(run, name, given):
     if name in run.router.domains:
         raise BadInput(f"{run.folder} has a domain {name} already; remove it first, or rename the text.")
     first = run.config.raw["koff_domains"]  # how many there were at first, whatever came or went
-    steps = 3 * math.ceil(run.settings.steps / first)  # three times what each of them got (measured)
+    steps = math.ceil(run.settings.steps / first)  # as many as each of them got
     changed = {"steps": steps, **given}
     # One domain and no gates: what chooses among domains, or starts or moves gates, has nothing to do.
     return replace(run.settings, **changed, gate_init="constant", focus=0, order="joint", retention="")

@@ -81,26 +81,31 @@ def draw_lape(figure, found):
 
 
 def draw_sweep(figure, sweep):
-    """All runs as bars; where sparsity was swept, quality over sparsity too. Seeds: mean and sample deviation."""
-    rows = sweep["rows"]  # {label: {column: [value of each seed], or None}}
-    swept = [row for label, row in rows.items() if label.startswith("sparsity ")]
+    """Runs as bars; those in which sparsity was swept as quality over sparsity."""
+    swept = {}
+    others = {}
+    for label, row in sweep["rows"].items():  # {label: {column: [value of each seed], or None}}
+        group = swept if label.startswith("sparsity ") else others
+        group[label] = row
+    panels = bool(swept) + bool(others)
     if swept:
-        draw_tradeoff(figure.add_subplot(1, 2, 1), swept)
-        draw_bars(figure.add_subplot(1, 2, 2), rows)
-    else:
-        draw_bars(figure.add_subplot(), rows)
+        draw_tradeoff(figure.add_subplot(1, panels, 1), swept)
+    if others:
+        draw_bars(figure.add_subplot(1, panels, panels), others)
 
 
 def draw_tradeoff(axes, rows):
-    """A point for each run with modules, and one for its backbone without any; error bars in both directions."""
-    for row in rows:
-        x, x_error = spread(row["physical"])
-        for column, marker in ("koff", "ko"), ("backbone", "ks"):
-            if row[column]:  # a run without modules has no KOFF
-                y, y_error = spread(row[column])
-                axes.errorbar(x, y, y_error, x_error, marker, markerfacecolor="w", capsize=3)
+    """Perplexity over sparsity, a curve for each way: "sparsity 0.1, solved" is a point of the curve "solved"."""
+    curves = {}
+    for label, row in rows.items():
+        way = label.partition(", ")[2] or "KOFF"
+        x, _ = spread(row["physical"])
+        y, _ = spread(row["koff"] or row["backbone"])  # a run without modules has no KOFF
+        curves.setdefault(way, []).append((x, y))
+    for style, (way, points) in zip(STYLES, curves.items(), strict=False):
+        axes.plot(*zip(*points, strict=True), style, markerfacecolor="w", label=way)
+    axes.legend()
     axes.set(xlabel="physical sparsity", ylabel="mean perplexity / unpruned")
-    axes.set(title="circles: KOFF, squares: the backbone alone")
 
 
 def draw_bars(axes, rows):

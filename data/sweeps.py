@@ -42,6 +42,24 @@ PARTS = {
 # One seed shows a direction, three whether it is more than noise.
 SEEDS = dict.fromkeys(PARTS, 3)  # where a row carries a claim
 
+# What of the gain is context, what capacity, what is solved for and what is trained, what joint learning.
+NOT_LEARNED = dict(gate_rate=0.0, fix_mask=0.99, ramp=0.01)  # the mask is that of the gates' start, all steps memories'
+CONTROLS = {
+    "pruning only": PARTS["pruning only"],
+    "KV of text": dict(steps=0, solve_tokens=0),
+    "LoRA, solved": dict(steps=0, kv_tokens=0),
+    "LoRA + KV, solved": dict(steps=0),
+    "LoRA, trained": dict(solve_tokens=0, kv_tokens=0),
+    "KV, trained": dict(rank=0),
+    "LoRA + KV, trained": dict(solve_tokens=0),
+    "LoRA, both": dict(kv_tokens=0),
+    "LoRA + KV, both": {},
+    "the same, LoRA on down only": dict(lora="down", rank=240, alpha=240.0),
+    "the same, mask not learned": NOT_LEARNED,
+    "the same, prune first": PARTS["prune first, recover afterwards"],
+    "the same, with retention": dict(retention="domains", retention_every=3),
+}
+
 # The paper's protocol on whatever model, text, steps and module size a sweep is given.
 MATCHED = dict(PRESETS["paper-matched"], focus=0)
 for name in ("blocks", "sparsity", "rank", "alpha", "kv_tokens", "steps", "batch", "seq_len", "eval_len"):
@@ -53,14 +71,24 @@ for every in (20, 50, 100):
     for size in (1, 2, 4):
         INTERVALS[f"every {every}, batch {size}"] = dict(retention_every=every, retention_batch=size)
 
+QUALITY = {}
+for sparsity in (0.05, 0.1, 0.15, 0.2, 0.25, 0.3):
+    QUALITY[f"sparsity {sparsity}, pruning only"] = dict(PARTS["pruning only"], sparsity=sparsity)
+    QUALITY[f"sparsity {sparsity}, solved"] = dict(steps=0, sparsity=sparsity)
+    QUALITY[f"sparsity {sparsity}, trained"] = dict(solve_tokens=0, sparsity=sparsity)
+    QUALITY[f"sparsity {sparsity}, both"] = dict(sparsity=sparsity)
+
 SWEEPS = {
     "ablations": Sweep(
         PARTS
         | {"memory in all layers": dict(memory_blocks=-1)}
-        | {"both, with retention": dict(retention="domains", retention_every=5)},  # the gates learn for 50 steps only
+        | {"both, with retention": dict(retention="domains", retention_every=1)},  # the gates learn for 50 steps only
         common=dict(steps=200, eval_windows=6),
         seeds=SEEDS,
     ),
+    "controls": Sweep(CONTROLS, seeds=dict.fromkeys(CONTROLS, 3)),
+    # One more row of it, with a --sparsity of its own.
+    "pruned": Sweep({"pruning only": PARTS["pruning only"]}, seeds={"pruning only": 3}),
     # The same ablations with one seed, the paper's own protocol, and sparsity against quality.
     "paper": Sweep(
         PARTS
@@ -68,9 +96,11 @@ SWEEPS = {
         | each("sparsity", 0.05, 0.2, 0.3),
         common=dict(eval_windows=4),
     ),
-    "sparsity": Sweep(each("sparsity", 0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3)),
+    # At each sparsity four ways, of which `eval.py plot` makes four curves.
+    "sparsity": Sweep(QUALITY),
     "choices": Sweep(
-        {"both": {}, "no training, text KV attached": dict(steps=0), "beta 2 to 0.5": dict(beta=2.0, beta_end=0.5)}
+        {"both": {}, "beta 2 to 0.5": dict(beta=2.0, beta_end=0.5)}
+        | {"no training, text KV attached": dict(steps=0, solve_tokens=0)}
         | each("beta", 2.0)
         | each("objective", "next-token", "blend")
         | each("constraint", "hinge", "lagrangian")

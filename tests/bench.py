@@ -2,6 +2,7 @@
 
     python tests/bench.py --model DIR                 everything, half an hour on two cores; Markdown tables
     python tests/bench.py --model DIR step            a training step, ours and the peer's
+    python tests/bench.py --model DIR solve           LoRA on down by least squares, against the number of tokens
     python tests/bench.py --model DIR inference       prefill and decoding: transformers, dense, compact, with a module
     python tests/bench.py --model DIR growth          our step against length, KV tokens, rank, domains, vocabulary
     python tests/bench.py --model DIR benchmarks --rows DIR    MMLU and ARC questions: the same choices, how fast
@@ -121,6 +122,18 @@ def our_step(model, settings, domains=1, closed=False, vocabulary=None, times=4)
         trainer.step(tokens, domain, 0)
     own = 12 * sum(p.numel() for p in trainer.modules.parameters())
     return {"seconds": fastest(lambda: trainer.step(tokens, "d0", 0), times), "memory": memory(), "own": own}
+
+
+def our_solve(model, settings):
+    s = Settings(model=model, **settings)
+    model = load(model, DTYPE)
+    trainer = Trainer(model, s, ["one"])
+    trainer.start_step(s.steps)
+    ids = np.random.default_rng(0).integers(0, model.config.vocab_size, s.solve_tokens)
+    memory = memory_above(model.parameters())
+    begun = time.perf_counter()
+    trainer.solve("one", ids)
+    return {"seconds": time.perf_counter() - begun, "memory": memory()}
 
 
 def peer_step(model, settings, adapters="float32", times=4):
@@ -256,6 +269,17 @@ def step(model, rounds):
         print(f"\nOurs runs at {share:.0%} of the {peak / 1e9:.0f} GFLOP/s that matrix products alone reach.")
 
 
+def solve(model, rounds):
+    subjects = {}
+    for tokens in (4096, 16384, 32768, 65536):
+        subjects[tokens] = (our_solve, dict(model=model, settings={**STEP, **SIZES[64], "solve_tokens": tokens}), True)
+    rows = {}
+    for tokens, r in in_turns(subjects, rounds).items():
+        rows[f"{tokens:,}"] = [f"{r['seconds']:.1f}", f"{r['memory'] / 1e6:.0f}"]
+    print("\n**LoRA on down by least squares**\n")
+    print(table("tokens of a domain", ["s a domain", "MB"], rows))
+
+
 def inference(model, rounds):
     found = measured(in_inference, dict(model=model, rounds=3 * rounds), True)
     swap, dense = found.pop("swap"), found["ours, dense"]
@@ -336,7 +360,7 @@ def benchmarks(model, rows):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sections = {"step": step, "inference": inference, "growth": growth}
+    sections = {"step": step, "solve": solve, "inference": inference, "growth": growth}
     parser.add_argument("sections", nargs="*", metavar="section", help=f"of {', '.join(sections)}, benchmarks [all]")
     parser.add_argument("--model", required=True, help="folder of the model")
     parser.add_argument("--rounds", type=int, default=2, help="processes for each subject [2]")

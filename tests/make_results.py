@@ -17,6 +17,9 @@ A table stands between `<!-- results: NAME -->` and `<!-- /results -->` and is m
     ... import NAME FILE.md [--title WORDS]           a table that was printed, the first one after these words
     ... import NAME RUN --report                      NAME-perplexity, -swap, -holds, -ledger and -router of one run
     ... import NAME RUN [RUN ...] --pruned RUN ...    one run or several seeds beside runs with --no-memory
+    ... import NAME SWEEP --net SWEEP --stranger RUN ...
+                                                      of --sweep controls, beside one of --sweep pruned with the net size
+                                                      of KOFF, and copies of KOFF's runs to which a module was added
 
 Each needs --machine, and --command where NAME.json does not exist yet. The commit is the present one.
 """
@@ -218,6 +221,31 @@ def from_runs_and_pruned(folders, pruned):
     return {"columns": columns, "rows": rows, "format": ["{:.2f}M", "{:.3f}", "{:.3f}"]}
 
 
+def from_controls(sweep, net, strangers):
+    """What of the gain is context, capacity, knowledge, joint learning: perplexity / unpruned, all in one table."""
+    columns = ["backbone", "koff", "worst"]
+    rows = {}
+    for folder, label in ((sweep, "{}"), (net, "{}, net size of KOFF")):
+        for name, row in json.loads((folder / "sweep.json").read_text(encoding="utf-8"))["rows"].items():
+            rows[label.format(name)] = [mean_of(row[column]) if row[column] else None for column in columns]
+            if name == "LoRA + KV, both":
+                whole = [saved_results(run)["controls"] for run in row["runs"]]
+
+    def add(label, ratios):  # of each seed those of all domains
+        rows[label] = [None, mean_of([np.mean(ratio) for ratio in ratios]), mean_of([max(ratio) for ratio in ratios])]
+
+    for label in whole[0]:
+        add(label, [list(one[label].values()) for one in whole])
+    ratios = []
+    for folder in strangers:
+        results = saved_results(folder)
+        *domains, stranger = results["swap"]
+        unpruned = results["perplexity"]["unpruned"]
+        ratios.append([results["swap"][domain][stranger] / unpruned[domain] for domain in domains])
+    add(f"a stranger's module: {stranger}", ratios)
+    return {"columns": columns, "rows": rows, "format": "{:.3f}"}
+
+
 def from_markdown(text, title):
     """The first table after `title`. A column of plain numbers becomes numbers, and its format what they look like."""
     if title not in text:
@@ -271,6 +299,8 @@ def import_results(args):
     elif args.report:
         for part, result in from_report(folder).items():
             save(f"{args.name}-{part}", result, args)
+    elif args.net:
+        save(args.name, from_controls(folder, args.net, args.stranger), args)
     elif args.pruned:
         save(args.name, from_runs_and_pruned(args.source, args.pruned), args)
     else:
@@ -286,6 +316,8 @@ def main(argv=None):
     one.add_argument("source", nargs="+", type=Path)
     one.add_argument("--report", action="store_true")
     one.add_argument("--pruned", nargs="+", type=Path, default=[])
+    one.add_argument("--net", type=Path)
+    one.add_argument("--stranger", nargs="+", type=Path)
     one.add_argument("--title", default="")
     one.add_argument("--command", action="append", help="a line of it; give it again for the next line")
     one.add_argument("--machine", required=True)
