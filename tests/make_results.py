@@ -16,7 +16,8 @@ A table stands between `<!-- results: NAME -->` and `<!-- /results -->` and is m
     ... import NAME SWEEP                             the table of a sweep's folder
     ... import NAME FILE.md [--title WORDS]           a table that was printed, the first one after these words
     ... import NAME RUN --report                      NAME-perplexity, -swap, -holds, -ledger and -router of one run
-    ... import NAME RUN [RUN ...] --pruned RUN ...    one run or several seeds beside runs with --no-memory
+    ... import NAME RUN [RUN ...] --pruned RUN ... [--solved RUN ...]
+                                                      one run or several seeds beside runs with --no-memory, and --steps 0
     ... import NAME SWEEP --net SWEEP --stranger RUN ...
                                                       of --sweep controls, beside one of --sweep pruned with the net size
                                                       of KOFF, and copies of KOFF's runs to which a module was added
@@ -190,8 +191,9 @@ def from_report(folder):
     return parts
 
 
-def from_runs_and_pruned(folders, pruned):
-    """What the README shows: the same runs whole, as a backbone, with modules, and runs that are only pruned."""
+def from_runs_and_pruned(folders, pruned, solved):
+    """What the README shows: the same runs whole, as a backbone, with modules, and runs that are only pruned, or that
+    have no training step."""
     results = [saved_results(folder) for folder in folders]
     ledger = results[0]["ledger"]
     backbone = ledger["total"] - ledger["removed"]
@@ -210,6 +212,13 @@ def from_runs_and_pruned(folders, pruned):
 
     for label, (variant, parameters) in ours.items():
         add(label, parameters, results, variant)
+    if solved:
+        add(
+            "the same, solved and not trained",
+            backbone + ledger["one_module"],
+            list(map(saved_results, solved)),
+            "koff",
+        )
     others = [saved_results(folder) for folder in pruned]
     for fixed in (True, False):  # a pruned model may learn its gates to the last step: the stronger baseline
         some = [one for one in others if (one["settings"]["fix_mask"] > 0) == fixed]
@@ -302,7 +311,7 @@ def import_results(args):
     elif args.net:
         save(args.name, from_controls(folder, args.net, args.stranger), args)
     elif args.pruned:
-        save(args.name, from_runs_and_pruned(args.source, args.pruned), args)
+        save(args.name, from_runs_and_pruned(args.source, args.pruned, args.solved), args)
     else:
         save(args.name, from_runs(args.source), args)
 
@@ -316,6 +325,7 @@ def main(argv=None):
     one.add_argument("source", nargs="+", type=Path)
     one.add_argument("--report", action="store_true")
     one.add_argument("--pruned", nargs="+", type=Path, default=[])
+    one.add_argument("--solved", nargs="+", type=Path, default=[])
     one.add_argument("--net", type=Path)
     one.add_argument("--stranger", nargs="+", type=Path)
     one.add_argument("--title", default="")

@@ -245,6 +245,25 @@ def test_pruning_stands_beside_what_has_modules(home, imported, tmp_path):
     assert rows["pruning only, gates learn to the end"] == rows["backbone alone"]
 
 
+def test_the_controls_are_one_table(home, imported, tmp_path):
+    run = home / "out/handbook"
+    results = saved_results(run)
+    rows = {"LoRA + KV, both": {"runs": [str(run)] * 2, "backbone": [1.2, 1.4], "koff": [1.1, 1.2], "worst": [1.3] * 2}}
+    net = {"pruning only": {"runs": ["a"], "backbone": [1.25], "koff": None, "worst": None}}
+    for name, some in (("sweep", rows), ("net", net)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "sweep.json").write_text(json.dumps({"sweep": "x", "rows": some}))
+    imported("controls", tmp_path / "sweep", "--net", tmp_path / "net", "--stranger", run)
+    rows = make_results.read("controls")["rows"]
+    assert rows["LoRA + KV, both"] == ["1.300 +/- 0.141", "1.150 +/- 0.071", 1.3]
+    assert rows["pruning only, net size of KOFF"] == [1.25, None, None]
+    for label, ratio in results["controls"].items():
+        assert rows[label][1] == pytest.approx(sum(ratio.values()) / len(ratio))
+    *domains, last = results["swap"]  # as if it had come later
+    ratio = [results["swap"][domain][last] / results["perplexity"]["unpruned"][domain] for domain in domains]
+    assert rows[f"a stranger's module: {last}"][1:] == pytest.approx([sum(ratio) / len(ratio), max(ratio)])
+
+
 def test_a_sweep_and_a_printed_table_become_json(imported, tmp_path):
     (tmp_path / "sweep").mkdir()
     both = {"runs": ["a", "b"], "physical": [0.25, 0.25], "koff": [1.1, 1.2], "settled": None}
