@@ -518,7 +518,8 @@ def save_modules(trainer, out, fingerprint):
 # One more domain on a finished run -----------------------------------------------------------------------------------
 
 MAY_DIFFER = (  # settings in which a module can differ from the run that it joins
-    "steps", "batch", "seq_len", "text", "lora_rate", "kv_rate", "decay", "seed", "device", "checkpointing", "compile",
+    "solve_tokens", "solve_ridge", "steps", "batch", "seq_len", "text", "lora_rate", "kv_rate", "decay", "seed",
+    "device", "checkpointing", "compile",
 )  # fmt: skip
 
 
