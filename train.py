@@ -359,34 +359,13 @@ def loop(trainer, text, out, begun):
     if not s.memory:
         last = s.gate_steps
     log = Log(out, start)
-
-    def save_at(step):
-        """A checkpoint from which step number `step` is the next."""
-        place = {"step": step, "seconds": time.time() - begun, "inputs": text.inputs}
-        with atomic(out / "checkpoint.pt") as partial:
-            torch.save(trainer.state() | place, partial)
-
-    def stopped(when, signal):
-        bar.close()
-        print(f"stopped {when}", file=sys.stderr)
-        return KeyboardInterrupt(signal)
-
-    def solve_all(index):
-        """Before step `index`: where the mask has just been frozen, LoRA on `down` gets its closed form."""
-        for domain in trainer.unsolved():
-            explained = trainer.solve(domain, text.train[domain])
-            bar.write(log.write_solved(index, domain, explained))
-            if signals:
-                save_at(index)
-                raise stopped(f"after {domain} was solved", signals[0])
-
     resumed = time.time()
     bar = tqdm(total=last, initial=start, desc=out.name)
     with stop_signals() as signals, bar:
         for index in range(start, last):
-            done = index + 1  # steps, after this one
             trainer.start_step(index)
-            solve_all(index)
+            solve(trainer, text, out, begun, index, signals, log)
+            done = index + 1  # steps, after this one
             # A resumed run sees what it would have seen: noise and order follow from seed and step, and how often each
             # domain was visited is in the checkpoint.
             domain, turn = trainer.next_domain(index)
@@ -412,14 +391,34 @@ def loop(trainer, text, out, begun):
             stop = list(signals)  # asked once: one can come at any moment
             if stop or done % s.save_every == 0 or done == last:
                 log.check(index, domain, trainer, loss)  # a checkpoint is worth keeping only if this is a number
-                save_at(done)
+                save_checkpoint(trainer, text, out, begun, done)
             if stop:
-                raise stopped(f"after step {done}", stop[0])
+                bar.close()
+                print(f"stopped after step {done}", file=sys.stderr)
+                raise KeyboardInterrupt(stop[0])
         trainer.start_step(s.steps)  # past the last step the mask is frozen, whatever --fix-mask is
-        solve_all(s.steps)
+        solve(trainer, text, out, begun, s.steps, signals, log)
         if signals:  # while the last step was saved
             raise KeyboardInterrupt(signals[0])
     return begun
+
+
+def solve(trainer, text, out, begun, index, signals, log):
+    """Where the mask has just been frozen, before step `index`: LoRA on `down` of each module gets its closed form."""
+    for domain in trainer.unsolved():
+        explained = trainer.solve(domain, text.train[domain])
+        tqdm.write(log.write_solved(index, domain, explained))
+        if signals:
+            save_checkpoint(trainer, text, out, begun, index)
+            print(f"stopped after {domain} was solved", file=sys.stderr)
+            raise KeyboardInterrupt(signals[0])
+
+
+def save_checkpoint(trainer, text, out, begun, step):
+    """Save all that a run needs to go on with step number `step`."""
+    place = {"step": step, "seconds": time.time() - begun, "inputs": text.inputs}
+    with atomic(out / "checkpoint.pt") as partial:
+        torch.save(trainer.state() | place, partial)
 
 
 def resume(trainer, text, out, begun):
