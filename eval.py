@@ -136,18 +136,18 @@ def controls(losses, M, W):
     or the first M predictions of a window are left out. And a router may see a window's first W tokens only, which are
     then not scored. losses {variant: [n, T - 1]}.
     """
+    pairs = {  # label: (variant, the first prediction that counts)
+        f"unpruned, with {M} tokens of text as KV memory": ("unpruned, text KV", 0),
+        f"KOFF, without the first {M} predictions": ("own", M),
+        f"KOFF, routed by the first {W} tokens, these not scored": ("routed early", W - 1),
+        "KOFF, own module, the same predictions": ("own", W - 1),
+    }
     ratios = {}
-
-    def ratio(label, variant, start=0):
-        if start < losses[variant].shape[1]:  # else the windows are too short
+    for label, (variant, start) in pairs.items():
+        # Without a KV memory there is nothing to take away; and a window may be too short.
+        if variant in losses and (start or variant != "own") and start < losses[variant].shape[1]:
             unpruned = perplexity(losses["unpruned"][:, start:])
             ratios[label] = perplexity(losses[variant][:, start:]) / unpruned
-
-    if M:
-        ratio(f"unpruned, with {M} tokens of text as KV memory", "unpruned, text KV")
-        ratio(f"KOFF, without the first {M} predictions", "own", M)
-    ratio(f"KOFF, routed by the first {W} tokens, these not scored", "routed early", W - 1)
-    ratio("KOFF, own module, the same predictions", "own", W - 1)
     return ratios
 
 
@@ -282,8 +282,8 @@ def report(results):
         parts += ["## What a module holds: perplexity with it, with none, with another's", held_table(results)]
         cost = results["router"]["wrong_route_cost"]
         parts += [f"The wrong module costs a factor of {cost:.3f} on average."]
-    if swap:
-        parts += ["## Controls: perplexity / unpruned, on the same predictions", controls_table(results["controls"])]
+    if results["controls"]:  # else the windows are too short
+        parts += ["## Controls: perplexity / unpruned, on the same predictions", controls_table(results)]
     parts += ["## Router and ledger", *router_and_ledger(results)]
     parts += ["## Closed channels per block and projection", layers_table(results["layers"])]
     return "\n\n".join(parts) + "\n"
@@ -332,12 +332,12 @@ def held_table(results):
     return table("", columns, rows)
 
 
-def controls_table(controls):
+def controls_table(results):
     rows = {}
-    for label, ratio in controls.items():
-        cells = [f"{value:.3f} x" for value in ratio.values()]
-        rows[label] = [*cells, f"{np.mean(list(ratio.values())):.3f} x"]
-    return table("", [*ratio, "mean"], rows)
+    for label, ratio in results["controls"].items():
+        values = list(ratio.values())
+        rows[label] = [f"{value:.3f} x" for value in [*values, np.mean(values)]]
+    return table("", [*results["swap"], "mean"], rows)
 
 
 def router_and_ledger(results):

@@ -271,9 +271,9 @@ class Penalty:
 def fisher_scores(model, gates, batches):
     """{name: [N, channels]}: how much each gate matters per parameter that it frees, to start log alpha from.
 
-    That is its Fisher information at 1, the curvature of the KL to the teacher there (whose gradient is zero): the
-    squared gradient, per sequence, of the loss on next tokens that the model draws itself. batches: token tensors
-    [B, T]; each is scaled to a sum of one, or domains that the model knows badly would decide alone.
+    How fast does the KL to the teacher grow when the gate leaves 1? There it has no slope, so that its curvature
+    counts, the Fisher information: the mean squared gradient of log p of tokens that the model itself draws. batches:
+    token tensors [B, T]; each is scaled to a sum of one, or domains that the model knows badly would decide alone.
     """
     c = model.config
     frees = {name: columns for name, (_, columns) in c.shapes.items()}
@@ -364,8 +364,9 @@ class MemoryModule(nn.Module):
     @torch.no_grad()
     def set_lora(self, i, name, a, b, columns, rows):
         """Block i gets LoRA A [up to r, columns] and B [rows, up to r], with alpha / r in B, and 0 elsewhere."""
-        whole_a = self.lora_a[name][i - self.first].zero_()
+        whole_a = self.lora_a[name][i - self.first]
         whole_b = self.lora_b[name][i - self.first].zero_()
+        whole_a[: len(a)] = 0  # rows of A that are not needed stay random: with B = 0 they add nothing, but can learn
         whole_a[: len(a), columns] = a.to(whole_a.dtype)
         whole_b[rows, : len(a)] = (b / self.scale).to(whole_b.dtype)
 
@@ -607,7 +608,7 @@ def solve_memories(model, student, module, kept, batches, ridge):
     states of all tokens twice, H of one block, and H^T H [F', F'] in float64.
     """
     dtype = model.head.dtype
-    split = min(*kept, module.first)  # as in `Trainer`
+    split = min(min(kept), module.first)  # as in `Trainer`
     first = max(min(kept), module.first)  # the first block that has both: gates and a memory
     memories = materialise_module(module.by_block(dtype), kept)
     teachers = []  # hidden states before the block that is solved, [B, T, D] of each batch
@@ -619,35 +620,46 @@ def solve_memories(model, student, module, kept, batches, ridge):
 
     explained = {}
     for i in range(first, len(model.layers)):
-        neurons = kept[i]["neuron"]
-        rows = kept[i]["down"]
+        # The block without LoRA on down: what does it say, and what does it lack?
         lora = {name: pair for name, pair in memories[i].lora.items() if name != "down"}
         memory = {i: replace(memories[i], lora=lora)}
-        gram = torch.zeros(len(neurons), len(neurons), dtype=torch.float64, device=neurons.device)  # H^T H
-        cross = torch.zeros(len(neurons), len(rows), dtype=torch.float64, device=neurons.device)  # H^T R
-        size = torch.zeros((), dtype=torch.float64, device=neurons.device)  # of R, squared
-        said = []  # H of each batch, [B, T, F']
+        neurons = []  # [B, T, F'] of each batch
         for n in range(len(batches)):
             teachers[n] = model.run(teachers[n], i, i + 1)
             with inputs_to(student.layers[i].mlp.down_proj) as inputs:
                 students[n] = student.run(students[n], i, i + 1, module=memory)
-            said += inputs
-            wanted = teachers[n].float()
-            # A token counts by 1 / RMS of its hidden state, as the norm that reads it will see it. Else some few with
-            # massive activations would decide alone.
-            weight = wanted.square().mean(-1, keepdim=True).rsqrt()
-            h = (weight * said[n].float()).flatten(0, 1)
-            missing = (weight * (wanted - students[n].float())).index_select(-1, rows).flatten(0, 1)
-            gram += h.T @ h
-            cross += h.T @ missing
-            size += missing.square().sum()
+            neurons += inputs
 
+        rows = kept[i]["down"]
+        gram, cross, square = products(neurons, teachers, students, rows)
         a, b, fitted = reduced_rank_regression(gram, cross, module.rank, ridge)
-        explained[i] = fitted / size.clamp(min=torch.finfo(size.dtype).tiny)
-        module.set_lora(i, "down", a, b, neurons, rows)
-        for n, h in enumerate(said):
-            students[n] = students[n].index_add(-1, rows, F.linear(F.linear(h, a.to(dtype)), b.to(dtype)))
+        module.set_lora(i, "down", a, b, kept[i]["neuron"], rows)
+        explained[i] = fitted / square.clamp(min=torch.finfo(square.dtype).tiny)
+        for n, h in enumerate(neurons):
+            added = F.linear(F.linear(h, a.to(dtype)), b.to(dtype))
+            students[n] = students[n].index_add(-1, rows, added)
     return explained
+
+
+def products(neurons, teachers, students, rows):
+    """(H^T H [F', F'], H^T R [F', D'], |R|^2) in float64, from lists of [B, T, ...]; R has the channels `rows` only."""
+    device = rows.device
+    width = neurons[0].shape[-1]
+    gram = torch.zeros(width, width, dtype=torch.float64, device=device)
+    cross = torch.zeros(width, len(rows), dtype=torch.float64, device=device)
+    square = torch.zeros((), dtype=torch.float64, device=device)
+    for h, teacher, student in zip(neurons, teachers, students, strict=True):
+        # A token counts by 1 / RMS of its hidden state, as the norm that reads it will see it. Else some few with
+        # massive activations would decide alone.
+        teacher = teacher.float()
+        weight = teacher.square().mean(-1, keepdim=True).rsqrt()
+        h = (weight * h.float()).flatten(0, 1)  # [B T, F']
+        missing = weight * (teacher - student.float())
+        missing = missing.index_select(-1, rows).flatten(0, 1)  # [B T, D']
+        gram += h.T @ h
+        cross += h.T @ missing
+        square += missing.square().sum()
+    return gram, cross, square
 
 
 @contextlib.contextmanager
@@ -662,19 +674,20 @@ def inputs_to(projection):
 
 
 def reduced_rank_regression(gram, cross, rank, ridge):
-    """(A [r, F], B [D, r], how much of R it explains) such that H A^T B^T is the best approximation of R.
+    """(A [r, F], B [D, r], how much of |R|^2 it explains): H A^T B^T is the best approximation of R, of its rank.
 
-    From H^T H [F, F] and H^T R [F, D], float64: ridge regression, whose lambda is `ridge` times the mean of the
-    diagonal, and of what it fits the best part of rank r, by the SVD of the fitted values (Izenman 1975). r = `rank`,
-    or D if that is less. Column j of B is as long as row j of A.
+    From H^T H [F, F] and H^T R [F, D], float64. Best with the penalty lambda |A^T B^T|^2 (Mukherjee and Zhu 2011), in
+    which lambda is `ridge` times the mean of H^T H's diagonal. r is `rank`, or F or D where that is less. A and B are
+    scaled alike, so that one AdamW rate fits both.
     """
-    damped = gram + ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    w = torch.linalg.solve(damped, cross)  # [F, D]: R ~ H W
-    fitted = w.T @ gram @ w  # [D, D]: of H W, whose right singular vectors are its eigenvectors
-    _, vectors = torch.linalg.eigh(fitted)  # from the lowest to the highest
-    b = vectors[:, -rank:]
+    addend = (ridge * gram.diagonal().mean()).clamp(min=torch.finfo(gram.dtype).tiny)  # H may be zero
+    damped = gram + addend * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    w = torch.linalg.solve(damped, cross)  # [F, D]: ridge regression, R ~ H W
+    fitted = cross.T @ w  # [D, D], symmetric: W^T (H^T H + lambda) W
+    _, vectors = torch.linalg.eigh(fitted)  # from the least to the most that a direction of R explains
+    r = min(rank, *cross.shape)
+    b = vectors[:, vectors.shape[1] - r :]
     a = (w @ b).T
-    # |R|^2 - |R - H A^T B^T|^2
-    explained = 2 * (a * (cross @ b).T).sum() - (a @ gram * a).sum()
+    explained = 2 * (a * (cross @ b).T).sum() - (a @ gram * a).sum()  # |R|^2 - |R - H A^T B^T|^2
     length = a.norm(dim=1).clamp(min=torch.finfo(a.dtype).tiny)  # 0 where nothing is missing
     return a / length[:, None].sqrt(), b * length.sqrt(), explained

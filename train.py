@@ -7,10 +7,12 @@
     python train.py --help                         every setting, its default and where that comes from
 
 The run folder (out/<preset> unless --out names one) gets the backbone, the modules, the router and the report. Ctrl-C
-saves; the same command continues. Read `Trainer.learn`, `retain` and `recover`, the three kinds of step, then `loop`.
+saves; the same command continues. Read `Trainer.learn`, `retain` and `recover`, the three kinds of step, and `solve`,
+which comes between them; then `loop`.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import shutil
@@ -127,6 +129,7 @@ class Trainer:
                 for ids in text.values():
                     tokens = batch(ids, turn, s.batch, s.seq_len, s.seed + 1)
                     batches.append(self.on_device(tokens))
+            torch.manual_seed(s.seed)  # what a score draws does not depend on how large the modules are
             scores = koff.SCORES[s.gate_init](self.model, self.gates, batches)
             self.gates.start_from(scores)
         if s.kv_tokens and s.kv_init == "text":
@@ -255,7 +258,9 @@ class Trainer:
         tokens = windows(ids, s.seq_len, math.ceil(s.solve_tokens / s.seq_len))  # the whole text, if it has fewer
         batches = self.on_device(tokens).split(max(1, SOLVE_AT_ONCE // s.seq_len))
         module = self.memory_module(domain)
-        with torch.compiler.set_stance("force_eager"):  # it calls the blocks in ways that no step does
+        # Uncompiled: it calls the blocks in ways that no step does.
+        eager = torch.compiler.set_stance("force_eager") if s.compile else contextlib.nullcontext()
+        with eager:
             explained = koff.solve_memories(self.model, self.student, module, self.kept, batches, s.solve_ridge)
         for p in (module.lora_a["down"], module.lora_b["down"]):  # AdamW's means were those of other numbers
             self.optimizer.state[p] = {}
@@ -358,7 +363,7 @@ def loop(trainer, text, out, begun):
     last = s.steps
     if not s.memory:
         last = s.gate_steps
-    log = Log(out, start)
+    log = Log(out, start, trainer.domains[: trainer.solved])
     resumed = time.time()
     bar = tqdm(total=last, initial=start, desc=out.name)
     with stop_signals() as signals, bar:
@@ -406,7 +411,10 @@ def loop(trainer, text, out, begun):
 def solve(trainer, text, out, begun, index, signals, log):
     """Where the mask has just been frozen, before step `index`: LoRA on `down` of each module gets its closed form."""
     for domain in trainer.unsolved():
-        explained = trainer.solve(domain, text.train[domain])
+        try:
+            explained = trainer.solve(domain, text.train[domain])
+        except torch.linalg.LinAlgError as error:
+            raise BadInput(f"{domain} cannot be solved for ({error}); lower the rates, and say --fresh.") from None
         tqdm.write(log.write_solved(index, domain, explained))
         if signals:
             save_checkpoint(trainer, text, out, begun, index)

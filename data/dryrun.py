@@ -101,15 +101,17 @@ def dry_run(s, Trainer):
         # One domain is enough: what the others own is added below, and only one is at work at a time.
         trainer = Trainer(model.requires_grad_(False), s, ["one"])
         tokens = torch.zeros(s.batch, s.seq_len, dtype=torch.int64)
-        trainer.step(tokens, "one", 0)  # the first step makes AdamW's state
-        learning, operations = usage_of(usage, trainer.step, tokens, "one", 0)
+        learning, operations = 0, 0
+        if s.steps:
+            trainer.step(tokens, "one", 0)  # the first step makes AdamW's state
+            learning, operations = usage_of(usage, trainer.step, tokens, "one", 0)
         before = usage.now
         trainer.mask = mask  # as `Trainer.freeze_mask` does; fake tensors cannot say which channels a mask leaves
         trainer.kept = kept
         trainer.student = koff.materialise(model, kept)
         materialised = usage.now - before
         recovering, fewer_operations = 0, 0
-        if s.memory:  # else nothing is left to learn by then
+        if s.memory and s.steps:  # else nothing is left to learn by then
             recovering, fewer_operations = usage_of(usage, trainer.step, tokens, "one", 0)
         solving, solve_operations = 0, 0
         if trainer.unsolved():
@@ -120,7 +122,8 @@ def dry_run(s, Trainer):
     module_count = koff.count_parameters(trainer.modules)
     on_device = gate_count + module_count * (1 if s.offload else domains)
     # In float32 a parameter takes 4 bytes, and its two means in AdamW 8.
-    peak = weights + 12 * on_device + max(learning, materialised + max(recovering, solving))
+    adamw = 8 * on_device if s.steps else 0
+    peak = weights + 4 * on_device + adamw + max(learning, materialised + max(recovering, solving))
     physical = gates.sparsity(mask, "physical").item()
     paper = gates.sparsity(mask, "paper").item()
     all_closed = {name: torch.zeros(a.shape) for name, a in gates.log_alpha.items()}
@@ -136,12 +139,12 @@ def dry_run(s, Trainer):
     print(f"{total / 1e15:,.3g} PFLOP to train: {s.steps * s.batch * s.seq_len:,} tokens in {steps} TFLOP")
     show(weights, f"weights, {model.head.dtype}")
     show(4 * on_device, "modules and gates, float32")
-    show(8 * on_device, "their AdamW state")
+    show(adamw, "their AdamW state")
     show(learning, f"one step of {s.batch} x {s.seq_len} tokens, gates sampled")
     show(materialised + recovering, "or, once the mask is fixed, the materialised student and its step")
     if solving:
-        tokens = f"{s.solve_tokens:,} tokens a domain, {domains * solve_operations / 1e12:.3g} TFLOP in all"
-        show(materialised + solving, f"or, while LoRA on down is solved for, it and what that takes: {tokens}")
+        tokens = f"at most {s.solve_tokens:,} tokens a domain, {domains * solve_operations / 1e12:.3g} TFLOP in all"
+        show(materialised + solving, f"or, while LoRA on down is solved for, the student and that: {tokens}")
     show(peak, "peak memory")
 
 

@@ -100,10 +100,12 @@ def draw_tradeoff(axes, rows):
     for label, row in rows.items():
         way = label.partition(", ")[2] or "KOFF"
         x, _ = spread(row["physical"])
-        y, _ = spread(row["koff"] or row["backbone"])  # a run without modules has no KOFF
-        curves.setdefault(way, []).append((x, y))
-    for style, (way, points) in zip(STYLES, curves.items(), strict=False):
-        axes.plot(*zip(*points, strict=True), style, markerfacecolor="w", label=way)
+        y, deviation = spread(row["koff"] or row["backbone"])  # a run without modules has no KOFF
+        curves.setdefault(way, []).append((x, y, deviation))
+    for number, (way, points) in enumerate(curves.items()):
+        x, y, deviation = np.transpose(points)
+        style = STYLES[number % len(STYLES)]
+        axes.errorbar(x, y, deviation, fmt=style, markerfacecolor="w", capsize=3, label=way)
     axes.legend()
     axes.set(xlabel="physical sparsity", ylabel="mean perplexity / unpruned")
 

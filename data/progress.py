@@ -37,12 +37,14 @@ def read_log(path):
 class Log:
     """The curves of a run: a line of JSON every ten steps in log.jsonl."""
 
-    def __init__(self, out, start):
+    def __init__(self, out, start, solved=()):
+        """Go on before step `start`, with the modules of the domains `solved`."""
         self.path = out / "log.jsonl"
         entries = read_log(self.path) if self.path.exists() else []
         with atomic(self.path) as partial, open(partial, "w") as file:
             for entry in entries:
-                if entry["step"] < start:  # what was written after the checkpoint comes again
+                # What was written after the checkpoint comes again.
+                if entry["step"] < start or entry.get("solved") in solved:
                     file.write(json.dumps(entry) + "\n")
 
     def check(self, step, domain, trainer, loss):
@@ -77,4 +79,5 @@ class Log:
         with open(self.path, "a") as file:
             file.write(json.dumps({"step": step, "solved": domain, "explained": shares}) + "\n")
         percent = ", ".join(f"{share:.0%}" for share in shares.values())
-        return f"solved {domain}: explains {percent} of what is missing after blocks {min(shares)} to {max(shares)}"
+        where = f"after blocks {min(shares)} to {max(shares)}, on the text that it was solved on"
+        return f"solved {domain}: explains {percent} of what is missing {where}"

@@ -69,7 +69,7 @@ class Settings:
     order: str = option("joint", "gates and memories together (paper), or memories after", "joint", "prune-first")
 
     # Memories by least squares, once the mask is fixed
-    solve_tokens: int = option(16384, "tokens a domain, on which LoRA on down is solved for; 0: it is not", low=0)
+    solve_tokens: int = option(16384, "tokens a domain to solve for LoRA on down, at the final mask; 0: do not", low=0)
     solve_ridge: float = option(0.01, "ridge of it, over the mean of the diagonal (measured)", low=1e-6, high=1e6)
 
     # The loss
@@ -81,7 +81,7 @@ class Settings:
     retention_batch: int = option(0, "sequences in one of them; 0: as --batch", low=0)
 
     # The training
-    steps: int = option(450, "training steps, each on one batch of one domain; 0: a control without training", low=0)
+    steps: int = option(450, "training steps, each on one batch of one domain; 0: none", low=0)
     focus: int = option(0, "extra steps a round for the domain furthest from the teacher (measured)", low=0)
     batch: int = option(4, "sequences per batch (paper: 2)", low=1)
     seq_len: int = option(256, "tokens per sequence (paper: 512)", low=8)
@@ -110,6 +110,8 @@ class Settings:
         gates_learn = self.gate_steps
         lora_learns = self.rank and self.lora_rate
         kv_learns = self.kv_tokens and self.kv_rate
+        steps_remain = gates_learn < self.steps or (self.fix_mask and not self.steps)  # of none all remain
+        memories_change = steps_remain or (self.rank and self.solve_tokens)
         contradictions = {
             "--rank 0 and --kv-tokens 0 contradict --memory: nothing is left of it; say --no-memory.":
                 self.memory and not (self.rank or self.kv_tokens),
@@ -124,7 +126,7 @@ class Settings:
             "--ramp and --fix-mask contradict each other: the mask would be fixed during the ramp.":
                 self.constraint != "hinge" and self.ramp + self.fix_mask > 1,  # the plain hinge has no ramp
             "--order prune-first contradicts --fix-mask: it leaves no step for the memories to learn in; raise it.":
-                self.order == "prune-first" and gates_learn == self.steps and (self.steps or not self.fix_mask),
+                self.order == "prune-first" and not memories_change,
             "--no-memory contradicts --order prune-first, which trains the memories afterwards.":
                 not self.memory and self.order == "prune-first",
             "--no-memory contradicts --gate-rate 0: nothing would learn; say --steps 0.":

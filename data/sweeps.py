@@ -42,18 +42,20 @@ PARTS = {
 # One seed shows a direction, three whether it is more than noise.
 SEEDS = dict.fromkeys(PARTS, 3)  # where a row carries a claim
 
-# What of the gain is context, what capacity, what is solved for and what is trained, what joint learning.
+# Where KOFF's gain comes from: each row leaves something out.
 NOT_LEARNED = dict(gate_rate=0.0, fix_mask=0.99, ramp=0.01)  # the mask is that of the gates' start, all steps memories'
 CONTROLS = {
     "pruning only": PARTS["pruning only"],
     "KV of text": dict(steps=0, solve_tokens=0),
     "LoRA, solved": dict(steps=0, kv_tokens=0),
     "LoRA + KV, solved": dict(steps=0),
+    "LoRA + KV, solved under the learned mask": dict(order="prune-first", fix_mask=0.0),
     "LoRA, trained": dict(solve_tokens=0, kv_tokens=0),
     "KV, trained": dict(rank=0),
     "LoRA + KV, trained": dict(solve_tokens=0),
     "LoRA, both": dict(kv_tokens=0),
     "LoRA + KV, both": {},
+    # Before anything closes it has as many parameters as rank 64 on all five.
     "the same, LoRA on down only": dict(lora="down", rank=240, alpha=240.0),
     "the same, mask not learned": NOT_LEARNED,
     "the same, prune first": PARTS["prune first, recover afterwards"],
@@ -115,7 +117,8 @@ SWEEPS = {
     "convergence": Sweep(
         each("gated", *GATED, sparsity=0.02),
         common=dict(
-            constraint="hinge", penalty=60.0, scaled=False, gate_init="constant", granularity="projection", fix_mask=0.0
+            constraint="hinge", penalty=60.0, scaled=False, gate_init="constant", granularity="projection",
+            fix_mask=0.0, solve_tokens=0,
         ),
     ),
     "domains": Sweep(each("domains", "1", "2", "3", "4", "5", "6")),

@@ -251,7 +251,8 @@ def from_controls(sweep, net, strangers):
         *domains, stranger = results["swap"]
         unpruned = results["perplexity"]["unpruned"]
         ratios.append([results["swap"][domain][stranger] / unpruned[domain] for domain in domains])
-    add(f"a stranger's module: {stranger}", ratios)
+    if strangers:
+        add(f"a stranger's module: {stranger}", ratios)
     return {"columns": columns, "rows": rows, "format": "{:.3f}"}
 
 
@@ -327,7 +328,7 @@ def main(argv=None):
     one.add_argument("--pruned", nargs="+", type=Path, default=[])
     one.add_argument("--solved", nargs="+", type=Path, default=[])
     one.add_argument("--net", type=Path)
-    one.add_argument("--stranger", nargs="+", type=Path)
+    one.add_argument("--stranger", nargs="+", type=Path, default=[])
     one.add_argument("--title", default="")
     one.add_argument("--command", action="append", help="a line of it; give it again for the next line")
     one.add_argument("--machine", required=True)

@@ -10,6 +10,7 @@ import torch
 
 import koff
 import train
+from data.corpus import windows
 from test_train import Killed, flags, outputs, trainer_of, world  # noqa: F401
 from train import Trainer
 
@@ -40,9 +41,10 @@ def test_the_regression_is_numpys_least_squares_and_the_svd_of_what_it_fits(data
     H, R = data
     # Ridge regression as plain least squares: one more row for each of the F coefficients.
     root = np.sqrt(ridge * np.square(H).sum() / 12)
-    W, *_ = np.linalg.lstsq(np.vstack([H, root * np.eye(12)]), np.vstack([R, np.zeros((12, 9))]), rcond=None)
-    U, S, V = np.linalg.svd(H @ W, full_matrices=False)
-    best = U[:, :rank] * S[:rank] @ V[:rank]
+    more = np.vstack([H, root * np.eye(12)])
+    W, *_ = np.linalg.lstsq(more, np.vstack([R, np.zeros((12, 9))]), rcond=None)
+    U, S, V = np.linalg.svd(more @ W, full_matrices=False)
+    best = (U[:, :rank] * S[:rank] @ V[:rank])[:300]  # without the rows that were added
     ours, explained = regression(H, R, rank, ridge)
     np.testing.assert_allclose(ours, best, atol=1e-8)
     assert explained == pytest.approx(1 - np.square(R - best).sum() / np.square(R).sum(), abs=1e-9)
@@ -208,6 +210,50 @@ def test_a_trainer_solves_once_the_mask_is_fixed(world):  # noqa: F811
     assert not any(map(torch.equal, moved[2:], lora(trainer, "down")[2:]))
 
 
+@pytest.mark.parametrize("tokens", [40, 10**6])  # some of the text, all of it
+def test_it_is_solved_on_windows_of_the_whole_text(world, monkeypatch, tokens):  # noqa: F811
+    trainer, text = trainer_of(world, solve_tokens=tokens, solve_ridge=0.25, steps=0)
+    trainer.start_step(0)
+    monkeypatch.setattr(train, "SOLVE_AT_ONCE", 48)
+    monkeypatch.setattr(koff, "solve_memories", lambda *given: given)
+    model, student, module, kept, batches, ridge = trainer.solve("french", text["french"])
+    assert (model, student, module) == (trainer.model, trainer.student, trainer.modules[0])
+    assert kept is trainer.kept and ridge == 0.25
+    expected = windows(text["french"], 16, 3 if tokens == 40 else None)
+    assert torch.equal(torch.cat(batches), torch.from_numpy(expected)) and len(batches[0]) == 3
+    assert expected[-1].tolist() == text["french"][: len(text["french"]) // 16 * 16][-16:].tolist()
+
+
+def test_the_size_of_a_module_does_not_change_the_mask(world):  # noqa: F811
+    masks = []
+    for more in (dict(rank=2), dict(rank=4, lora="down"), dict(kv_tokens=0)):
+        trainer, text = trainer_of(world, steps=0, **more)
+        trainer.initialise(text)
+        masks.append(trainer.gates.final_mask(0.05, "physical"))
+    for mask in masks[1:]:
+        assert all(torch.equal(mask[name], masks[0][name]) for name in mask)
+
+
+def test_spare_rank_can_still_learn(tiny):
+    """Where the solution needs less than the rank, the rest of A is random: with B = 0 it adds nothing, but has a gradient."""
+    model = tiny()
+    student, kept = pruned(model, torch.arange(37), down=list(range(4, 24)))
+    module, _ = solved(model, student, kept, [torch.randint(0, 131, (4, 32))], rank=16)
+    assert (module.lora_b["down"][:, :, 3:] == 0).all() and (module.lora_a["down"][:, 3:].abs().sum(-1) > 0).all()
+    tokens = torch.randint(0, 131, (2, 32))
+    memories = koff.materialise_module(module.by_block(torch.float32), kept)
+    student(tokens, module=memories).square().sum().backward()
+    assert (module.lora_b["down"].grad[:, :4, 3:].abs().sum(1) > 0).all()
+
+
+def test_a_mask_may_be_learned_and_the_modules_solved_only(world, capsys):  # noqa: F811
+    more = dict(order="prune-first", fix_mask=0.0)
+    assert train.main(flags(world, **more)) == 0
+    assert "solved german" in capsys.readouterr().out
+    assert train.main(flags(world, out=world / "runs/two", solve_tokens=0, **more)) == 2
+    assert "leaves no step for the memories" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("more", [dict(rank=0), dict(solve_tokens=0), dict(memory_blocks=1), dict(lora="down")])
 def test_what_is_solved_and_what_is_not(world, more, capsys):  # noqa: F811
     assert train.main(flags(world, steps=0, **more)) == 0
@@ -243,6 +289,8 @@ def test_a_run_that_is_stopped_while_it_solves_ends_as_any_other(world, monkeypa
     assert train.main(argv) == 0
     assert (how == "signal") == ("solved french" not in capsys.readouterr().out)
     assert outputs(world / "runs/two") == whole
+    logs = [(world / "runs" / name / "log.jsonl").read_text() for name in ("one", "two")]
+    assert logs[0] == logs[1]
 
 
 def test_a_later_module_is_solved_first(world, capsys):  # noqa: F811

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import re
 import shutil
@@ -174,6 +175,40 @@ def test_without_memory_and_without_training(world, capsys):
     assert train.main(flags(world, steps=0, solve_tokens=0, out=world / "runs/control")) == 0
     module = load_file(world / "runs/control/modules/german.safetensors")
     assert all((t == 0).all() for n, t in module.items() if n.endswith("lora_B"))
+
+
+def test_the_controls_are_ratios_on_the_same_predictions():
+    rng = np.random.default_rng(0)
+    losses = {name: rng.random((3, 9)) for name in ("unpruned", "unpruned, text KV", "own", "routed early")}
+    found = evaluation.controls(losses, M=3, W=5)
+
+    def ratio(name, start):
+        return math.exp(losses[name][:, start:].mean() - losses["unpruned"][:, start:].mean())
+
+    assert found == pytest.approx({
+        "unpruned, with 3 tokens of text as KV memory": ratio("unpruned, text KV", 0),
+        "KOFF, without the first 3 predictions": ratio("own", 3),
+        "KOFF, routed by the first 5 tokens, these not scored": ratio("routed early", 4),
+        "KOFF, own module, the same predictions": ratio("own", 4),
+    })  # fmt: skip
+    assert list(evaluation.controls(losses, M=3, W=50)) == list(found)[:2]  # no window is so long
+    del losses["unpruned, text KV"]
+    assert list(evaluation.controls(losses, M=0, W=5)) == list(found)[2:]
+
+
+def test_the_text_that_the_unpruned_model_gets_is_the_start_of_the_modules(world):
+    assert train.main(flags(world, steps=0, rank=0, save_every=1)) == 0  # nothing has moved since the start
+    finished, base, text = run.open_finished(world / "runs/one")
+    for domain, split in text.items():
+        ours = evaluation.kv_of_text(finished, base, split.train)
+        for i, memory in finished.module(domain).items():
+            assert torch.equal(ours[i].keys, memory.keys) and torch.equal(ours[i].values, memory.values)
+            assert not ours[i].lora
+
+
+def test_a_report_without_controls(world, capsys):
+    assert train.main(flags(world, kv_tokens=0, steps=2)) == 0  # windows of 16 tokens: none is left to be scored
+    assert "Controls" not in capsys.readouterr().out
 
 
 class Killed(BaseException):
