@@ -40,7 +40,7 @@ class Settings:
     text: float = option(1.0, "share of the training text that is used", low=0.001, high=1)
 
     # The mask
-    blocks: int = option(4, "how many upper blocks carry gates and memories (paper: 16 or 18 of 28)", low=1)
+    blocks: int = option(0, "how many upper blocks carry gates and memories; 0: all (paper: 16 or 18 of 28)", low=0)
     sparsity: float = option(0.25, "share of all parameters to remove (paper: 0.12 of 3B)", low=0, high=0.99)
     count: str = option("physical", "what that share counts: parameters gone, or the paper's", "physical", "paper")
     gated: str = option("kv+mlp", "projections with gates (paper: kv+mlp); without mlp little can go", *GATED)
@@ -52,8 +52,10 @@ class Settings:
         2 / 3, "temperature of the gates (Louizos; at the paper's 2 the cost misleads)", low=0.05, high=10
     )
     beta_end: float = option(0.0, "temperature to which it falls while gates learn; 0: it does not", low=0)
-    ramp: float = option(0.2, "share of the steps in which the target rises to --sparsity (measured)", low=0.01, high=1)
-    fix_mask: float = option(0.75, "last share of the steps, under the final 0/1 mask (measured)", low=0, high=0.99)
+    ramp: float = option(
+        0.12, "share of the steps in which the target rises to --sparsity (measured)", low=0.01, high=1
+    )
+    fix_mask: float = option(0.85, "last share of the steps, under the final 0/1 mask (measured)", low=0, high=0.99)
     constraint: str = option("progressive", "hinge with a rising target, or at once, or lagrangian", *CONSTRAINTS)
     penalty: float = option(20.0, "first lambda (measured; paper: 60); lagrangian: a third of lambda_2", low=1)
     scaled: bool = option(True, "lambda x 1.03 a step while behind and not moving, / 1.03 at the target")
@@ -62,8 +64,8 @@ class Settings:
     memory: bool = option(True, "train memory modules; --no-memory prunes only")
     memory_blocks: int = option(0, "how many carry memories, if it is another number; 0: as --blocks; -1: all", low=-1)
     lora: str = option("kv+mlp", "projections with LoRA (paper: kv+mlp)", *LORA)
-    rank: int = option(64, "LoRA rank (paper: 256 for 3B); 0: no LoRA", low=0)
-    alpha: float = option(64.0, "LoRA alpha; the update is scaled by alpha / rank (paper: 128 / 256)", low=0)
+    rank: int = option(40, "LoRA rank (paper: 256 for 3B); 0: no LoRA", low=0)
+    alpha: float = option(40.0, "LoRA alpha; the update is scaled by alpha / rank (paper: 128 / 256)", low=0)
     kv_tokens: int = option(16, "memory tokens per block (paper: 256); 0: none", low=0)
     kv_init: str = option("text", "start of the KV memory: text of the domain, or N(0, 0.02) (paper)", "text", "normal")
     order: str = option("joint", "gates and memories together (paper), or memories after", "joint", "prune-first")
@@ -81,12 +83,12 @@ class Settings:
     retention_batch: int = option(0, "sequences in one of them; 0: as --batch", low=0)
 
     # The training
-    steps: int = option(450, "training steps, each on one batch of one domain; 0: none", low=0)
+    steps: int = option(250, "training steps, each on one batch of one domain; 0: none", low=0)
     focus: int = option(0, "extra steps a round for the domain furthest from the teacher (measured)", low=0)
     batch: int = option(4, "sequences per batch (paper: 2)", low=1)
     seq_len: int = option(256, "tokens per sequence (paper: 512)", low=8)
     lora_rate: float = option(2e-3, "AdamW rate of LoRA (measured; paper: 1e-5 over 150M tokens)", low=0, high=10)
-    gate_rate: float = option(5e-2, "AdamW rate of log alpha (measured; paper: 1e-2)", low=0, high=10)
+    gate_rate: float = option(0.1, "AdamW rate of log alpha (measured; paper: 1e-2)", low=0, high=10)
     kv_rate: float = option(3e-3, "AdamW rate of the KV memory (measured; paper: 1e-2)", low=0, high=10)
     decay: float = option(0.5, "last share of the steps, in which LoRA's and KV's rates fall to 0", low=0, high=1)
     seed: int = option(0, "seed of data order, gate noise and first LoRA", low=0, high=2**63 - 1)
@@ -149,7 +151,7 @@ class Settings:
 
     def first_blocks(self, layers):
         """(first gated block, first with a memory, split): blocks below `split` are the teacher's, unchanged."""
-        first_gated = layers - self.blocks
+        first_gated = layers - self.blocks if self.blocks else 0
         if self.memory_blocks == 0:
             first_memory = first_gated
         elif self.memory_blocks == -1:
@@ -217,7 +219,7 @@ def check_value(f, value):
 
 # The best recipe that we know for a real model (measured on SmolLM2-135M).
 BEST = dict(
-    blocks=18, sparsity=0.12, kv_tokens=64, solve_tokens=32768, solve_ridge=0.03, steps=1800, focus=5, batch=2,
+    sparsity=0.12, rank=36, alpha=36.0, kv_tokens=64, solve_tokens=32768, solve_ridge=0.03, steps=1500, focus=5, batch=2,
     lora_rate=1e-3, eval_len=512,
 )  # fmt: skip
 
@@ -242,9 +244,9 @@ PRESETS = {
     "paper": PAPER,
     "paper-matched": PAPER | dict(count="physical"),
     "smollm2-135m": BEST | dict(model="HuggingFaceTB/SmolLM2-135M"),
-    "smollm2-360m": BEST | dict(model="HuggingFaceTB/SmolLM2-360M", blocks=20, rank=96, alpha=96.0),
-    "qwen2.5-0.5b": BEST | dict(model="Qwen/Qwen2.5-0.5B", blocks=16, rank=96, alpha=96.0),
-    "qwen3-0.6b": BEST | dict(model="Qwen/Qwen3-0.6B", blocks=18, rank=96, alpha=96.0),
+    "smollm2-360m": BEST | dict(model="HuggingFaceTB/SmolLM2-360M", rank=60, alpha=60.0),
+    "qwen2.5-0.5b": BEST | dict(model="Qwen/Qwen2.5-0.5B", rank=64, alpha=64.0),
+    "qwen3-0.6b": BEST | dict(model="Qwen/Qwen3-0.6B", rank=64, alpha=64.0),
     "qwen2.5-3b": LARGE | dict(model="Qwen/Qwen2.5-3B", blocks=20),
     "llama-3.2-3b": LARGE | dict(model="meta-llama/Llama-3.2-3B"),
     "llama-3.1-8b": LARGE | dict(model="meta-llama/Llama-3.1-8B", batch=1, checkpointing=True),

@@ -37,7 +37,7 @@ PARTS = {
     "pruning + LoRA": dict(kv_tokens=0),
     "pruning + KV": dict(rank=0),
     "both": {},
-    "prune first, recover afterwards": dict(order="prune-first", fix_mask=0.75),
+    "prune first, recover afterwards": dict(order="prune-first"),
 }
 # One seed shows a direction, three whether it is more than noise.
 SEEDS = dict.fromkeys(PARTS, 3)  # where a row carries a claim
@@ -55,11 +55,11 @@ CONTROLS = {
     "LoRA + KV, trained": dict(solve_tokens=0),
     "LoRA, both": dict(kv_tokens=0),
     "LoRA + KV, both": {},
-    # Before anything closes it has as many parameters as rank 64 on all five.
-    "the same, LoRA on down only": dict(lora="down", rank=240, alpha=240.0),
+    # Before anything closes it has as many parameters as rank 40 on all five.
+    "the same, LoRA on down only": dict(lora="down", rank=150, alpha=150.0),
     "the same, mask not learned": NOT_LEARNED,
     "the same, prune first": PARTS["prune first, recover afterwards"],
-    "the same, with retention": dict(retention="domains", retention_every=3),
+    "the same, with retention": dict(retention="domains", retention_every=1),
 }
 
 # The paper's protocol on whatever model, text, steps and module size a sweep is given.
@@ -83,8 +83,8 @@ for sparsity in (0.05, 0.1, 0.15, 0.2, 0.25, 0.3):
 SWEEPS = {
     "ablations": Sweep(
         PARTS
-        | {"memory in all layers": dict(memory_blocks=-1)}
-        | {"both, with retention": dict(retention="domains", retention_every=1)},  # the gates learn for 50 steps only
+        | {"both, upper four blocks": dict(blocks=4, rank=60, alpha=60.0)}  # of six, a module of the same size
+        | {"both, with retention": dict(retention="domains", retention_every=1)},  # the gates learn for 30 steps only
         common=dict(steps=200, eval_windows=6),
         seeds=SEEDS,
     ),

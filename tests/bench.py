@@ -60,10 +60,11 @@ def operations(config, s):
     lora = s.rank * sum(sum(c.shapes[name]) for name in koff.LORA[s.lora])
     head = c.vocab_size * c.hidden_size
     unneeded = c.hidden_size * (q_width + 2 * c.shapes["k"][0] + 2 * s.rank)  # of the first gated block's input
-    forward = (n + s.blocks) * block + s.blocks * lora + 2 * head
-    backward = s.blocks * (block + 2 * lora) - unneeded + head
+    upper = s.blocks or n
+    forward = (n + upper) * block + upper * lora + 2 * head
+    backward = upper * (block + 2 * lora) - unneeded + head
     pairs = s.seq_len * (s.seq_len + 1) // 2
-    seen = n * pairs + 3 * s.blocks * (pairs + s.seq_len * s.kv_tokens)  # backward has four products, forward two
+    seen = n * pairs + 3 * upper * (pairs + s.seq_len * s.kv_tokens)  # backward has four products, forward two
     return 2 * tokens * (forward + backward), 2 * 2 * q_width * s.batch * seen
 
 
