@@ -131,9 +131,8 @@ def dry_run(s, Trainer):
     total = s.steps * ((1 - s.fix_mask) * operations + s.fix_mask * fewer_operations)
     total += domains * solve_operations
 
-    print(
-        f"{gates.total:,} parameters, {gated:,} of them gated, in {gates.blocks} of {config.num_hidden_layers} blocks"
-    )
+    where = f"in {gates.blocks} of {config.num_hidden_layers} blocks"
+    print(f"{gates.total:,} parameters, {gated:,} of them gated, {where}")
     trained = f"{gate_count + domains * module_count:,} to train"
     print(f"{module_count:,} parameters a module, {domains} modules and {gate_count:,} gates: {trained}")
     print(f"at the target (closed at random): sparsity {physical:.4f} physical, {paper:.4f} by the paper's count")

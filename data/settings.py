@@ -52,9 +52,7 @@ class Settings:
         2 / 3, "temperature of the gates (Louizos; at the paper's 2 the cost misleads)", low=0.05, high=10
     )
     beta_end: float = option(0.0, "temperature to which it falls while gates learn; 0: it does not", low=0)
-    ramp: float = option(
-        0.12, "share of the steps in which the target rises to --sparsity (measured)", low=0.01, high=1
-    )
+    ramp: float = option(0.12, "share of the steps in which the target rises to --sparsity", low=0.01, high=1)
     fix_mask: float = option(0.85, "last share of the steps, under the final 0/1 mask (measured)", low=0, high=0.99)
     constraint: str = option("progressive", "hinge with a rising target, or at once, or lagrangian", *CONSTRAINTS)
     penalty: float = option(20.0, "first lambda (measured; paper: 60); lagrangian: a third of lambda_2", low=1)
@@ -219,8 +217,8 @@ def check_value(f, value):
 
 # The best recipe that we know for a real model (measured on SmolLM2-135M).
 BEST = dict(
-    sparsity=0.12, rank=36, alpha=36.0, kv_tokens=64, solve_tokens=32768, solve_ridge=0.03, steps=1500, focus=5, batch=2,
-    lora_rate=1e-3, eval_len=512,
+    sparsity=0.12, rank=36, alpha=36.0, kv_tokens=64, solve_tokens=32768, solve_ridge=0.03, steps=1500, focus=5,
+    batch=2, lora_rate=1e-3, eval_len=512,
 )  # fmt: skip
 
 # 150M tokens. What it leaves open is ours: log alpha starts at 3, lambda is scaled, the mask is fixed at the end.

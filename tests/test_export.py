@@ -139,7 +139,7 @@ def test_an_export_that_differs_is_not_kept_and_a_folder_is_not_overwritten(worl
 
     def other_module(module, kept, config):
         dense = expand_module(module, kept, config)
-        dense[2].lora["up"][1].add_(0.1)
+        dense[2].lora["v"][1].add_(0.1)
         return dense
 
     def other_file(tensors, path, metadata):

@@ -108,7 +108,7 @@ def test_a_memory_of_another_kind_is_trained_saved_and_loaded(copy):
     run(copy, "train.py", *SHORT)
     module = load_file(copy / "out/fork/modules/german.safetensors")
     scales = [tensor for name, tensor in module.items() if name.endswith(".scale")]
-    assert len(scales) == 4 and all((scale != 1).any() for scale in scales)  # it has learnt
+    assert len(scales) == 6 and all((scale != 1).any() for scale in scales)  # it has learnt
     assert run(copy, "-c", LOADED) == "True True\n"
     run(copy, "-m", "pytest", "-q", "tests/test_koff.py")
 
