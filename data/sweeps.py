@@ -37,7 +37,7 @@ PARTS = {
     "pruning + LoRA": dict(kv_tokens=0),
     "pruning + KV": dict(rank=0),
     "both": {},
-    "prune first, recover afterwards": dict(order="prune-first"),
+    "prune first, recover afterwards": dict(order="prune-first", fix_mask=0.85),
 }
 # One seed shows a direction, three whether it is more than noise.
 SEEDS = dict.fromkeys(PARTS, 3)  # where a row carries a claim
