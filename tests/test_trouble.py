@@ -554,7 +554,7 @@ def test_their_neighbours_are_not():
         Settings(**given)
     for name in SWEEPS:
         for preset in ("handbook", "quick", "paper", "best"):
-            if (name, preset) != ("retention", "quick"):  # one batch every 100 steps never comes in 30
+            if (name, preset) != ("controls", "paper"):  # which solves for nothing
                 sweeps.runs_of(name, PRESETS[preset], Path("out"))
 
 
