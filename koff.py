@@ -11,11 +11,12 @@ The paper's symbols and where they are:
     dW_d x         LoRA, B A x in `model.Projection`;  K_mem, V_mem (Eq. 3): `Memory.keys` and `.values`
     Omega(z)       how far the sparsity (`Gates.sparsity`) is from its target;  with its lambda: `Penalty`
     distill        `kl_topk`, KL to the teacher's top-K outcomes, and the rest of them as `--tail` says
-    (ours)         LoRA on `down` in closed form, once the mask is fixed: `solve_memories`
     s*             the target, `--sparsity`, by one of two counts (`Gates.removed`)
     materialise    the final 0/1 mask (`Gates.final_mask`) cuts closed channels out of the matrices, `materialise`
 
-Shapes as in `model.py`; N is the number of gated upper blocks, K the number of the teacher's outcomes that are kept.
+Ours, not the paper's: once the mask is fixed LoRA on `down` has a closed form, `solve_memories`, and is trained from there.
+
+Shapes as in `model.py`; N is the number of gated blocks, K the number of the teacher's outcomes that are kept.
 """
 
 import contextlib
