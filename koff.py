@@ -14,7 +14,8 @@ The paper's symbols and where they are:
     s*             the target, `--sparsity`, by one of two counts (`Gates.removed`)
     materialise    the final 0/1 mask (`Gates.final_mask`) cuts closed channels out of the matrices, `materialise`
 
-Ours, not the paper's: once the mask is fixed LoRA on `down` has a closed form, `solve_memories`, and is trained from there.
+Ours, not the paper's: once the mask is fixed LoRA on `down` has a closed form, `solve_memories`, from which training
+goes on.
 
 Shapes as in `model.py`; N is the number of gated blocks, K the number of the teacher's outcomes that are kept.
 """
