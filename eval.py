@@ -136,16 +136,15 @@ def controls(losses, M, W):
     or the first M predictions of a window are left out. And a router may see a window's first W tokens only, which are
     then not scored. losses {variant: [n, T - 1]}.
     """
-    pairs = {  # label: (variant, the first prediction that counts)
-        f"unpruned, with {M} tokens of text as KV memory": ("unpruned, text KV", 0),
-        f"KOFF, without the first {M} predictions": ("own", M),
-        f"KOFF, routed by the first {W} tokens, these not scored": ("routed early", W - 1),
-        "KOFF, own module, the same predictions": ("own", W - 1),
-    }
+    pairs = {}  # label: (variant, the first prediction that counts)
+    if M:
+        pairs[f"unpruned, with {M} tokens of text as KV memory"] = ("unpruned, text KV", 0)
+        pairs[f"KOFF, without the first {M} predictions"] = ("own", M)
+    pairs[f"KOFF, routed by the first {W} tokens, these not scored"] = ("routed early", W - 1)
+    pairs["KOFF, own module, the same predictions"] = ("own", W - 1)
     ratios = {}
     for label, (variant, start) in pairs.items():
-        # Without a KV memory there is nothing to take away; and a window may be too short.
-        if variant in losses and (start or variant != "own") and start < losses[variant].shape[1]:
+        if start < losses[variant].shape[1]:  # else the windows are too short
             unpruned = perplexity(losses["unpruned"][:, start:])
             ratios[label] = perplexity(losses[variant][:, start:]) / unpruned
     return ratios

@@ -625,12 +625,10 @@ def solve_memories(model, student, module, kept, batches, ridge):
         # The block without LoRA on down: what does it say, and what does it lack?
         lora = {name: pair for name, pair in memories[i].lora.items() if name != "down"}
         memory = {i: replace(memories[i], lora=lora)}
-        neurons = []  # [B, T, F'] of each batch
-        for n in range(len(batches)):
-            teachers[n] = model.run(teachers[n], i, i + 1)
-            with inputs_to(student.layers[i].mlp.down_proj) as inputs:
+        with inputs_to(student.layers[i].mlp.down_proj) as neurons:  # [B, T, F'] of each batch
+            for n in range(len(batches)):
+                teachers[n] = model.run(teachers[n], i, i + 1)
                 students[n] = student.run(students[n], i, i + 1, module=memory)
-            neurons += inputs
 
         rows = kept[i]["down"]
         gram, cross, square = products(neurons, teachers, students, rows)

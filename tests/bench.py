@@ -60,7 +60,7 @@ def operations(config, s):
     lora = s.rank * sum(sum(c.shapes[name]) for name in koff.LORA[s.lora])
     head = c.vocab_size * c.hidden_size
     unneeded = c.hidden_size * (q_width + 2 * c.shapes["k"][0] + 2 * s.rank)  # of the first gated block's input
-    upper = s.blocks or n
+    upper = n - s.first_blocks(n)[0]
     forward = (n + upper) * block + upper * lora + 2 * head
     backward = upper * (block + 2 * lora) - unneeded + head
     pairs = s.seq_len * (s.seq_len + 1) // 2
@@ -145,7 +145,7 @@ def peer_step(model, settings, adapters="float32", times=4):
     s = Settings(model=model, **settings)
     base = AutoModelForCausalLM.from_pretrained(model, dtype=DTYPE)
     c, memory = base.config, memory_above(base.parameters())
-    first, dtype = c.num_hidden_layers - s.blocks, getattr(torch, adapters)
+    first, dtype = s.first_blocks(c.num_hidden_layers)[0], getattr(torch, adapters)
     names, upper = [f"{x}_proj" for x in ("k", "v", "gate", "up", "down")], list(range(first, c.num_hidden_layers))
     lora = LoraConfig(r=s.rank, lora_alpha=s.alpha, target_modules=names, layers_to_transform=upper)
     model = get_peft_model(base, lora, autocast_adapter_dtype=adapters == "float32")
