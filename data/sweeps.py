@@ -11,18 +11,17 @@ from data.checkpoint import read_config
 from data.corpus import find_domains
 from data.hub import model_folder
 from data.run import finished, fitting_gates
-from data.settings import PRESETS, Settings
+from data.settings import Settings
 from data.tables import save, side_by_side, together
 from koff import GATED
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """rows: {label: its own settings}; common: settings of all rows; seeds: {label: how many seeds, where not one}."""
+    """rows: {label: its own settings}; common: settings of all rows."""
 
     rows: dict
     common: dict = field(default_factory=dict)
-    seeds: dict = field(default_factory=dict)
 
 
 def each(setting, *values, **more):
@@ -31,21 +30,12 @@ def each(setting, *values, **more):
     return {f"{name} {value}": {setting: value, **more} for value in values}
 
 
-# The rows of the paper's table of ablations.
-PARTS = {
-    "pruning only": dict(memory=False, fix_mask=0.0),  # gates that learn to the last step: the stronger baseline
-    "pruning + LoRA": dict(kv_tokens=0),
-    "pruning + KV": dict(rank=0),
-    "both": {},
-    "prune first, recover afterwards": dict(order="prune-first", fix_mask=0.85),
-}
-# One seed shows a direction, three whether it is more than noise.
-SEEDS = dict.fromkeys(PARTS, 3)  # where a row carries a claim
-
-# Where KOFF's gain comes from: each row leaves something out.
+PRUNING = dict(memory=False, fix_mask=0.0)  # gates that learn to the last step: the stronger baseline
 NOT_LEARNED = dict(gate_rate=0.0, fix_mask=0.99, ramp=0.01)  # the mask is that of the gates' start, all steps memories'
-CONTROLS = {
-    "pruning only": PARTS["pruning only"],
+
+# The paper's table of ablations, and more: each row leaves something out.
+ABLATIONS = {
+    "pruning only": PRUNING,
     "KV of text": dict(steps=0, solve_tokens=0),
     "LoRA, solved": dict(steps=0, kv_tokens=0),
     "LoRA + KV, solved": dict(steps=0),
@@ -55,17 +45,10 @@ CONTROLS = {
     "LoRA + KV, trained": dict(solve_tokens=0),
     "LoRA, both": dict(kv_tokens=0),
     "LoRA + KV, both": {},
-    # Before anything closes it has as many parameters as rank 40 on all five.
-    "the same, LoRA on down only": dict(lora="down", rank=150, alpha=150.0),
     "the same, mask not learned": NOT_LEARNED,
-    "the same, prune first": PARTS["prune first, recover afterwards"],
+    "the same, prune first, recover afterwards": dict(order="prune-first"),
     "the same, with retention": dict(retention="domains", retention_every=1),
 }
-
-# The paper's protocol on whatever model, text, steps and module size a sweep is given.
-MATCHED = dict(PRESETS["paper-matched"], focus=0)
-for name in ("blocks", "sparsity", "rank", "alpha", "kv_tokens", "steps", "batch", "seq_len", "eval_len"):
-    del MATCHED[name]
 
 # How often, and how much at a time. (The paper compares 20, 50 and 100 of many more steps.)
 INTERVALS = {}
@@ -75,34 +58,20 @@ for every in (1, 2, 5):
 
 QUALITY = {}
 for sparsity in (0.05, 0.1, 0.15, 0.2, 0.25, 0.3):
-    QUALITY[f"sparsity {sparsity}, pruning only"] = dict(PARTS["pruning only"], sparsity=sparsity)
+    QUALITY[f"sparsity {sparsity}, pruning only"] = dict(PRUNING, sparsity=sparsity)
     QUALITY[f"sparsity {sparsity}, solved"] = dict(steps=0, sparsity=sparsity)
     QUALITY[f"sparsity {sparsity}, trained"] = dict(solve_tokens=0, sparsity=sparsity)
     QUALITY[f"sparsity {sparsity}, both"] = dict(sparsity=sparsity)
 
 SWEEPS = {
-    "ablations": Sweep(
-        PARTS
-        | {"both, upper four blocks": dict(blocks=4, rank=60, alpha=60.0)}  # of six, a module of the same size
-        | {"both, with retention": dict(retention="domains", retention_every=1)},  # the gates learn for 30 steps only
-        common=dict(steps=200, eval_windows=6),
-        seeds=SEEDS,
-    ),
-    "controls": Sweep(CONTROLS, seeds=dict.fromkeys(CONTROLS, 3)),
-    # One more row of it, with a --sparsity of its own.
-    "pruned": Sweep({"pruning only": PARTS["pruning only"]}, seeds={"pruning only": 3}),
-    # The same ablations with one seed, the paper's own protocol, and sparsity against quality.
-    "paper": Sweep(
-        PARTS
-        | {"paper-matched, pruning only": dict(MATCHED, memory=False), "paper-matched": MATCHED}
-        | each("sparsity", 0.05, 0.2, 0.3),
-        common=dict(eval_windows=4),
-    ),
+    "ablations": Sweep(ABLATIONS),
     # At each sparsity four ways, of which `eval.py plot` makes four curves.
     "sparsity": Sweep(QUALITY),
     "choices": Sweep(
         {"both": {}, "beta 2 to 0.5": dict(beta=2.0, beta_end=0.5)}
-        | {"no training, text KV attached": dict(steps=0, solve_tokens=0)}
+        # Of six blocks and of five matrices; before anything closes the modules are of one size.
+        | {"upper four blocks": dict(blocks=4, rank=60, alpha=60.0)}
+        | {"LoRA on down only": dict(lora="down", rank=150, alpha=150.0)}
         | each("beta", 2.0)
         | each("objective", "next-token", "blend")
         | each("constraint", "hinge", "lagrangian")
@@ -128,29 +97,31 @@ SWEEPS = {
 }  # fmt: skip
 
 
-def runs_of(name, given, out):
+def runs_of(name, given, out, seeds=1):
     """{label: {run folder: its `Settings`}}. A row's own settings win over `given`, and these over the sweep's."""
     chosen = SWEEPS[name]
     first_seed = given.get("seed", 0)
     runs = {}
     for label, own in chosen.rows.items():
         runs[label] = {}
-        for seed in range(first_seed, first_seed + chosen.seeds.get(label, 1)):
+        for seed in range(first_seed, first_seed + seeds):
             file_name = re.sub(r"[^a-z0-9.]+", "-", label.lower()).strip("-")
             settings = {**chosen.common, **given, **own, "seed": seed}
             runs[label][out / f"{file_name}-seed{seed}"] = Settings(**settings)
     return runs
 
 
-def sweep(name, given, out, fresh, train):
+def sweep(name, given, out, fresh, train, seeds=1):
     """Train every run of a sweep that is not finished, with its table in sweep.md and sweep.json after each row.
+
+    One seed shows a direction, three whether it is more than noise.
 
     `train(settings, folder, fresh)` trains one. All see the same batches in the same order, but for --focus, which
     looks at the losses.
     """
     if (out / "settings.json").exists():
         raise BadInput(f"{out} is a run, not a sweep; name another folder with --out.")
-    runs = runs_of(name, given, out)
+    runs = runs_of(name, given, out, seeds)
     for members in runs.values():
         for folder, s in members.items():  # what cannot work shows before hours are spent
             find_domains(s.data, s.domains)

@@ -18,8 +18,8 @@ A table stands between `<!-- results: NAME -->` and `<!-- /results -->` and is m
     ... import NAME RUN --report                      NAME-perplexity, -swap, -holds, -ledger and -router of one run
     ... import NAME RUN [RUN ...] --pruned RUN ... [--solved RUN ...]
                                                       one run or several seeds beside runs with --no-memory, and --steps 0
-    ... import NAME SWEEP --net SWEEP --stranger RUN ...
-                                                      of --sweep controls, beside one of --sweep pruned with the net size
+    ... import NAME SWEEP --net RUN ... --stranger RUN ...
+                                                      of --sweep ablations, beside runs with --no-memory and the net size
                                                       of KOFF, and copies of KOFF's runs to which a module was added
 
 Each needs --machine, and --command where NAME.json does not exist yet. The commit is the present one.
@@ -230,18 +230,24 @@ def from_runs_and_pruned(folders, pruned, solved):
     return {"columns": columns, "rows": rows, "format": ["{:.2f}M", "{:.3f}", "{:.3f}"]}
 
 
-def from_controls(sweep, net, strangers):
+def from_controls(folder, net, strangers):
     """What of the gain is context, capacity, knowledge, joint learning: perplexity / unpruned, all in one table."""
-    columns = ["backbone", "koff", "worst"]
+    columns = ["backbone", "koff", "worst", "minutes"]
+    sweep = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))["rows"]
+    found = {}
+    for label, row in sweep.items():
+        found[label] = row
+        if label == "pruning only":
+            found["the same, net size of KOFF"] = together(net)
     rows = {}
-    for folder, label in ((sweep, "{}"), (net, "{}, net size of KOFF")):
-        for name, row in json.loads((folder / "sweep.json").read_text(encoding="utf-8"))["rows"].items():
-            rows[label.format(name)] = [mean_of(row[column]) if row[column] else None for column in columns]
-            if name == "LoRA + KV, both":
-                whole = [saved_results(run)["controls"] for run in row["runs"]]
+    for label, row in found.items():
+        rows[label] = [mean_of(row[column]) if row[column] else None for column in columns]
+    whole = [saved_results(run)["controls"] for run in sweep["LoRA + KV, both"]["runs"]]
 
     def add(label, ratios):  # of each seed those of all domains
-        rows[label] = [None, mean_of([np.mean(ratio) for ratio in ratios]), mean_of([max(ratio) for ratio in ratios])]
+        means = [np.mean(ratio) for ratio in ratios]
+        worst = [max(ratio) for ratio in ratios]
+        rows[label] = [None, mean_of(means), mean_of(worst), None]
 
     for label in whole[0]:
         add(label, [list(one[label].values()) for one in whole])
@@ -327,7 +333,7 @@ def main(argv=None):
     one.add_argument("--report", action="store_true")
     one.add_argument("--pruned", nargs="+", type=Path, default=[])
     one.add_argument("--solved", nargs="+", type=Path, default=[])
-    one.add_argument("--net", type=Path)
+    one.add_argument("--net", nargs="+", type=Path, default=[])
     one.add_argument("--stranger", nargs="+", type=Path, default=[])
     one.add_argument("--title", default="")
     one.add_argument("--command", action="append", help="a line of it; give it again for the next line")

@@ -14,7 +14,7 @@ import eval as evaluation
 import make_results
 import train
 from data.run import Run
-from data.tables import saved_results
+from data.tables import ratios, saved_results
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -248,20 +248,21 @@ def test_pruning_stands_beside_what_has_modules(home, imported, tmp_path):
 def test_the_controls_are_one_table(home, imported, tmp_path):
     run = home / "out/handbook"
     results = saved_results(run)
-    rows = {"LoRA + KV, both": {"runs": [str(run)] * 2, "backbone": [1.2, 1.4], "koff": [1.1, 1.2], "worst": [1.3] * 2}}
-    net = {"pruning only": {"runs": ["a"], "backbone": [1.25], "koff": None, "worst": None}}
-    for name, some in (("sweep", rows), ("net", net)):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "sweep.json").write_text(json.dumps({"sweep": "x", "rows": some}))
-    imported("controls", tmp_path / "sweep", "--net", tmp_path / "net", "--stranger", run)
+    pruned = {"backbone": [1.25], "koff": None, "worst": None, "minutes": [1.0]}
+    both = {"backbone": [1.2, 1.4], "koff": [1.1, 1.2], "worst": [1.3] * 2, "minutes": [2.0, 2.0]}
+    rows = {"pruning only": {"runs": ["a"], **pruned}, "LoRA + KV, both": {"runs": [str(run)] * 2, **both}}
+    (tmp_path / "sweep.json").write_text(json.dumps({"sweep": "x", "rows": rows}))
+    imported("controls", tmp_path, "--net", run, "--stranger", run)
     rows = make_results.read("controls")["rows"]
-    assert rows["LoRA + KV, both"] == ["1.300 +/- 0.141", "1.150 +/- 0.071", 1.3]
-    assert rows["pruning only, net size of KOFF"] == [1.25, None, None]
+    assert rows["pruning only"] == [1.25, None, None, 1.0]
+    assert rows["LoRA + KV, both"] == ["1.300 +/- 0.141", "1.150 +/- 0.071", 1.3, 2.0]
+    ratio = ratios(results)["backbone"]
+    assert rows["the same, net size of KOFF"][0] == pytest.approx(sum(ratio) / len(ratio))
     for label, ratio in results["controls"].items():
         assert rows[label][1] == pytest.approx(sum(ratio.values()) / len(ratio))
     *domains, last = results["swap"]  # as if it had come later
     ratio = [results["swap"][domain][last] / results["perplexity"]["unpruned"][domain] for domain in domains]
-    assert rows[f"a stranger's module: {last}"][1:] == pytest.approx([sum(ratio) / len(ratio), max(ratio)])
+    assert rows[f"a stranger's module: {last}"][1:3] == pytest.approx([sum(ratio) / len(ratio), max(ratio)])
 
 
 def test_a_sweep_and_a_printed_table_become_json(imported, tmp_path):
