@@ -602,7 +602,8 @@ def solve_memories(model, student, module, kept, batches, ridge):
 
     Forward passes only, block by block from the first gated one up. With H [n, F'] what the student's neurons say, and
     R [n, D'] what its hidden state after the block lacks of the teacher's, the best LoRA is the rank-r regression of R
-    on H. The blocks below are already solved, and the rest of the module is attached as it is.
+    on H. The blocks below are already solved, and the rest of the module is attached as it is. Its keys and values are
+    the teacher's too: they are context, and LoRA should give back what was cut, not undo what context adds.
     Not in the paper, whose modules are trained only.
 
     student, kept: `materialise`, `kept_channels`; batches: token tensors [B, T] of the module's domain; ridge: see
@@ -612,12 +613,14 @@ def solve_memories(model, student, module, kept, batches, ridge):
     dtype = model.head.dtype
     split = min(min(kept), module.first)  # as in `Trainer`
     first = max(min(kept), module.first)  # the first block that has both: gates and a memory
-    memories = materialise_module(module.by_block(dtype), kept)
+    whole = module.by_block(dtype)
+    memories = materialise_module(whole, kept)
+    context = {i: replace(memory, lora={}) for i, memory in whole.items()}
     teachers = []  # hidden states before the block that is solved, [B, T, D] of each batch
     students = []
     for tokens in batches:
         shared = model.run(model.embed_tokens(tokens), 0, split)
-        teachers.append(model.run(shared, split, first))
+        teachers.append(model.run(shared, split, first, module=context))
         students.append(student.run(shared, split, first, module=memories))
 
     explained = {}
@@ -627,7 +630,7 @@ def solve_memories(model, student, module, kept, batches, ridge):
         memory = {i: replace(memories[i], lora=lora)}
         with inputs_to(student.layers[i].mlp.down_proj) as neurons:  # [B, T, F'] of each batch
             for n in range(len(batches)):
-                teachers[n] = model.run(teachers[n], i, i + 1)
+                teachers[n] = model.run(teachers[n], i, i + 1, module=context)
                 students[n] = student.run(students[n], i, i + 1, module=memory)
 
         rows = kept[i]["down"]

@@ -142,14 +142,16 @@ def test_what_it_explains_is_what_is_missing_less(tiny, memories):
     assert list(explained) == list(range(max(1, memories), 3))
     for name, p in module.named_parameters():
         assert torch.equal(p, before[name]) == ("down" not in name)
-    small = koff.materialise_module(module.by_block(torch.float32), kept)
+    whole = module.by_block(torch.float32)
+    small = koff.materialise_module(whole, kept)
+    context = {i: replace(memory, lora={}) for i, memory in whole.items()}  # which the teacher has too
     x = y = model.embed_tokens(tokens)
     for i in range(3):
         without = {}
         if i in small:
             lora = {name: pair for name, pair in small[i].lora.items() if name != "down"}
             without[i] = replace(small[i], lora=lora)
-        y = model.run(y, i, i + 1)
+        y = model.run(y, i, i + 1, module=context)
         lacks = y - student.run(x, i, i + 1, module=without)
         x = student.run(x, i, i + 1, module=small)
         if i not in explained:
@@ -161,6 +163,20 @@ def test_what_it_explains_is_what_is_missing_less(tiny, memories):
         assert explained[i].item() == pytest.approx(1 - (left / missing).item(), abs=1e-4)
     closed = [0, 5]
     assert (module.lora_b["down"][-1][closed] == 0).all() and (module.lora_a["down"][-1][:, 20:] == 0).all()
+
+
+def test_what_keys_and_values_add_is_not_missing(tiny):
+    """Where nothing is closed, nothing is to be given back: LoRA does not undo the context."""
+    model = tiny()
+    tokens = torch.randint(0, 131, (6, 40))
+    added = []
+    for closed in ([], [7]):
+        student, kept = pruned(model, closed)
+        module, _ = solved(model, student, kept, [tokens], kv_tokens=3)
+        torch.nn.init.normal_(module.values)
+        koff.solve_memories(model, student, module, kept, [tokens], 0.01)
+        added.append((module.lora_b["down"] @ module.lora_a["down"]).abs().max())
+    assert added[0] < 1e-4 * added[1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
