@@ -416,8 +416,9 @@ def solve(trainer, text, out, begun, index, signals, log):
         except torch.linalg.LinAlgError as error:
             raise BadInput(f"{domain} cannot be solved for ({error}); lower the rates, and say --fresh.") from None
         tqdm.write(log.write_solved(index, domain, explained))
-        if signals:
+        if signals or not trainer.unsolved():  # with a real model it took minutes
             save_checkpoint(trainer, text, out, begun, index)
+        if signals:
             print(f"stopped after {domain} was solved", file=sys.stderr)
             raise KeyboardInterrupt(signals[0])
 

@@ -309,6 +309,25 @@ def test_a_run_that_is_stopped_while_it_solves_ends_as_any_other(world, monkeypa
     assert logs[0] == logs[1]
 
 
+def test_what_was_solved_is_not_solved_again_after_a_kill(world, monkeypatch, capsys):  # noqa: F811
+    argv = flags(world, steps=8, fix_mask=0.5, save_every=100)
+    step = Trainer.step
+
+    def killed(self, tokens, domain, index, *rest):
+        if index == 6:
+            raise Killed
+        return step(self, tokens, domain, index, *rest)
+
+    monkeypatch.setattr(Trainer, "step", killed)
+    with pytest.raises(Killed):
+        train.main(argv)
+    monkeypatch.setattr(Trainer, "step", step)
+    assert "solved german" in capsys.readouterr().out
+    assert train.main(argv) == 0
+    printed = capsys.readouterr().out
+    assert "at step 4" in printed and "solved german" not in printed
+
+
 def test_a_later_module_is_solved_first(world, capsys):  # noqa: F811
     assert train.main(flags(world)) == 0
     text = world / "dutch.txt"
