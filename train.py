@@ -601,7 +601,7 @@ def parse(argv):
     other = parser.add_mutually_exclusive_group()
     other.add_argument("--sweep", choices=SWEEPS, help="train a named set of runs instead of one, and compare them")
     other.add_argument("--add", type=Path, metavar="TEXT", help="train one more module on the finished run in --out")
-    parser.add_argument("--seeds", type=int, help="of a sweep: runs of each row, from --seed on [1]")
+    parser.add_argument("--seeds", type=int, default=1, help="of a sweep: runs of each row, from --seed on [1]")
     parser.add_argument("--out", type=Path, help="run folder [out/<preset or sweep>]")
     parser.add_argument("--fresh", action="store_true", help="start again, whatever the run folder holds")
     parser.add_argument("--dry-run", action="store_true", help="print sizes and memory, from config.json alone")
@@ -622,7 +622,7 @@ def parse(argv):
     args = parser.parse_args(argv)
     if args.dry_run and (args.sweep or args.add):
         parser.error("--dry-run is for a single run, without --sweep and --add")
-    if args.seeds is not None and not (args.sweep and args.seeds > 0):
+    if args.seeds < 1 or (args.seeds > 1 and not args.sweep):
         parser.error("--seeds is for a --sweep, and at least 1")
     names = [f.name for f in fields(Settings)]
     args.flags = {name: getattr(args, name) for name in names if hasattr(args, name)}
@@ -642,7 +642,7 @@ def command(argv):
     if args.add:
         add(args.add, args.out, args.flags, args.fresh)
     elif args.sweep:
-        sweep(args.sweep, args.given, args.out, args.fresh, train, args.seeds or 1)
+        sweep(args.sweep, args.given, args.out, args.fresh, train, args.seeds)
     elif finished(s, args.out, args.fresh):
         print(f"{(args.out / 'report.md').read_text()}\n{args.out} is finished; --fresh trains it again")
     else:

@@ -31,7 +31,6 @@ def each(setting, *values, **more):
 
 
 PRUNING = dict(memory=False, fix_mask=0.0)  # gates that learn to the last step: the stronger baseline
-NOT_LEARNED = dict(gate_rate=0.0, fix_mask=0.99, ramp=0.01)  # the mask is that of the gates' start, all steps memories'
 
 # The paper's table of ablations, and more: each row leaves something out.
 ABLATIONS = {
@@ -45,7 +44,7 @@ ABLATIONS = {
     "LoRA + KV, trained": dict(solve_tokens=0),
     "LoRA, both": dict(kv_tokens=0),
     "LoRA + KV, both": {},
-    "the same, mask not learned": NOT_LEARNED,
+    "the same, mask not learned": dict(gate_rate=0.0, fix_mask=0.99, ramp=0.01),  # the gates' start decides it
     "the same, prune first, recover afterwards": dict(order="prune-first"),
     "the same, with retention": dict(retention="domains", retention_every=1),
 }
@@ -97,7 +96,7 @@ SWEEPS = {
 }  # fmt: skip
 
 
-def runs_of(name, given, out, seeds=1):
+def runs_of(name, given, out, seeds):
     """{label: {run folder: its `Settings`}}. A row's own settings win over `given`, and these over the sweep's."""
     chosen = SWEEPS[name]
     first_seed = given.get("seed", 0)
@@ -111,7 +110,7 @@ def runs_of(name, given, out, seeds=1):
     return runs
 
 
-def sweep(name, given, out, fresh, train, seeds=1):
+def sweep(name, given, out, fresh, train, seeds):
     """Train every run of a sweep that is not finished, with its table in sweep.md and sweep.json after each row.
 
     One seed shows a direction, three whether it is more than noise.

@@ -124,11 +124,21 @@ def mean_of(values):
     return f"{mean:.3f} +/- {deviation:.3f}"
 
 
+def cells_of(row, columns):
+    """The columns of a `together`, seeds taken together; None where it has none."""
+    return [mean_of(row[name]) if row.get(name) else None for name in columns]
+
+
+def saved_sweep(folder):
+    """{label: `together`, and the folders of its "runs"} of a sweep's folder; None if it is none."""
+    path = folder / "sweep.json"
+    return json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else None
+
+
 def from_runs(folders):
     """What `eval.py compare` shows; or the table of one sweep."""
-    sweep = folders[0] / "sweep.json"
-    if sweep.exists():
-        found = json.loads(sweep.read_text(encoding="utf-8"))["rows"]
+    found = saved_sweep(folders[0])
+    if found:
         for row in found.values():
             del row["runs"]
     else:
@@ -139,9 +149,7 @@ def from_runs(folders):
     columns = []
     for row in found.values():
         columns += [name for name, values in row.items() if values and name not in columns]
-    rows = {}
-    for label, row in found.items():
-        rows[label] = [mean_of(row[name]) if row.get(name) else None for name in columns]
+    rows = {label: cells_of(row, columns) for label, row in found.items()}
     return {"columns": columns, "rows": rows, "format": "{:.3f}"}
 
 
@@ -233,15 +241,12 @@ def from_runs_and_pruned(folders, pruned, solved):
 def from_controls(folder, net, strangers):
     """What of the gain is context, capacity, knowledge, joint learning: perplexity / unpruned, all in one table."""
     columns = ["backbone", "koff", "worst", "minutes"]
-    sweep = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))["rows"]
-    found = {}
-    for label, row in sweep.items():
-        found[label] = row
-        if label == "pruning only":
-            found["the same, net size of KOFF"] = together(net)
+    sweep = saved_sweep(folder)
     rows = {}
-    for label, row in found.items():
-        rows[label] = [mean_of(row[column]) if row[column] else None for column in columns]
+    for label, row in sweep.items():
+        rows[label] = cells_of(row, columns)
+        if label == "pruning only":
+            rows["the same, net size of KOFF"] = cells_of(together(net), columns)
     whole = [saved_results(run)["controls"] for run in sweep["LoRA + KV, both"]["runs"]]
 
     def add(label, ratios):  # of each seed those of all domains

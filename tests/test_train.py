@@ -581,11 +581,10 @@ def test_an_old_python_or_torch_is_named(monkeypatch):
 def test_settings_are_the_command_line(world):
     args = train.parse(["--preset", "best", "--rank", "8", "--no-memory", "--dry-run"])
     s, out = args.settings, args.out
-    assert (s.focus, s.rank, s.memory, out) == (settings.PRESETS["best"]["focus"], 8, False, Path("out/best"))
-    assert (args.sweep, args.fresh, args.dry_run) == (None, False, True)
-    assert train.parse([]).settings == Settings() and replace(
-        s, rank=settings.PRESETS["best"]["rank"], memory=True
-    ) == Settings(**settings.PRESETS["best"])
+    assert (s.sparsity, s.rank, s.memory, out) == (0.12, 8, False, Path("out/best"))
+    assert (args.sweep, args.seeds, args.fresh, args.dry_run) == (None, 1, False, True)
+    best = Settings(**settings.PRESETS["best"])
+    assert train.parse([]).settings == Settings() and replace(s, rank=36, memory=True) == best
 
 
 class Operations(TorchDispatchMode):
