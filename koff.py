@@ -270,36 +270,42 @@ class Penalty:
         return loss
 
 
-def fisher_scores(model, gates, batches):
+def fisher_scores(model, gates, texts):
     """{name: [N, channels]}: how much each gate matters per parameter that it frees, to start log alpha from.
 
-    How fast does the KL to the teacher grow when the gate leaves 1? There it has no slope, so that its curvature
-    counts, the Fisher information: the mean squared gradient of log p of tokens that the model itself draws. batches:
-    token tensors [B, T]; each is scaled to a sum of one, or domains that the model knows badly would decide alone.
+    How fast does the KL to the teacher grow when a gate leaves 1 at one token? There it has no slope, so that its
+    curvature counts, the Fisher information: the squared gradient of log p of tokens that the model itself draws. It is
+    summed over tokens, rather than squared as a sum: what a closed gate changes alike everywhere, a module gives back.
+    texts: of each domain a list of token tensors [B, T]. A domain's scores are scaled to a sum of one, or those that
+    the model knows badly would decide alone; a gate matters as much as to the domain that needs it most.
     """
     c = model.config
     frees = {name: columns for name, (_, columns) in c.shapes.items()}
     for name in ("gate", "up", "neuron"):
         frees[name] = 3 * c.hidden_size  # without either row the neuron is dead: both rows go, and a column of down
     scores = {name: torch.zeros_like(a) for name, a in gates.log_alpha.items()}
-    for tokens in batches:
-        # One gate per sequence, [N, B, 1, channels], so that one backward pass gives each sequence's own gradient.
-        z = {}
-        for name, score in scores.items():
-            ones = score.new_ones(gates.blocks, len(tokens), 1, score.shape[1])
-            z[name] = ones.requires_grad_()
-        with torch.no_grad():
-            x = model.run(model.embed_tokens(tokens), 0, gates.first)
-        hidden = model.run(x, gates.first, c.num_hidden_layers, gates.by_block(z, x.dtype))
-        loss = in_chunks(model, hidden.flatten(0, 1), drawn_token_loss)
-        gradients = torch.autograd.grad(loss, list(z.values()))
-        squares = {}
-        for name, gradient in zip(z, gradients, strict=True):
-            squares[name] = gradient.square().sum(dim=(1, 2))  # over sequences: [N, channels]
+    for batches in texts:
+        squares = {name: torch.zeros_like(a) for name, a in gates.log_alpha.items()}
+        for tokens in batches:
+            for name, gradient in gate_gradients(model, gates, tokens).items():
+                squares[name] += gradient.square().sum(dim=(1, 2))
         whole = sum(square.sum() for square in squares.values())
         for name, square in squares.items():
-            scores[name] += square / whole / frees[name]
+            scores[name] = torch.maximum(scores[name], square / whole / frees[name])
     return scores
+
+
+def gate_gradients(model, gates, tokens):
+    """{name: [N, B, T, channels]}: `drawn_token_loss` by gates that are 1, of each block and token one of its own."""
+    z = {}
+    for name, log_alpha in gates.log_alpha.items():
+        ones = log_alpha.new_ones(gates.blocks, *tokens.shape, log_alpha.shape[1])
+        z[name] = ones.requires_grad_()
+    with torch.no_grad():
+        x = model.run(model.embed_tokens(tokens), 0, gates.first)
+    hidden = model.run(x, gates.first, model.config.num_hidden_layers, gates.by_block(z, x.dtype))
+    loss = in_chunks(model, hidden.flatten(0, 1), drawn_token_loss)
+    return dict(zip(z, torch.autograd.grad(loss, list(z.values())), strict=True))
 
 
 def drawn_token_loss(logits):
@@ -308,7 +314,7 @@ def drawn_token_loss(logits):
     return F.cross_entropy(logits, drawn[:, 0], reduction="none")
 
 
-# Scores to start the gates from: (model, gates, batches) -> {name: [N, channels]}. To try one of your own, name it
+# Scores to start the gates from: (model, gates, texts) -> {name: [N, channels]}. To try one of your own, name it
 # here: it is then a choice of --gate-init.
 SCORES = {"fisher": fisher_scores}
 

@@ -121,16 +121,14 @@ class Trainer:
         """The two starts that look at data, {domain: ids}: gates by their score, KV memories from text."""
         s = self.s
         if s.gate_init in koff.SCORES:
-            # Equally many sequences of each domain, so that none decides alone what matters; drawn with another seed
-            # than the batches of the training.
-            batches = []
+            # Equally many sequences of each domain, drawn with another seed than the batches of the training.
+            texts = []
             rounds = math.ceil(s.fisher_sequences / (s.batch * len(text)))
-            for turn in range(rounds):
-                for ids in text.values():
-                    tokens = batch(ids, turn, s.batch, s.seq_len, s.seed + 1)
-                    batches.append(self.on_device(tokens))
+            for ids in text.values():
+                batches = [batch(ids, turn, s.batch, s.seq_len, s.seed + 1) for turn in range(rounds)]
+                texts.append([self.on_device(tokens) for tokens in batches])
             torch.manual_seed(s.seed)  # what a score draws does not depend on how large the modules are
-            scores = koff.SCORES[s.gate_init](self.model, self.gates, batches)
+            scores = koff.SCORES[s.gate_init](self.model, self.gates, texts)
             self.gates.start_from(scores)
         if s.kv_tokens and s.kv_init == "text":
             for domain, module in zip(self.domains, self.modules, strict=False):  # no modules with --no-memory

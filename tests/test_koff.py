@@ -159,31 +159,28 @@ def test_a_lagrangian_lands_on_its_target_from_both_sides_and_a_hinge_waits_beyo
     assert land("hinge", -3.0, steps=20) > 0.85  # nothing but the small cost pulls it back
 
 
-def test_fisher_score_is_the_squared_gradient_of_each_sequence(tiny):
+def test_fisher_score_is_the_squared_gradient_of_each_token(tiny):
     model, step = tiny(), 1e-2
-    gates, tokens = koff.Gates(model.config, 1, "neuron"), torch.randint(0, 131, (2, 12))
+    gates, tokens = koff.Gates(model.config, 1, "neuron"), torch.randint(0, 131, (2, 5))
     torch.manual_seed(5)
-    drawn = torch.multinomial(model(tokens).flatten(0, 1).softmax(-1), 1).view(2, 12)
+    drawn = torch.multinomial(model(tokens).flatten(0, 1).softmax(-1), 1).view(2, 5)
     square = {n: torch.zeros(a.shape) for n, a in gates.log_alpha.items()}
-    z = {n: torch.ones(a.shape) for n, a in gates.log_alpha.items()}
-    for name, at in ((n, at) for n, a in square.items() for at in product(*map(range, a.shape))):
-        loss = []
-        for sign in (1, -1):
-            z[name][at] += sign * step
-            logits = model(tokens, gates.by_block(z, torch.float32)).transpose(1, 2)
-            loss.append(torch.nn.functional.cross_entropy(logits, drawn, reduction="none").sum(1))
-            z[name][at] = 1
-        square[name][at] = ((loss[0] - loss[1]) / (2 * step)).square().sum()
+    z = {n: torch.ones(a.shape[0], 2, 5, a.shape[1]) for n, a in gates.log_alpha.items()}
+    for name, place in product(z, range(5)):
+        for n, channel in product(*map(range, square[name].shape)):
+            loss = []
+            for sign in (1, -1):
+                z[name][n, :, place, channel] += sign * step
+                logits = model(tokens, gates.by_block(z, torch.float32)).transpose(1, 2)
+                loss.append(torch.nn.functional.cross_entropy(logits, drawn, reduction="none").sum(1))  # [B]
+                z[name][n, :, place, channel] = 1
+            square[name][n, channel] += ((loss[0] - loss[1]) / (2 * step)).square().sum()
     whole, frees = sum(q.sum() for q in square.values()), {"k": 24, "v": 24, "neuron": 3 * 24, "down": 40}
     torch.manual_seed(5)
-    score = koff.fisher_scores(model, gates, [tokens])
+    score = koff.fisher_scores(model, gates, [[tokens]])
     for name, s in score.items():
         expected = square[name] / whole / frees[name]
         assert (s - expected).abs().max() < 0.01 * expected.max(), name
-    other = koff.fisher_scores(model, gates, [tokens.flip(0, 1)])
-    torch.manual_seed(5)
-    both = koff.fisher_scores(model, gates, [tokens, tokens.flip(0, 1)])  # each batch counts as much as any other
-    torch.testing.assert_close(both["neuron"], score["neuron"] + other["neuron"])
     gates.start_from(score)
     every = torch.cat([a.flatten() for a in gates.log_alpha.values()])
     assert every.min() == 1 and every.max() == 5
@@ -191,19 +188,37 @@ def test_fisher_score_is_the_squared_gradient_of_each_sequence(tiny):
     assert (every[order].diff() >= 0).all()
 
 
+def test_fisher_score_of_a_gate_is_that_of_the_domain_that_needs_it_most(tiny):
+    model = tiny()
+    gates = koff.Gates(model.config, 1, "neuron")
+    one, two, three = torch.randint(0, 131, (3, 2, 12))
+    torch.manual_seed(5)
+    first = koff.fisher_scores(model, gates, [[one, two]])
+    second = koff.fisher_scores(model, gates, [[three]])
+    torch.manual_seed(5)  # the same tokens are drawn
+    both = koff.fisher_scores(model, gates, [[one, two], [three]])
+    frees = {"k": 24, "v": 24, "neuron": 3 * 24, "down": 40}
+    for alone in (first, second):
+        assert sum((score * frees[name]).sum() for name, score in alone.items()) == pytest.approx(1)
+        assert any((both[name] > alone[name]).any() for name in both)  # neither decides alone
+    for name, score in both.items():
+        assert torch.equal(score, torch.maximum(first[name], second[name])), name
+
+
 def test_fisher_score_is_the_curvature_of_the_kl_to_the_teacher(tiny):
-    model, step = tiny().double(), 1e-2
-    gates, tokens = koff.Gates(model.config, 1, "neuron"), torch.randint(0, 131, (2, 12))
-    z = {n: torch.ones(a.shape).double() for n, a in gates.log_alpha.items()}
+    model, step = tiny().double(), 0.1
+    gates, tokens = koff.Gates(model.config, 1, "neuron"), torch.randint(0, 131, (2, 6))
+    z = {n: torch.ones(a.shape[0], 2, 6, a.shape[1]).double() for n, a in gates.log_alpha.items()}
     teacher = model(tokens).log_softmax(-1)
-    curvature = torch.zeros_like(z["neuron"])
-    for at in product(*map(range, curvature.shape)):
-        z["neuron"][at] = 1 - step
-        student = model(tokens, gates.by_block(z, torch.float64)).log_softmax(-1)
-        curvature[at] = (teacher.exp() * (teacher - student)).sum()
-        z["neuron"][at] = 1
-    score = koff.fisher_scores(model, gates, [tokens] * 400)["neuron"].double()
-    assert torch.corrcoef(torch.stack([score.flatten(), curvature.flatten()]))[0, 1] > 0.98
+    curvature = torch.zeros(gates.log_alpha["neuron"].shape)
+    for n, channel in product(*map(range, curvature.shape)):
+        for place in range(6):
+            z["neuron"][n, :, place, channel] = 1 - step
+            student = model(tokens, gates.by_block(z, torch.float64)).log_softmax(-1)
+            curvature[n, channel] += (teacher.exp() * (teacher - student)).sum()
+            z["neuron"][n, :, place, channel] = 1
+    score = koff.fisher_scores(model, gates, [[tokens] * 200])["neuron"].double()
+    assert torch.corrcoef(torch.stack([score.flatten(), curvature.double().flatten()]))[0, 1] > 0.99
 
 
 # The student --------------------------------------------------------------------------------------------------------
