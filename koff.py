@@ -288,7 +288,7 @@ def fisher_scores(model, gates, texts):
         squares = {name: torch.zeros_like(a) for name, a in gates.log_alpha.items()}
         for tokens in batches:
             for name, gradient in gate_gradients(model, gates, tokens).items():
-                squares[name] += gradient.square().sum(dim=(1, 2))
+                squares[name] += gradient.float().square().sum(dim=(1, 2))
         whole = sum(square.sum() for square in squares.values())
         for name, square in squares.items():
             scores[name] = torch.maximum(scores[name], square / whole / frees[name])
@@ -299,7 +299,7 @@ def gate_gradients(model, gates, tokens):
     """{name: [N, B, T, channels]}: `drawn_token_loss` by gates that are 1, of each block and token one of its own."""
     z = {}
     for name, log_alpha in gates.log_alpha.items():
-        ones = log_alpha.new_ones(gates.blocks, *tokens.shape, log_alpha.shape[1])
+        ones = log_alpha.new_ones(gates.blocks, *tokens.shape, log_alpha.shape[1], dtype=model.head.dtype)
         z[name] = ones.requires_grad_()
     with torch.no_grad():
         x = model.run(model.embed_tokens(tokens), 0, gates.first)

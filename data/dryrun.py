@@ -101,6 +101,10 @@ def dry_run(s, Trainer):
         # One domain is enough: what the others own is added below, and only one is at work at a time.
         trainer = Trainer(model.requires_grad_(False), s, ["one"])
         tokens = torch.zeros(s.batch, s.seq_len, dtype=torch.int64)
+        scoring, score_operations = 0, 0
+        if s.gate_init in koff.SCORES:
+            score = koff.SCORES[s.gate_init]
+            scoring, score_operations = usage_of(usage, score, model, trainer.gates, [[tokens]])
         learning, operations = 0, 0
         if s.steps:
             trainer.step(tokens, "one", 0)  # the first step makes AdamW's state
@@ -123,13 +127,14 @@ def dry_run(s, Trainer):
     on_device = gate_count + module_count * (1 if s.offload else domains)
     # In float32 a parameter takes 4 bytes, and its two means in AdamW 8.
     adamw = 8 * on_device if s.steps else 0
-    peak = weights + 4 * on_device + adamw + max(learning, materialised + max(recovering, solving))
+    peak = weights + 4 * on_device + adamw + max(scoring, learning, materialised + max(recovering, solving))
     physical = gates.sparsity(mask, "physical").item()
     paper = gates.sparsity(mask, "paper").item()
     all_closed = {name: torch.zeros(a.shape) for name, a in gates.log_alpha.items()}
     gated = int(gates.removed(all_closed, "physical"))
     total = s.steps * ((1 - s.fix_mask) * operations + s.fix_mask * fewer_operations)
-    total += domains * solve_operations
+    score_operations *= s.fisher_sequences / s.batch
+    total += score_operations + domains * solve_operations
 
     where = f"in {gates.blocks} of {config.num_hidden_layers} blocks"
     print(f"{gates.total:,} parameters, {gated:,} of them gated, {where}")
@@ -141,7 +146,10 @@ def dry_run(s, Trainer):
     show(weights, f"weights, {model.head.dtype}")
     show(4 * on_device, "modules and gates, float32")
     show(adamw, "their AdamW state")
-    show(learning, f"one step of {s.batch} x {s.seq_len} tokens, gates sampled")
+    if scoring:
+        tokens = f"{s.fisher_sequences} x {s.seq_len} tokens, {score_operations / 1e12:.3g} TFLOP in all"
+        show(scoring, f"to score the gates, {s.batch} sequences at a time: {tokens}")
+    show(learning, f"or one step of {s.batch} x {s.seq_len} tokens, gates sampled")
     show(materialised + recovering, "or, once the mask is fixed, the materialised student and its step")
     if solving:
         tokens = f"at most {s.solve_tokens:,} tokens a domain, {domains * solve_operations / 1e12:.3g} TFLOP in all"
