@@ -78,7 +78,7 @@ def perplexities(run, base, text):
     {label: {domain: a ratio of perplexities}}, see `controls`."""
     # Every text is read by every variant, on the same windows: what differs is the model alone.
     s = run.settings
-    _, _, first = s.first_blocks(len(base.layers))
+    _, first_memory, first = s.first_blocks(len(base.layers))
     variants = {"unpruned": (base, None), "backbone": (run.backbone, None)}
     for name, module in run.modules.items():
         variants[f"module {name}"] = (run.backbone, module)
@@ -88,7 +88,8 @@ def perplexities(run, base, text):
     for domain, split in text.items():
         x = windows(split.heldout, s.eval_len, s.eval_windows)
         if run.names and s.kv_tokens:
-            variants["unpruned, text KV"] = (base, kv_of_text(run, base, split.train))
+            tokens = torch.from_numpy(split.train[: s.kv_tokens].astype(np.int64)).to(run.device)
+            variants["unpruned, text KV"] = (base, koff.text_context(base, tokens, first_memory))
         losses = losses_of(variants, torch.from_numpy(x).to(run.device), first)
         ppl["unpruned"][domain] = perplexity(losses["unpruned"])
         ppl["backbone"][domain] = perplexity(losses["backbone"])
@@ -115,18 +116,6 @@ def routed(run, losses, x):
         variant = f"module {name}" if name in run.names else "backbone"
         picked.append(losses[variant][i])
     return np.stack(picked)
-
-
-@torch.no_grad()
-def kv_of_text(run, base, ids):
-    """A module that is nothing but the KV memory with which a domain's own began: its text, read by the base model."""
-    s = run.settings
-    _, first_memory, _ = s.first_blocks(len(base.layers))
-    with run.device:
-        module = koff.MemoryModule(base.config, first_memory, 0, 0.0, s.kv_tokens)
-    tokens = torch.from_numpy(ids[: s.kv_tokens].astype(np.int64)).to(run.device)
-    module.init_from_text(base, tokens)
-    return module.by_block(run.dtype)
 
 
 def controls(losses, M, W):

@@ -360,14 +360,11 @@ class MemoryModule(nn.Module):
         return {"lora": lora, "kv": kv}
 
     @torch.no_grad()
-    def init_from_text(self, model, tokens):
-        """Keys and values become what the frozen model computes on `tokens` [M], the first of the domain's own text."""
-        cache = Cache(room=0)
-        model.hidden(tokens[None], cache=cache)
+    def init_kv(self, context):
+        """Keys and values become those of a `text_context`."""
         for n in range(self.blocks):
-            keys, values = cache.layers[self.first + n]  # [1, G, M, hd]
-            self.keys[n] = keys[0]
-            self.values[n] = values[0]
+            self.keys[n] = context[self.first + n].keys
+            self.values[n] = context[self.first + n].values
 
     @torch.no_grad()
     def set_lora(self, i, name, a, b, columns, rows):
@@ -395,6 +392,18 @@ class MemoryModule(nn.Module):
         for n in range(self.blocks):
             module[self.first + n] = Memory(lora[n], keys[n], values[n])
         return module
+
+
+@torch.no_grad()
+def text_context(model, tokens, first):
+    """{block: `Memory`} from block `first` on: the keys and values that the frozen model has for tokens [M]."""
+    cache = Cache(room=0)
+    model.hidden(tokens[None], cache=cache)
+    context = {}
+    for i in range(first, len(model.layers)):
+        keys, values = cache.layers[i]  # [1, G, M, hd]
+        context[i] = Memory(keys=keys[0], values=values[0])
+    return context
 
 
 # Distillation: KL(teacher || student) on the teacher's top-K outcomes ------------------------------------------------

@@ -83,6 +83,9 @@ class Trainer:
         self.optimizer = self.make_optimizer()
         self.penalty = koff.Penalty(s.constraint, s.penalty, s.scaled, self.device)
 
+        # {domain: `koff.text_context`}: the text with which a KV memory begins. The teacher has read it too, so that
+        # the loss is about what was cut, and not about what context adds.
+        self.contexts = {}
         self.mask = None  # the final mask {name: bool [N, channels]}, once it is frozen,
         self.kept = None  # the channels that it leaves,
         self.student = None  # and the materialised model
@@ -117,8 +120,16 @@ class Trainer:
         # usual 1,000 steps would come too late.
         return torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, 0.99), fused=fused)
 
+    def read_contexts(self, text):
+        """Fill `contexts`, from {domain: ids}."""
+        s = self.s
+        if self.modules and s.kv_tokens and s.kv_init == "text":
+            for domain in self.domains:
+                tokens = text[domain][: s.kv_tokens].astype(np.int64)
+                self.contexts[domain] = koff.text_context(self.model, self.on_device(tokens), self.modules[0].first)
+
     def initialise(self, text):
-        """The two starts that look at data, {domain: ids}: gates by their score, KV memories from text."""
+        """The two starts that look at data, {domain: ids}: gates by their score, KV memories from its first tokens."""
         s = self.s
         if s.gate_init in koff.SCORES:
             # Equally many sequences of each domain, drawn with another seed than the batches of the training.
@@ -130,10 +141,9 @@ class Trainer:
             torch.manual_seed(s.seed)  # what a score draws does not depend on how large the modules are
             scores = koff.SCORES[s.gate_init](self.model, self.gates, texts)
             self.gates.start_from(scores)
-        if s.kv_tokens and s.kv_init == "text":
-            for domain, module in zip(self.domains, self.modules, strict=False):  # no modules with --no-memory
-                tokens = text[domain][: s.kv_tokens].astype(np.int64)
-                module.init_from_text(self.model, self.on_device(tokens))
+        self.read_contexts(text)
+        for domain, context in self.contexts.items():
+            self.modules[self.domains.index(domain)].init_kv(context)
 
     def on_device(self, ids):
         """numpy ids of any shape -> tensor."""
@@ -150,7 +160,7 @@ class Trainer:
 
     def learn(self, tokens, domain, index, generator=None):
         """Eq. 1: the gates and the domain's module learn together; with --order prune-first the gates alone."""
-        loss = self.gated_loss(tokens, self.joint_module(domain), generator)
+        loss = self.gated_loss(tokens, domain, self.joint_module(domain), generator)
         sparsity = self.gates.sparsity(count=self.s.count)  # in expectation
         self.update(loss + self.penalty(sparsity, self.target(index)), index)
         return loss.detach()
@@ -162,14 +172,14 @@ class Trainer:
         """
         with torch.no_grad():  # here the module stays as it is: no gradient can reach its parameters
             module = self.joint_module(domain)
-        loss = self.gated_loss(tokens, module, generator)
+        loss = self.gated_loss(tokens, domain, module, generator)
         self.update(loss, index)
         return loss.detach()
 
     def recover(self, tokens, domain, index):
         """The mask is frozen: only the domain's module learns, on the model from which the closed channels are gone."""
         module = koff.materialise_module(self.module(domain), self.kept)
-        shared, teacher = self.ask_teacher(tokens)
+        shared, teacher = self.ask_teacher(tokens, domain)
         loss = self.student_loss(self.student, shared, teacher, tokens, None, module)
         self.update(loss, index)
         return loss.detach()
@@ -180,20 +190,21 @@ class Trainer:
             return self.module(domain)
         return None
 
-    def gated_loss(self, tokens, module, generator):
-        """The distillation loss under one draw of the gates, a scalar."""
-        shared, teacher = self.ask_teacher(tokens)
+    def gated_loss(self, tokens, domain, module, generator):
+        """The distillation loss under one draw of the gates, a scalar. module: that of the domain, or None."""
+        shared, teacher = self.ask_teacher(tokens, domain if module else None)
         z = self.gates.sample(shared.dtype, generator)
         return self.student_loss(self.model, shared, teacher, tokens, z, module)
 
     @torch.no_grad()
-    def ask_teacher(self, tokens):
+    def ask_teacher(self, tokens, domain=None):
         """(hidden states [B, T, D] before the first block that differs, `koff.teacher_topk`) of tokens [B, T].
 
         Below `split` there are neither gates nor memories: teacher and student share what is computed there.
         """
         shared = self.model.run(self.model.embed_tokens(tokens), 0, self.split)
-        hidden = self.model.run(shared, self.split, self.layers)
+        context = self.contexts.get(domain) if self.s.teacher_context else None
+        hidden = self.model.run(shared, self.split, self.layers, module=context)
         teacher = koff.teacher_topk(self.model, hidden.flatten(0, 1), self.s.top)
         return shared, teacher
 
@@ -445,6 +456,7 @@ def resume(trainer, text, out, begun):
     for name in {**before, **text.inputs}:
         check_same(out, name, before.get(name), text.inputs.get(name))
     trainer.restore(state)
+    trainer.read_contexts(text.train)
     print(f"continuing {out} at step {state['step']}")
     return state["step"], begun - state["seconds"]
 

@@ -74,6 +74,7 @@ class Settings:
 
     # The loss
     objective: str = option("kl", "KL to the teacher (paper), next token, or half of each", *OBJECTIVES)
+    teacher_context: bool = option(True, "the teacher, too, has read the text with which a KV memory starts (measured)")
     top: int = option(100, "how many outcomes of the teacher are kept (paper)", low=1)
     tail: str = option("bucket", "the mass outside them, see koff.TAILS", *TAILS)
     retention: str = option("", "general text for retention batches (Eq. 2); domains: a mix of theirs; empty: none")
@@ -226,8 +227,8 @@ BEST = dict(
 PAPER = dict(
     blocks=16, sparsity=0.12, count="paper", granularity="projection", gate_init="constant", multiple=1, beta=2.0,
     constraint="hinge", penalty=60.0, fix_mask=0.0, rank=256, alpha=128.0, kv_tokens=256, kv_init="normal",
-    solve_tokens=0, tail="renormalise", steps=146_500, batch=2, seq_len=512, lora_rate=1e-5, gate_rate=1e-2,
-    kv_rate=1e-2, decay=0.0, eval_len=512,
+    solve_tokens=0, teacher_context=False, tail="renormalise", steps=146_500, batch=2, seq_len=512, lora_rate=1e-5,
+    gate_rate=1e-2, kv_rate=1e-2, decay=0.0, eval_len=512,
 )  # fmt: skip
 
 LARGE = BEST | dict(  # the paper's module and batch; steps and LoRA's rate are a guess: none of these was run here

@@ -284,8 +284,10 @@ def test_kv_memory_from_text_in_all_blocks_is_running_that_text(tiny):
         model, tokens = tiny(**KINDS[kind]), torch.randint(0, 131, (2, 30))
         tokens[1, :7] = tokens[0, :7]
         memory = koff.MemoryModule(model.config, 0, 0, 1.0, 7)
-        memory.init_from_text(model, tokens[0, :7])
+        context = koff.text_context(model, tokens[0, :7], 0)
+        memory.init_kv(context)
         expected = model(tokens)[:, 7:]
+        assert (model(tokens[:, 7:], module=context) - expected).abs().max() < 1e-4
         assert (model(tokens[:, 7:], module=memory.by_block(torch.float32)) - expected).abs().max() < 1e-4
 
 

@@ -196,14 +196,20 @@ def test_the_controls_are_ratios_on_the_same_predictions():
     assert list(evaluation.controls(losses, M=0, W=5)) == list(found)[2:]
 
 
-def test_the_text_that_the_unpruned_model_gets_is_the_start_of_the_modules(world):
-    assert train.main(flags(world, steps=0, rank=0, save_every=1)) == 0  # nothing has moved since the start
-    finished, base, text = run.open_finished(world / "runs/one")
-    for domain, split in text.items():
-        ours = evaluation.kv_of_text(finished, base, split.train)
-        for i, memory in finished.module(domain).items():
-            assert torch.equal(ours[i].keys, memory.keys) and torch.equal(ours[i].values, memory.values)
-            assert not ours[i].lora
+def test_the_teacher_has_read_the_text_that_a_kv_memory_starts_from(world):
+    def first_loss(*more, **settings):
+        opened = open_run([*flags(world, **settings), *more])
+        trainer, text = opened.trainer, opened.text.train
+        trainer.initialise(text)
+        for log_alpha in trainer.gates.log_alpha.values():
+            log_alpha.data.fill_(1000.0)  # nothing is cut
+        tokens = torch.from_numpy(corpus.batch(text["german"], 0, 2, 16, 0))
+        return trainer.gated_loss(tokens, "german", trainer.joint_module("german"), None).item()
+
+    assert abs(first_loss()) < 1e-6  # teacher and student are the same
+    assert first_loss("--no-teacher-context") > 1e-4
+    assert first_loss(kv_init="normal") > 1e-6  # no text, no context
+    assert abs(first_loss(order="prune-first")) < 1e-6  # no module at first: neither has it
 
 
 def test_a_report_without_controls(world, capsys):
