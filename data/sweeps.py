@@ -44,6 +44,7 @@ ABLATIONS = {
     "LoRA + KV, trained": dict(solve_tokens=0),
     "LoRA, both": dict(kv_tokens=0),
     "LoRA + KV, both": {},
+    "the same, teacher has not read the text": dict(teacher_context=False),
     "the same, mask not learned": dict(gate_rate=0.0, fix_mask=0.99, ramp=0.01),  # the gates' start decides it
     "the same, prune first, recover afterwards": dict(order="prune-first"),
     "the same, with retention": dict(retention="domains", retention_every=1),

@@ -100,7 +100,7 @@ def fresh(run, messages, module):
 
 
 def test_a_module_changed_in_the_middle_is_a_fresh_run_on_all_that_was_said(run, monkeypatch, capsys):
-    said = ["/domain german", "Was ist ein Kernel?", "/domain french", "Et maintenant ?"]
+    said = ["/domain german", "Was ist ein Kernel?", "/domain french", "Comment installer un paquet ?"]
     shown = talk(run, said, monkeypatch, capsys)
     assert "[french: the 2 messages so far will be encoded again under it]" in shown.err
     first = fresh(run, [{"role": "user", "content": said[1]}], "german")
