@@ -29,7 +29,7 @@ from tqdm import tqdm
 import koff
 from data import BadInput, atomic, discard, discard_all, only_process, run_script
 from data.checkpoint import digest, load, read_config, save_backbone, save_gates, save_module
-from data.corpus import batch, domain_name, windows
+from data.corpus import batch, beginning, domain_name, windows
 from data.dryrun import dry_run
 from data.fast import keep_pages
 from data.hub import model_folder
@@ -125,8 +125,8 @@ class Trainer:
         s = self.s
         if self.modules and s.kv_tokens and s.kv_init == "text":
             for domain in self.domains:
-                tokens = text[domain][: s.kv_tokens].astype(np.int64)
-                self.contexts[domain] = koff.text_context(self.model, self.on_device(tokens), self.modules[0].first)
+                tokens = self.on_device(beginning(text[domain], s.kv_tokens))
+                self.contexts[domain] = koff.text_context(self.model, tokens, self.modules[0].first)
 
     def initialise(self, text):
         """The two starts that look at data, {domain: ids}: gates by their score, KV memories from its first tokens."""
@@ -197,7 +197,7 @@ class Trainer:
         return self.student_loss(self.model, shared, teacher, tokens, z, module)
 
     @torch.no_grad()
-    def ask_teacher(self, tokens, domain=None):
+    def ask_teacher(self, tokens, domain):
         """(hidden states [B, T, D] before the first block that differs, `koff.teacher_topk`) of tokens [B, T].
 
         Below `split` there are neither gates nor memories: teacher and student share what is computed there.

@@ -240,6 +240,11 @@ def tiles(ids, length):
     return np.asarray(ids[: n * length]).reshape(n, length)
 
 
+def beginning(ids, length):
+    """The first tokens of a text, int64: what a KV memory starts from."""
+    return ids[:length].astype(np.int64)
+
+
 def windows(ids, length, limit=None):
     """Consecutive windows [n, length], int64; at most `limit` of them, spread evenly over the text."""
     tiled = tiles(ids, length)

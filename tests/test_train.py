@@ -212,6 +212,23 @@ def test_the_teacher_has_read_the_text_that_a_kv_memory_starts_from(world):
     assert abs(first_loss(order="prune-first")) < 1e-6  # no module at first: neither has it
 
 
+def test_the_text_that_the_unpruned_model_gets_is_the_start_of_the_modules(world, monkeypatch):
+    seen = []  # what the unpruned model had as KV memory, of each domain
+    whole = evaluation.losses_of
+
+    def watched(variants, *rest):
+        seen.append(variants["unpruned, text KV"][1])
+        return whole(variants, *rest)
+
+    monkeypatch.setattr(evaluation, "losses_of", watched)
+    assert train.main(flags(world, steps=0, rank=0, save_every=1)) == 0  # nothing has moved since the start
+    finished, _, text = run.open_finished(world / "runs/one")
+    for domain, ours in zip(text, seen, strict=True):
+        for i, memory in finished.module(domain).items():
+            assert torch.equal(ours[i].keys, memory.keys) and torch.equal(ours[i].values, memory.values)
+            assert not ours[i].lora
+
+
 def test_a_report_without_controls(world, capsys):
     assert train.main(flags(world, kv_tokens=0, steps=2)) == 0  # windows of 16 tokens: none is left to be scored
     assert "Controls" not in capsys.readouterr().out
