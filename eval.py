@@ -429,7 +429,7 @@ def parse(argv):
     option("--on", nargs="+", metavar="WHAT", help="unpruned, backbone, routed or names of modules [the first three]")
     option("--limit", type=int, help="questions of each subject [all]")
     option("--subjects", nargs="+", default=[], metavar="NAME", help="MMLU subjects or BBL tasks [all]")
-    option("--shots", type=int, help="examples before a question [5 for mmlu, else 0]")
+    option("--shots", type=int, help="examples before a question [5 for mmlu, else 0; with --harness the task's own]")
     option("--fresh", action="store_true", help="begin again, whatever RUN/bench/*.jsonl holds")
     option("--out", type=Path, help="folder of the results [RUN/bench; out/pretrained/NAME/bench for a model]")
 
@@ -445,7 +445,7 @@ def parse(argv):
     option = command("export", export, "write the run as transformers and peft read it", device=False)
     option("form", choices=("hf", "peft"), help="one dense checkpoint, or one adapter for each module on it")
     option("--module", help="hf: merge its LoRA; peft: only this one")
-    option("--out", type=Path, help="folder to make [RUN/export/hf, hf-MODULE or peft]")
+    option("--out", type=Path, help="folder to make [RUN/export/hf or peft, and -MODULE if named]")
 
     command("modules", list_modules, "list the modules of a run", device=False)
     option = command("rename", rename_module, "give a module another name", device=False)

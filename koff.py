@@ -5,7 +5,7 @@
 
 The paper's symbols and where they are:
 
-    f_theta        the frozen pretrained model, `model.Model`; the teacher is this model without gates and memory
+    f_theta        the frozen pretrained model, `model.Model`; the teacher is this model without gates and LoRA
     z              gates on output channels; learned as log alpha, `Gates.log_alpha`; sampled by `hard_concrete`
     M_d            the memory module of domain d, `MemoryModule`; its part in one block is a `model.Memory`
     dW_d x         LoRA, B A x in `model.Projection`;  K_mem, V_mem (Eq. 3): `Memory.keys` and `.values`
@@ -15,7 +15,7 @@ The paper's symbols and where they are:
     materialise    the final 0/1 mask (`Gates.final_mask`) cuts closed channels out of the matrices, `materialise`
 
 Ours, not the paper's: once the mask is fixed LoRA on `down` has a closed form, `solve_memories`, from which training
-goes on.
+goes on; and the teacher has read the text with which a KV memory starts, `text_context`.
 
 Shapes as in `model.py`; N is the number of gated blocks, K the number of the teacher's outcomes that are kept.
 """

@@ -74,7 +74,7 @@ class Settings:
 
     # The loss
     objective: str = option("kl", "KL to the teacher (paper), next token, or half of each", *OBJECTIVES)
-    teacher_context: bool = option(True, "the teacher, too, has read the text with which a KV memory starts (measured)")
+    teacher_context: bool = option(True, "in a step the teacher, too, has read the text that a KV memory starts from")
     top: int = option(100, "how many outcomes of the teacher are kept (paper)", low=1)
     tail: str = option("bucket", "the mass outside them, see koff.TAILS", *TAILS)
     retention: str = option("", "general text for retention batches (Eq. 2); domains: a mix of theirs; empty: none")

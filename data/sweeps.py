@@ -69,7 +69,7 @@ SWEEPS = {
     "sparsity": Sweep(QUALITY),
     "choices": Sweep(
         {"both": {}, "beta 2 to 0.5": dict(beta=2.0, beta_end=0.5)}
-        # Of six blocks and of five matrices; before anything closes the modules are of one size.
+        # These ranks make the shipped model's modules as large as the default's; for another choose them anew.
         | {"upper four blocks": dict(blocks=4, rank=60, alpha=60.0)}
         | {"LoRA on down only": dict(lora="down", rank=150, alpha=150.0)}
         | each("beta", 2.0)

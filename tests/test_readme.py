@@ -13,7 +13,9 @@ import pytest
 import eval as evaluation
 import make_results
 import train
-from data.run import Run
+from data.checkpoint import read_config
+from data.run import Run, fitting_gates
+from data.settings import Settings
 from data.tables import ratios, saved_results
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,11 +58,13 @@ def test_the_command_that_the_continuous_integration_takes_from_the_readme():
     assert re.search(r"^```\npip install -r requirements-test.txt && python -m pytest\n```$", text_of(README), re.M)
 
 
-def test_every_training_command_parses():
+def test_every_training_command_parses_and_fits_its_model():
     found = [arguments for arguments in commands("train.py") if "--help" not in arguments]
     assert len(found) >= 20
     for arguments in found:
-        train.parse(arguments)
+        s = train.parse(arguments).settings
+        if s.model == Settings().model:  # it is here: it has as many blocks as the command says
+            fitting_gates(s, read_config(s.model))
 
 
 def test_every_evaluation_command_parses():
