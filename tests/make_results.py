@@ -13,12 +13,13 @@ A table stands between `<!-- results: NAME -->` and `<!-- /results -->` and is m
 `import` makes such files. SOURCE is one of these:
 
     ... import NAME RUN [RUN ...]                     what `eval.py compare` shows of finished runs
-    ... import NAME SWEEP                             the table of a sweep's folder
+    ... import NAME SWEEP                             the table of a sweep's folder; that of `sparsity` has one row for
+                                                      each sparsity, and one column for each way
     ... import NAME FILE.md [--title WORDS]           a table that was printed, the first one after these words
     ... import NAME RUN --report                      NAME-perplexity, -swap, -holds, -ledger and -router of one run
     ... import NAME RUN [RUN ...] --pruned RUN ... [--solved RUN ...]
                                                       one run or several seeds beside runs with --no-memory, and --steps 0
-    ... import NAME SWEEP --net RUN ... --stranger RUN ...
+    ... import NAME SWEEP --controls [--net RUN ...] [--stranger RUN ...]
                                                       of --sweep ablations, beside runs with --no-memory and the net size
                                                       of KOFF, and copies of KOFF's runs to which a module was added
 
@@ -138,6 +139,8 @@ def saved_sweep(folder):
 def from_runs(folders):
     """What `eval.py compare` shows; or the table of one sweep."""
     found = saved_sweep(folders[0])
+    if found and all(label.startswith("sparsity ") for label in found):
+        return from_tradeoff(found)
     if found:
         for row in found.values():
             del row["runs"]
@@ -151,6 +154,17 @@ def from_runs(folders):
         columns += [name for name, values in row.items() if values and name not in columns]
     rows = {label: cells_of(row, columns) for label, row in found.items()}
     return {"columns": columns, "rows": rows, "format": "{:.3f}"}
+
+
+def from_tradeoff(sweep):
+    """Perplexity / unpruned: "sparsity 0.1, solved" is the row "0.1" and the column "solved"."""
+    rows = {}
+    for label, row in sweep.items():
+        sparsity, _, way = label.removeprefix("sparsity ").partition(", ")
+        rows.setdefault(sparsity, {})[way] = mean_of(row["koff"] or row["backbone"])  # without modules there is no KOFF
+    columns = list(next(iter(rows.values())))
+    cells = {sparsity: [row.get(way) for way in columns] for sparsity, row in rows.items()}
+    return {"corner": "sparsity", "columns": columns, "rows": cells, "format": "{:.3f}"}
 
 
 def from_report(folder):
@@ -245,7 +259,7 @@ def from_controls(folder, net, strangers):
     rows = {}
     for label, row in sweep.items():
         rows[label] = cells_of(row, columns)
-        if label == "pruning only":
+        if label == "pruning only" and net:
             rows["the same, net size of KOFF"] = cells_of(together(net), columns)
     whole = [saved_results(run)["controls"] for run in sweep["LoRA + KV, both"]["runs"]]
 
@@ -320,7 +334,7 @@ def import_results(args):
     elif args.report:
         for part, result in from_report(folder).items():
             save(f"{args.name}-{part}", result, args)
-    elif args.net:
+    elif args.controls:
         save(args.name, from_controls(folder, args.net, args.stranger), args)
     elif args.pruned:
         save(args.name, from_runs_and_pruned(args.source, args.pruned, args.solved), args)
@@ -338,6 +352,7 @@ def main(argv=None):
     one.add_argument("--report", action="store_true")
     one.add_argument("--pruned", nargs="+", type=Path, default=[])
     one.add_argument("--solved", nargs="+", type=Path, default=[])
+    one.add_argument("--controls", action="store_true")
     one.add_argument("--net", nargs="+", type=Path, default=[])
     one.add_argument("--stranger", nargs="+", type=Path, default=[])
     one.add_argument("--title", default="")

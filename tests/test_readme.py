@@ -256,7 +256,7 @@ def test_the_controls_are_one_table(home, imported, tmp_path):
     both = {"backbone": [1.2, 1.4], "koff": [1.1, 1.2], "worst": [1.3] * 2, "minutes": [2.0, 2.0]}
     rows = {"pruning only": {"runs": ["a"], **pruned}, "LoRA + KV, both": {"runs": [str(run)] * 2, **both}}
     (tmp_path / "sweep.json").write_text(json.dumps({"sweep": "x", "rows": rows}))
-    imported("controls", tmp_path, "--net", run, "--stranger", run)
+    imported("controls", tmp_path, "--controls", "--net", run, "--stranger", run)
     rows = make_results.read("controls")["rows"]
     assert rows["pruning only"] == [1.25, None, None, 1.0]
     assert rows["LoRA + KV, both"] == ["1.300 +/- 0.141", "1.150 +/- 0.071", 1.3, 2.0]
@@ -267,6 +267,17 @@ def test_the_controls_are_one_table(home, imported, tmp_path):
     *domains, last = results["swap"]  # as if it had come later
     ratio = [results["swap"][domain][last] / results["perplexity"]["unpruned"][domain] for domain in domains]
     assert rows[f"a stranger's module: {last}"][1:3] == pytest.approx([sum(ratio) / len(ratio), max(ratio)])
+
+
+def test_a_sweep_of_sparsity_has_a_column_for_each_way(imported, tmp_path):
+    pruned = {"backbone": [1.5, 1.7], "koff": None}
+    solved = {"backbone": [1.6], "koff": [1.25]}
+    rows = {"sparsity 0.1, pruning only": pruned, "sparsity 0.1, solved": solved, "sparsity 0.2, pruning only": pruned}
+    (tmp_path / "sweep.json").write_text(json.dumps({"sweep": "sparsity", "rows": rows}))
+    imported("sparsity", tmp_path)
+    found = make_results.read("sparsity")
+    assert (found["corner"], found["columns"]) == ("sparsity", ["pruning only", "solved"])
+    assert found["rows"] == {"0.1": ["1.600 +/- 0.141", 1.25], "0.2": ["1.600 +/- 0.141", None]}
 
 
 def test_a_sweep_and_a_printed_table_become_json(imported, tmp_path):
