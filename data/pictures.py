@@ -11,7 +11,7 @@ import numpy as np
 
 from data import BadInput, atomic
 from data.progress import read_log
-from data.tables import spread
+from data.tables import by_way, quality, spread
 
 STYLES = ("ko-", "ks--", "kD:", "k^-.", "kv-", "kx--")  # black; each curve has its own marker and line style
 
@@ -96,14 +96,9 @@ def draw_sweep(figure, sweep):
 
 def draw_tradeoff(axes, rows):
     """Perplexity over sparsity, a curve for each way: "sparsity 0.1, solved" is a point of the curve "solved"."""
-    curves = {}
-    for label, row in rows.items():
-        way = label.partition(", ")[2] or "KOFF"
-        x, _ = spread(row["physical"])
-        y, deviation = spread(row["koff"] or row["backbone"])  # a run without modules has no KOFF
-        curves.setdefault(way, []).append((x, y, deviation))
-    for number, (way, points) in enumerate(curves.items()):
-        x, y, deviation = np.transpose(points)
+    for number, (way, points) in enumerate(by_way(rows).items()):
+        x = [spread(row["physical"])[0] for row in points.values()]
+        y, deviation = np.transpose([spread(quality(row)) for row in points.values()])
         style = STYLES[number % len(STYLES)]
         axes.errorbar(x, y, deviation, fmt=style, markerfacecolor="w", capsize=3, label=way)
     axes.legend()
@@ -113,7 +108,7 @@ def draw_tradeoff(axes, rows):
 def draw_bars(axes, rows):
     """A bar from 1, which is the unpruned model, to the mean ratio: a run's own modules, or its backbone if none."""
     for label, row in rows.items():
-        mean, deviation = spread(row["koff"] or row["backbone"])
+        mean, deviation = spread(quality(row))
         hatch = "" if row["koff"] else "///"
         bar = axes.barh(label, mean - 1, left=1, xerr=deviation, fc="w", ec="k", hatch=hatch)
         axes.bar_label(bar, [f"{mean:.3f}"], padding=3)

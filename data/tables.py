@@ -124,6 +124,20 @@ def together(folders):
     return columns
 
 
+def quality(row):
+    """Perplexity / unpruned of a `together`, [one value per run]: KOFF's, or the backbone's if runs have no modules."""
+    return row["koff"] or row["backbone"]
+
+
+def by_way(rows):
+    """{way: {sparsity, as text: row}} of a sweep of sparsity, in which a row is "sparsity 0.1, solved"."""
+    ways = {}
+    for label, row in rows.items():
+        sparsity, _, way = label.removeprefix("sparsity ").partition(", ")
+        ways.setdefault(way or "KOFF", {})[sparsity] = row
+    return ways
+
+
 def side_by_side(rows):
     """{label: `together`} as a table: of one run the value, of several (seeds) mean +/- sample deviation."""
     columns = []  # that some row has

@@ -13,13 +13,13 @@ A table stands between `<!-- results: NAME -->` and `<!-- /results -->` and is m
 `import` makes such files. SOURCE is one of these:
 
     ... import NAME RUN [RUN ...]                     what `eval.py compare` shows of finished runs
-    ... import NAME SWEEP                             the table of a sweep's folder; that of `sparsity` has one row for
-                                                      each sparsity, and one column for each way
+    ... import NAME SWEEP                             the table of a sweep's folder; that of --sweep sparsity has a row
+                                                      for each sparsity, and a column for each way
     ... import NAME FILE.md [--title WORDS]           a table that was printed, the first one after these words
     ... import NAME RUN --report                      NAME-perplexity, -swap, -holds, -ledger and -router of one run
     ... import NAME RUN [RUN ...] --pruned RUN ... [--solved RUN ...]
                                                       one run or several seeds beside runs with --no-memory, and --steps 0
-    ... import NAME SWEEP --controls [--net RUN ...] [--stranger RUN ...]
+    ... import NAME SWEEP [--net RUN ...] [--stranger RUN ...]
                                                       of --sweep ablations, beside runs with --no-memory and the net size
                                                       of KOFF, and copies of KOFF's runs to which a module was added
 
@@ -38,7 +38,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data.tables import ratios, saved_results, spread, table, together
+from data.tables import by_way, quality, ratios, saved_results, spread, table, together
 
 DOCUMENTS = (ROOT / "README.md", ROOT / "data/RESULTS.md", ROOT / "tests/SPEED.md")
 RESULTS = ROOT / "data/results"
@@ -130,25 +130,17 @@ def cells_of(row, columns):
     return [mean_of(row[name]) if row.get(name) else None for name in columns]
 
 
-def saved_sweep(folder):
-    """{label: `together`, and the folders of its "runs"} of a sweep's folder; None if it is none."""
-    path = folder / "sweep.json"
-    return json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else None
-
-
 def from_runs(folders):
-    """What `eval.py compare` shows; or the table of one sweep."""
-    found = saved_sweep(folders[0])
-    if found and all(label.startswith("sparsity ") for label in found):
-        return from_tradeoff(found)
-    if found:
-        for row in found.values():
-            del row["runs"]
-    else:
-        found = {str(folder): together([folder]) for folder in folders}
-        settings = [{**saved_results(folder)["settings"], "seed": None} for folder in folders]
-        if len(folders) > 1 and settings.count(settings[0]) == len(folders):
-            found["mean +/- std"] = together(folders)
+    """What `eval.py compare` shows."""
+    found = {str(folder): together([folder]) for folder in folders}
+    settings = [{**saved_results(folder)["settings"], "seed": None} for folder in folders]
+    if len(folders) > 1 and settings.count(settings[0]) == len(folders):
+        found["mean +/- std"] = together(folders)
+    return from_rows(found)
+
+
+def from_rows(found):
+    """The table of {label: `together`}, with the columns that some row has."""
     columns = []
     for row in found.values():
         columns += [name for name, values in row.items() if values and name not in columns]
@@ -156,15 +148,27 @@ def from_runs(folders):
     return {"columns": columns, "rows": rows, "format": "{:.3f}"}
 
 
+def from_sweep(path, net, strangers):
+    """The table of one sweep.json; two of the sweeps have tables of their own."""
+    sweep = json.loads(path.read_text(encoding="utf-8"))
+    rows = sweep["rows"]  # {label: `together`, and the folders of its "runs"}
+    if sweep["sweep"] == "sparsity":
+        return from_tradeoff(rows)
+    if sweep["sweep"] == "ablations":
+        return from_controls(rows, net, strangers)
+    for row in rows.values():
+        del row["runs"]
+    return from_rows(rows)
+
+
 def from_tradeoff(sweep):
     """Perplexity / unpruned: "sparsity 0.1, solved" is the row "0.1" and the column "solved"."""
+    ways = by_way(sweep)
     rows = {}
-    for label, row in sweep.items():
-        sparsity, _, way = label.removeprefix("sparsity ").partition(", ")
-        rows.setdefault(sparsity, {})[way] = mean_of(row["koff"] or row["backbone"])  # without modules there is no KOFF
-    columns = list(next(iter(rows.values())))
-    cells = {sparsity: [row.get(way) for way in columns] for sparsity, row in rows.items()}
-    return {"corner": "sparsity", "columns": columns, "rows": cells, "format": "{:.3f}"}
+    for sparsity in next(iter(ways.values())):
+        found = [points.get(sparsity) for points in ways.values()]  # None where a sweep was stopped
+        rows[sparsity] = [row and mean_of(quality(row)) for row in found]
+    return {"corner": "sparsity", "columns": list(ways), "rows": rows, "format": "{:.3f}"}
 
 
 def from_report(folder):
@@ -252,10 +256,9 @@ def from_runs_and_pruned(folders, pruned, solved):
     return {"columns": columns, "rows": rows, "format": ["{:.2f}M", "{:.3f}", "{:.3f}"]}
 
 
-def from_controls(folder, net, strangers):
+def from_controls(sweep, net, strangers):
     """What of the gain is context, capacity, knowledge, joint learning: perplexity / unpruned, all in one table."""
     columns = ["backbone", "koff", "worst", "minutes"]
-    sweep = saved_sweep(folder)
     rows = {}
     for label, row in sweep.items():
         rows[label] = cells_of(row, columns)
@@ -334,8 +337,8 @@ def import_results(args):
     elif args.report:
         for part, result in from_report(folder).items():
             save(f"{args.name}-{part}", result, args)
-    elif args.controls:
-        save(args.name, from_controls(folder, args.net, args.stranger), args)
+    elif (folder / "sweep.json").exists():
+        save(args.name, from_sweep(folder / "sweep.json", args.net, args.stranger), args)
     elif args.pruned:
         save(args.name, from_runs_and_pruned(args.source, args.pruned, args.solved), args)
     else:
@@ -352,7 +355,6 @@ def main(argv=None):
     one.add_argument("--report", action="store_true")
     one.add_argument("--pruned", nargs="+", type=Path, default=[])
     one.add_argument("--solved", nargs="+", type=Path, default=[])
-    one.add_argument("--controls", action="store_true")
     one.add_argument("--net", nargs="+", type=Path, default=[])
     one.add_argument("--stranger", nargs="+", type=Path, default=[])
     one.add_argument("--title", default="")

@@ -255,8 +255,8 @@ def test_the_controls_are_one_table(home, imported, tmp_path):
     pruned = {"backbone": [1.25], "koff": None, "worst": None, "minutes": [1.0]}
     both = {"backbone": [1.2, 1.4], "koff": [1.1, 1.2], "worst": [1.3] * 2, "minutes": [2.0, 2.0]}
     rows = {"pruning only": {"runs": ["a"], **pruned}, "LoRA + KV, both": {"runs": [str(run)] * 2, **both}}
-    (tmp_path / "sweep.json").write_text(json.dumps({"sweep": "x", "rows": rows}))
-    imported("controls", tmp_path, "--controls", "--net", run, "--stranger", run)
+    (tmp_path / "sweep.json").write_text(json.dumps({"sweep": "ablations", "rows": rows}))
+    imported("controls", tmp_path, "--net", run, "--stranger", run)
     rows = make_results.read("controls")["rows"]
     assert rows["pruning only"] == [1.25, None, None, 1.0]
     assert rows["LoRA + KV, both"] == ["1.300 +/- 0.141", "1.150 +/- 0.071", 1.3, 2.0]
