@@ -30,7 +30,7 @@ import koff
 from data import BadInput, benchmarks, run_script
 from data.analyses import lape_report, probes
 from data.chat import chat, continue_text
-from data.corpus import beginning, read_documents, windows
+from data.corpus import passages, read_documents, windows
 from data.export import export
 from data.harness import harness
 from data.modules import list_modules, remove_module, rename_module
@@ -88,8 +88,9 @@ def perplexities(run, base, text):
     for domain, split in text.items():
         x = windows(split.heldout, s.eval_len, s.eval_windows)
         if run.names and s.kv_tokens:
-            tokens = torch.from_numpy(beginning(split.train, s.kv_tokens)).to(run.device)
-            variants["unpruned, text KV"] = (base, koff.text_context(base, tokens, first_memory))
+            texts = passages(split.train, s.kv_passages, s.kv_tokens)
+            tried, judged = [torch.from_numpy(tokens).to(run.device) for tokens in texts]
+            variants["unpruned, text KV"] = (base, koff.best_context(base, tried, judged, first_memory))
         losses = losses_of(variants, torch.from_numpy(x).to(run.device), first)
         ppl["unpruned"][domain] = perplexity(losses["unpruned"])
         ppl["backbone"][domain] = perplexity(losses["backbone"])

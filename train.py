@@ -29,7 +29,7 @@ from tqdm import tqdm
 import koff
 from data import BadInput, atomic, discard, discard_all, only_process, run_script
 from data.checkpoint import digest, load, read_config, save_backbone, save_gates, save_module
-from data.corpus import batch, beginning, domain_name, windows
+from data.corpus import batch, domain_name, passages, windows
 from data.dryrun import dry_run
 from data.fast import keep_pages
 from data.hub import model_folder
@@ -125,8 +125,8 @@ class Trainer:
         s = self.s
         if self.modules and s.kv_tokens and s.kv_init == "text":
             for domain in self.domains:
-                tokens = self.on_device(beginning(text[domain], s.kv_tokens))
-                self.contexts[domain] = koff.text_context(self.model, tokens, self.modules[0].first)
+                tried, judged = map(self.on_device, passages(text[domain], s.kv_passages, s.kv_tokens))
+                self.contexts[domain] = koff.best_context(self.model, tried, judged, self.modules[0].first)
 
     def initialise(self, text):
         """The two starts that look at data, {domain: ids}: gates by their score, KV memories from its first tokens."""
@@ -139,7 +139,7 @@ class Trainer:
                 batches = [batch(ids, turn, s.batch, s.seq_len, s.seed + 1) for turn in range(rounds)]
                 texts.append([self.on_device(tokens) for tokens in batches])
             torch.manual_seed(s.seed)  # what a score draws does not depend on how large the modules are
-            scores = koff.SCORES[s.gate_init](self.model, self.gates, texts)
+            scores = koff.SCORES[s.gate_init](self.model, self.gates, texts, s.sparsity)
             self.gates.start_from(scores)
         self.read_contexts(text)
         for domain, context in self.contexts.items():

@@ -240,9 +240,13 @@ def tiles(ids, length):
     return np.asarray(ids[: n * length]).reshape(n, length)
 
 
-def beginning(ids, length):
-    """The first tokens of a text, int64: what a KV memory starts from."""
-    return ids[:length].astype(np.int64)
+def passages(ids, n, length, judged=256):
+    """What a KV memory may start from, and what shows which is the best: of n equal parts of a text the starts
+    [n, length] and the middles [n, judged], int64. Of a short text there are fewer, of the shortest its beginning."""
+    n = max(1, min(n, len(ids) // (2 * max(length, judged))))
+    parts = tiles(ids, len(ids) // n)[:n]
+    middle = parts.shape[1] // 2
+    return parts[:, :length].astype(np.int64), parts[:, middle : middle + judged].astype(np.int64)
 
 
 def windows(ids, length, limit=None):

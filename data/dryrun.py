@@ -104,7 +104,7 @@ def dry_run(s, Trainer):
         scoring, score_operations = 0, 0
         if s.gate_init in koff.SCORES:
             score = koff.SCORES[s.gate_init]
-            scoring, score_operations = usage_of(usage, score, model, trainer.gates, [[tokens]])
+            scoring, score_operations = usage_of(usage, score, model, trainer.gates, [[tokens]], s.sparsity)
         learning, operations = 0, 0
         if s.steps:
             trainer.step(tokens, "one", 0)  # the first step makes AdamW's state

@@ -66,6 +66,7 @@ class Settings:
     alpha: float = option(40.0, "LoRA alpha; the update is scaled by alpha / rank (paper: 128 / 256)", low=0)
     kv_tokens: int = option(16, "memory tokens per block (paper: 256); 0: none", low=0)
     kv_init: str = option("text", "start of the KV memory: text of the domain, or N(0, 0.02) (paper)", "text", "normal")
+    kv_passages: int = option(1, "passages of that text that are tried; 1: its beginning", low=1)
     order: str = option("joint", "gates and memories together (paper), or memories after", "joint", "prune-first")
 
     # Memories by least squares, once the mask is fixed
@@ -219,7 +220,7 @@ def check_value(f, value):
 # The best recipe that we know for a real model (measured on SmolLM2-135M).
 BEST = dict(
     sparsity=0.12, rank=36, alpha=36.0, kv_tokens=64, solve_tokens=32768, solve_ridge=0.03, steps=1600, focus=8,
-    batch=2, lora_rate=1e-3, eval_len=512,
+    batch=2, lora_rate=1e-3, eval_len=512, gate_init="fisher-even", kv_passages=8,
 )  # fmt: skip
 
 # 150M tokens. What it leaves open is ours: log alpha starts at 3, lambda is scaled, the mask is fixed at the end.

@@ -6,10 +6,12 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import koff
 from data import BadInput, tables
 from data.checkpoint import load, load_module, save_backbone, save_module
+from data.corpus import passages
 from data.router import Router
 
 KINDS = {
@@ -177,7 +179,7 @@ def test_fisher_score_is_the_squared_gradient_of_each_token(tiny):
             square[name][n, channel] += ((loss[0] - loss[1]) / (2 * step)).square().sum()
     whole, frees = sum(q.sum() for q in square.values()), {"k": 24, "v": 24, "neuron": 3 * 24, "down": 40}
     torch.manual_seed(5)
-    score = koff.fisher_scores(model, gates, [[tokens]])
+    score = koff.fisher_scores(model, gates, [[tokens]], 0.25)
     for name, s in score.items():
         expected = square[name] / whole / frees[name]
         assert (s - expected).abs().max() < 0.01 * expected.max(), name
@@ -193,16 +195,47 @@ def test_fisher_score_of_a_gate_is_that_of_the_domain_that_needs_it_most(tiny):
     gates = koff.Gates(model.config, 1, "neuron")
     one, two, three = torch.randint(0, 131, (3, 2, 12))
     torch.manual_seed(5)
-    first = koff.fisher_scores(model, gates, [[one, two]])
-    second = koff.fisher_scores(model, gates, [[three]])
+    first = koff.fisher_scores(model, gates, [[one, two]], 0.25)
+    second = koff.fisher_scores(model, gates, [[three]], 0.25)
     torch.manual_seed(5)  # the same tokens are drawn
-    both = koff.fisher_scores(model, gates, [[one, two], [three]])
+    both = koff.fisher_scores(model, gates, [[one, two], [three]], 0.25)
     frees = {"k": 24, "v": 24, "neuron": 3 * 24, "down": 40}
     for alone in (first, second):
         assert sum((score * frees[name]).sum() for name, score in alone.items()) == pytest.approx(1)
         assert any((both[name] > alone[name]).any() for name in both)  # neither decides alone
     for name, score in both.items():
         assert torch.equal(score, torch.maximum(first[name], second[name])), name
+
+
+def test_even_fisher_scores_cost_every_domain_the_same_share(tiny, monkeypatch):
+    gates = koff.Gates(tiny().config, 1, "neuron")
+    size = sum(a.numel() for a in gates.log_alpha.values())
+    shares = torch.rand(3, size).pow(torch.tensor([[8.0], [2.0], [1.0]]))  # the third uses the model most widely
+    shares = shares / shares.sum(1, keepdim=True)
+    monkeypatch.setattr(koff, "fisher_shares", lambda *_: shares)
+    freed = koff.freed_by(gates)
+
+    def lost(scores):
+        order = torch.cat([scores[name].flatten() for name in gates.log_alpha]).argsort()
+        closed = order[freed[order].cumsum(0) <= 0.3 * gates.total]
+        return shares[:, closed].sum(1)
+
+    plain = lost(koff.fisher_scores(None, gates, None, 0.3))
+    even = lost(koff.even_fisher_scores(None, gates, None, 0.3))
+    assert plain[2] > 3 * plain[0]
+    assert even.max() < 1.2 * even.min() and even.max() < plain.max()
+
+
+def test_even_fisher_scores_of_equal_domains_and_of_nothing_to_close_are_the_plain_ones(tiny):
+    model, tokens = tiny(), torch.randint(0, 131, (2, 12))
+    gates = koff.Gates(model.config, 1, "neuron")
+    for texts, sparsity in ([[tokens]], 0.3), ([[tokens], [tokens.flip(1)]], 0.0):
+        found = []
+        for score in (koff.fisher_scores, koff.even_fisher_scores):
+            torch.manual_seed(5)
+            found.append(score(model, gates, texts, sparsity))
+        for name in found[0]:
+            assert torch.equal(found[0][name], found[1][name]), name
 
 
 def test_fisher_score_is_the_curvature_of_the_kl_to_the_teacher(tiny):
@@ -217,7 +250,7 @@ def test_fisher_score_is_the_curvature_of_the_kl_to_the_teacher(tiny):
             student = model(tokens, gates.by_block(z, torch.float64)).log_softmax(-1)
             curvature[n, channel] += (teacher.exp() * (teacher - student)).sum()
             z["neuron"][n, :, place, channel] = 1
-    score = koff.fisher_scores(model, gates, [[tokens] * 200])["neuron"].double()
+    score = koff.fisher_scores(model, gates, [[tokens] * 200], 0.25)["neuron"].double()
     assert torch.corrcoef(torch.stack([score.flatten(), curvature.double().flatten()]))[0, 1] > 0.99
 
 
@@ -289,6 +322,32 @@ def test_kv_memory_from_text_in_all_blocks_is_running_that_text(tiny):
         expected = model(tokens)[:, 7:]
         assert (model(tokens[:, 7:], module=context) - expected).abs().max() < 1e-4
         assert (model(tokens[:, 7:], module=memory.by_block(torch.float32)) - expected).abs().max() < 1e-4
+
+
+def test_a_kv_memory_starts_from_the_passage_that_predicts_the_text_best(tiny):
+    model, first = tiny(), 1
+    tried, judged = torch.randint(0, 131, (5, 7)), torch.randint(0, 131, (3, 30))
+    losses = []
+    for passage in tried:
+        logits = model(judged, module=koff.text_context(model, passage, first))
+        losses.append(F.cross_entropy(logits[:, :-1].flatten(0, 1), judged[:, 1:].flatten()))
+    assert len(set(losses)) == 5
+    best = koff.text_context(model, tried[torch.stack(losses).argmin()], first)
+    found = koff.best_context(model, tried, judged, first)
+    assert found.keys() == best.keys() == {1, 2}
+    for i, memory in found.items():
+        assert torch.equal(memory.keys, best[i].keys) and torch.equal(memory.values, best[i].values)
+
+
+def test_passages_are_the_starts_and_middles_of_equal_parts():
+    ids = np.arange(100, dtype=np.uint16)
+    starts, middles = passages(ids, 4, 3, judged=5)
+    assert starts.tolist() == [[0, 1, 2], [25, 26, 27], [50, 51, 52], [75, 76, 77]]
+    assert middles.tolist() == [[12, 13, 14, 15, 16], [37, 38, 39, 40, 41], [62, 63, 64, 65, 66], [87, 88, 89, 90, 91]]
+    assert starts.dtype == middles.dtype == np.int64
+    assert len(passages(ids, 50, 3, judged=5)[0]) == 10  # so that starts and middles do not overlap
+    assert passages(ids[:9], 4, 3, judged=5)[0].tolist() == [[0, 1, 2]]
+    assert passages(ids[:2], 4, 3, judged=5)[0].tolist() == [[0, 1]]
 
 
 def test_checkpointing_changes_no_gradient(tiny):

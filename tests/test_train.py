@@ -212,7 +212,8 @@ def test_the_teacher_has_read_the_text_that_a_kv_memory_starts_from(world):
     assert abs(first_loss(order="prune-first")) < 1e-6  # no module at first: neither has it
 
 
-def test_the_text_that_the_unpruned_model_gets_is_the_start_of_the_modules(world, monkeypatch):
+@pytest.mark.parametrize("kv_passages", (1, 3))
+def test_the_text_that_the_unpruned_model_gets_is_the_start_of_the_modules(world, monkeypatch, kv_passages):
     seen = []  # what the unpruned model had as KV memory, of each domain
     whole = evaluation.losses_of
 
@@ -221,7 +222,8 @@ def test_the_text_that_the_unpruned_model_gets_is_the_start_of_the_modules(world
         return whole(variants, *rest)
 
     monkeypatch.setattr(evaluation, "losses_of", watched)
-    assert train.main(flags(world, steps=0, rank=0, save_every=1)) == 0  # nothing has moved since the start
+    settings = dict(steps=0, rank=0, save_every=1, kv_passages=kv_passages)  # nothing will have moved since the start
+    assert train.main(flags(world, **settings)) == 0
     finished, _, text = run.open_finished(world / "runs/one")
     for domain, ours in zip(text, seen, strict=True):
         for i, memory in finished.module(domain).items():
