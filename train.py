@@ -123,7 +123,7 @@ class Trainer:
     def read_contexts(self, text):
         """Fill `contexts`, from {domain: ids}."""
         s = self.s
-        if self.modules and s.kv_tokens and s.kv_init == "text":
+        if s.kv_from_text:
             for domain in self.domains:
                 tried, judged = map(self.on_device, passages(text[domain], s.kv_passages, s.kv_tokens))
                 self.contexts[domain] = koff.best_context(self.model, tried, judged, self.modules[0].first)

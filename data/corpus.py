@@ -22,6 +22,7 @@ from data import BadInput, atomic
 FORMATS = (".txt", ".jsonl")
 VISIBLE = "[!.]*"  # names of files that are not hidden
 HELDOUT = 0.05  # share of each domain's text that is not trained on
+JUDGED = 256  # tokens of each text by which the passages are judged that a KV memory may start from
 
 
 # Text ----------------------------------------------------------------------------------------------------------------
@@ -240,7 +241,7 @@ def tiles(ids, length):
     return np.asarray(ids[: n * length]).reshape(n, length)
 
 
-def passages(ids, n, length, judged=256):
+def passages(ids, n, length, judged=JUDGED):
     """What a KV memory may start from, and what shows which is the best: of n equal parts of a text the starts
     [n, length] and the middles [n, judged], int64. Of a short text there are fewer, of the shortest its beginning."""
     n = max(1, min(n, len(ids) // (2 * max(length, judged))))

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import flop_registry
 
 import koff
 from data.checkpoint import read_config
-from data.corpus import find_domains
+from data.corpus import JUDGED, find_domains
 from data.hub import model_folder
 from data.run import fitting_gates
 from model import Model
@@ -105,6 +105,11 @@ def dry_run(s, Trainer):
         if s.gate_init in koff.SCORES:
             score = koff.SCORES[s.gate_init]
             scoring, score_operations = usage_of(usage, score, model, trainer.gates, [[tokens]], s.sparsity)
+        judging, judging_operations = 0, 0
+        if s.kv_from_text and s.kv_passages > 1:
+            context = koff.text_context(model, tokens[0, : s.kv_tokens], trainer.modules[0].first)
+            judged = torch.zeros(s.kv_passages, JUDGED, dtype=torch.int64)
+            judging, judging_operations = usage_of(usage, koff.loss_after, model, context, judged)
         learning, operations = 0, 0
         if s.steps:
             trainer.step(tokens, "one", 0)  # the first step makes AdamW's state
@@ -127,14 +132,15 @@ def dry_run(s, Trainer):
     on_device = gate_count + module_count * (1 if s.offload else domains)
     # In float32 a parameter takes 4 bytes, and its two means in AdamW 8.
     adamw = 8 * on_device if s.steps else 0
-    peak = weights + 4 * on_device + adamw + max(scoring, learning, materialised + max(recovering, solving))
+    peak = weights + 4 * on_device + adamw + max(scoring, judging, learning, materialised + max(recovering, solving))
     physical = gates.sparsity(mask, "physical").item()
     paper = gates.sparsity(mask, "paper").item()
     all_closed = {name: torch.zeros(a.shape) for name, a in gates.log_alpha.items()}
     gated = int(gates.removed(all_closed, "physical"))
     total = s.steps * ((1 - s.fix_mask) * operations + s.fix_mask * fewer_operations)
     score_operations *= s.fisher_sequences / s.batch
-    total += score_operations + domains * solve_operations
+    judging_operations *= s.kv_passages * domains
+    total += score_operations + judging_operations + domains * solve_operations
 
     where = f"in {gates.blocks} of {config.num_hidden_layers} blocks"
     print(f"{gates.total:,} parameters, {gated:,} of them gated, {where}")
@@ -149,6 +155,9 @@ def dry_run(s, Trainer):
     if scoring:
         tokens = f"{s.fisher_sequences} x {s.seq_len} tokens, {score_operations / 1e12:.3g} TFLOP in all"
         show(scoring, f"to score the gates, {s.batch} sequences at a time: {tokens}")
+    if judging:
+        tokens = f"each of {s.kv_passages} passages a domain, {judging_operations / 1e12:.3g} TFLOP in all"
+        show(judging, f"or to judge where a KV memory starts best: {tokens}")
     show(learning, f"or one step of {s.batch} x {s.seq_len} tokens, gates sampled")
     show(materialised + recovering, "or, once the mask is fixed, the materialised student and its step")
     if solving:

@@ -149,6 +149,11 @@ class Settings:
         """How many of the steps come before the mask is fixed."""
         return math.ceil(self.steps * (1 - self.fix_mask))
 
+    @property
+    def kv_from_text(self):
+        """Whether there are KV memories that start from text."""
+        return self.memory and self.kv_tokens > 0 and self.kv_init == "text"
+
     def first_blocks(self, layers):
         """(first gated block, first with a memory, split): blocks below `split` are the teacher's, unchanged."""
         first_gated = layers - self.blocks if self.blocks else 0

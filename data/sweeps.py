@@ -78,8 +78,9 @@ SWEEPS = {
         | each("gated", "kv", "qkv", sparsity=0.02)
         | each("gated", "kv+mlp+o")
         | each("granularity", "projection")
-        | each("gate_init", "constant")
+        | each("gate_init", "constant", "fisher-even")
         | each("kv_init", "normal")
+        | each("kv_passages", 8)
         | each("tail", "renormalise", "drop")
     ),
     # How many steps a set of gates takes to its target, under a constant lambda.
