@@ -270,63 +270,29 @@ class Penalty:
         return loss
 
 
-def fisher_scores(model, gates, texts, sparsity):
+def fisher_scores(model, gates, texts):
     """{name: [N, channels]}: how much each gate matters per parameter that it frees, to start log alpha from.
-
-    A gate matters as much as to the domain that needs it most (see `fisher_shares`).
-    """
-    scores = fisher_shares(model, gates, texts) / freed_by(gates)
-    return split_like(scores.amax(0), gates.log_alpha)
-
-
-def even_fisher_scores(model, gates, texts, sparsity):
-    """`fisher_scores` with weights for the domains. Else the one that uses the model most widely loses most.
-
-    The weights are those under which each domain loses the same share of its Fisher information, when the lowest
-    scores are closed until `sparsity` of all parameters are gone.
-    """
-    shares = fisher_shares(model, gates, texts)
-    freed = freed_by(gates)
-    weights = shares.new_ones(len(shares), 1)
-    for _ in range(100):
-        scores = (weights * shares / freed).amax(0)
-        order = scores.argsort()
-        closes = freed[order].cumsum(0, dtype=torch.float64) <= sparsity * gates.total
-        lost = (shares[:, order] * closes).sum(1, keepdim=True)  # [domains, 1]
-        weights = weights * (lost / lost.mean()).nan_to_num(1.0).pow(0.3)  # 0.3: in small steps, or they swing
-    return split_like(scores, gates.log_alpha)
-
-
-def fisher_shares(model, gates, texts):
-    """[domains, gates]: how much each gate matters to each domain, as shares of one.
 
     How fast does the KL to the teacher grow when a gate leaves 1 at one token? There it has no slope, so that its
     curvature counts, the Fisher information: the squared gradient of log p of tokens that the model itself draws. It is
     summed over tokens, rather than squared as a sum: what a closed gate changes alike everywhere, a module gives back.
-    texts: of each domain a list of token tensors [B, T]. Shares, or what the model knows badly would decide alone.
+    texts: of each domain a list of token tensors [B, T]. A domain's scores are scaled to a sum of one, or those that
+    the model knows badly would decide alone; a gate matters as much as to the domain that needs it most.
     """
-    shares = []
+    c = model.config
+    frees = {name: columns for name, (_, columns) in c.shapes.items()}
+    for name in ("gate", "up", "neuron"):
+        frees[name] = 3 * c.hidden_size  # without either row the neuron is dead: both rows go, and a column of down
+    scores = {name: torch.zeros_like(a) for name, a in gates.log_alpha.items()}
     for batches in texts:
         squares = {name: torch.zeros_like(a) for name, a in gates.log_alpha.items()}
         for tokens in batches:
             for name, gradient in gate_gradients(model, gates, tokens).items():
                 squares[name] += gradient.float().square().sum(dim=(1, 2))
         whole = sum(square.sum() for square in squares.values())
-        shares.append(torch.cat([square.flatten() / whole for square in squares.values()]))
-    return torch.stack(shares)
-
-
-def freed_by(gates):
-    """[gates]: how many parameters each gate frees when it closes."""
-    c = gates.config
-    freed = []
-    for name, log_alpha in gates.log_alpha.items():
-        if name in ("gate", "up", "neuron"):
-            columns = 3 * c.hidden_size  # without either row the neuron is dead: both rows go, and a column of down
-        else:
-            columns = c.shapes[name][1]
-        freed.append(torch.full_like(log_alpha, columns).flatten())
-    return torch.cat(freed)
+        for name, square in squares.items():
+            scores[name] = torch.maximum(scores[name], square / whole / frees[name])
+    return scores
 
 
 def gate_gradients(model, gates, tokens):
@@ -348,9 +314,9 @@ def drawn_token_loss(logits):
     return F.cross_entropy(logits, drawn[:, 0], reduction="none")
 
 
-# Scores to start the gates from: (model, gates, texts, sparsity) -> {name: [N, channels]}. To try one of your own,
-# name it here: it is then a choice of --gate-init.
-SCORES = {"fisher": fisher_scores, "fisher-even": even_fisher_scores}
+# Scores to start the gates from: (model, gates, texts) -> {name: [N, channels]}. To try one of your own, name it
+# here: it is then a choice of --gate-init.
+SCORES = {"fisher": fisher_scores}
 
 
 # The memory module of a domain: LoRA on five projections, and M trainable keys and values ----------------------------

@@ -139,7 +139,7 @@ class Trainer:
                 batches = [batch(ids, turn, s.batch, s.seq_len, s.seed + 1) for turn in range(rounds)]
                 texts.append([self.on_device(tokens) for tokens in batches])
             torch.manual_seed(s.seed)  # what a score draws does not depend on how large the modules are
-            scores = koff.SCORES[s.gate_init](self.model, self.gates, texts, s.sparsity)
+            scores = koff.SCORES[s.gate_init](self.model, self.gates, texts)
             self.gates.start_from(scores)
         self.read_contexts(text)
         for domain, context in self.contexts.items():

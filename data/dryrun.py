@@ -104,7 +104,7 @@ def dry_run(s, Trainer):
         scoring, score_operations = 0, 0
         if s.gate_init in koff.SCORES:
             score = koff.SCORES[s.gate_init]
-            scoring, score_operations = usage_of(usage, score, model, trainer.gates, [[tokens]], s.sparsity)
+            scoring, score_operations = usage_of(usage, score, model, trainer.gates, [[tokens]])
         judging, judging_operations = 0, 0
         if s.kv_from_text and s.kv_passages > 1:
             context = koff.text_context(model, tokens[0, : s.kv_tokens], trainer.modules[0].first)

@@ -78,7 +78,7 @@ SWEEPS = {
         | each("gated", "kv", "qkv", sparsity=0.02)
         | each("gated", "kv+mlp+o")
         | each("granularity", "projection")
-        | each("gate_init", "constant", "fisher-even")
+        | each("gate_init", "constant")
         | each("kv_init", "normal")
         | each("kv_passages", 8)
         | each("tail", "renormalise", "drop")

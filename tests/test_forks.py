@@ -92,7 +92,7 @@ import torch, koff
 from data.checkpoint import load
 model = load("data/base")
 gates = koff.Gates(model.config, 2)
-scores = koff.SCORES["magnitude"](model, gates, [], 0.25)
+scores = koff.SCORES["magnitude"](model, gates, [])
 shuffled = {name: scores[name] for name in sorted(scores, reverse=True)}
 found = []
 for some in (scores, shuffled):

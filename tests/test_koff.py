@@ -179,7 +179,7 @@ def test_fisher_score_is_the_squared_gradient_of_each_token(tiny):
             square[name][n, channel] += ((loss[0] - loss[1]) / (2 * step)).square().sum()
     whole, frees = sum(q.sum() for q in square.values()), {"k": 24, "v": 24, "neuron": 3 * 24, "down": 40}
     torch.manual_seed(5)
-    score = koff.fisher_scores(model, gates, [[tokens]], 0.25)
+    score = koff.fisher_scores(model, gates, [[tokens]])
     for name, s in score.items():
         expected = square[name] / whole / frees[name]
         assert (s - expected).abs().max() < 0.01 * expected.max(), name
@@ -195,47 +195,16 @@ def test_fisher_score_of_a_gate_is_that_of_the_domain_that_needs_it_most(tiny):
     gates = koff.Gates(model.config, 1, "neuron")
     one, two, three = torch.randint(0, 131, (3, 2, 12))
     torch.manual_seed(5)
-    first = koff.fisher_scores(model, gates, [[one, two]], 0.25)
-    second = koff.fisher_scores(model, gates, [[three]], 0.25)
+    first = koff.fisher_scores(model, gates, [[one, two]])
+    second = koff.fisher_scores(model, gates, [[three]])
     torch.manual_seed(5)  # the same tokens are drawn
-    both = koff.fisher_scores(model, gates, [[one, two], [three]], 0.25)
+    both = koff.fisher_scores(model, gates, [[one, two], [three]])
     frees = {"k": 24, "v": 24, "neuron": 3 * 24, "down": 40}
     for alone in (first, second):
         assert sum((score * frees[name]).sum() for name, score in alone.items()) == pytest.approx(1)
         assert any((both[name] > alone[name]).any() for name in both)  # neither decides alone
     for name, score in both.items():
         assert torch.equal(score, torch.maximum(first[name], second[name])), name
-
-
-def test_even_fisher_scores_cost_every_domain_the_same_share(tiny, monkeypatch):
-    gates = koff.Gates(tiny().config, 1, "neuron")
-    size = sum(a.numel() for a in gates.log_alpha.values())
-    shares = torch.rand(3, size).pow(torch.tensor([[8.0], [2.0], [1.0]]))  # the third uses the model most widely
-    shares = shares / shares.sum(1, keepdim=True)
-    monkeypatch.setattr(koff, "fisher_shares", lambda *_: shares)
-    freed = koff.freed_by(gates)
-
-    def lost(scores):
-        order = torch.cat([scores[name].flatten() for name in gates.log_alpha]).argsort()
-        closed = order[freed[order].cumsum(0) <= 0.3 * gates.total]
-        return shares[:, closed].sum(1)
-
-    plain = lost(koff.fisher_scores(None, gates, None, 0.3))
-    even = lost(koff.even_fisher_scores(None, gates, None, 0.3))
-    assert plain[2] > 3 * plain[0]
-    assert even.max() < 1.2 * even.min() and even.max() < plain.max()
-
-
-def test_even_fisher_scores_of_equal_domains_and_of_nothing_to_close_are_the_plain_ones(tiny):
-    model, tokens = tiny(), torch.randint(0, 131, (2, 12))
-    gates = koff.Gates(model.config, 1, "neuron")
-    for texts, sparsity in ([[tokens]], 0.3), ([[tokens], [tokens.flip(1)]], 0.0):
-        found = []
-        for score in (koff.fisher_scores, koff.even_fisher_scores):
-            torch.manual_seed(5)
-            found.append(score(model, gates, texts, sparsity))
-        for name in found[0]:
-            assert torch.equal(found[0][name], found[1][name]), name
 
 
 def test_fisher_score_is_the_curvature_of_the_kl_to_the_teacher(tiny):
@@ -250,7 +219,7 @@ def test_fisher_score_is_the_curvature_of_the_kl_to_the_teacher(tiny):
             student = model(tokens, gates.by_block(z, torch.float64)).log_softmax(-1)
             curvature[n, channel] += (teacher.exp() * (teacher - student)).sum()
             z["neuron"][n, :, place, channel] = 1
-    score = koff.fisher_scores(model, gates, [[tokens] * 200], 0.25)["neuron"].double()
+    score = koff.fisher_scores(model, gates, [[tokens] * 200])["neuron"].double()
     assert torch.corrcoef(torch.stack([score.flatten(), curvature.double().flatten()]))[0, 1] > 0.99
 
 

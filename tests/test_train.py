@@ -797,7 +797,7 @@ def test_a_dry_run_knows_sizes_and_operations_from_the_config_alone(preset, requ
     assert first == pytest.approx(by_formula, rel=0.6 if s.checkpointing else 0.05) and 0.5 * first < fixed < first
     beside = sum(float(found.replace(",", "")) for found in re.findall(r"([\d.,e+]+) TFLOP in all", printed))
     every = (s.steps * ((1 - s.fix_mask) * first + s.fix_mask * fixed) + beside) / 1e3
-    assert printed.count("TFLOP in all") == (s.gate_init in koff.SCORES) + (s.kv_passages > 1) + (s.solve_tokens > 0)
+    assert printed.count("TFLOP in all") == (s.gate_init == "fisher") + (s.kv_passages > 1) + (s.solve_tokens > 0)
     assert number(r"([\d.,e+]+) PFLOP to train") == pytest.approx(every, rel=0.02)
     assert [p.name for p in Path(s.model).iterdir()] == ["config.json"]
 
