@@ -225,7 +225,7 @@ def check_value(f, value):
 # The best recipe that we know for a real model (measured on SmolLM2-135M).
 BEST = dict(
     sparsity=0.12, rank=36, alpha=36.0, kv_tokens=64, solve_tokens=32768, solve_ridge=0.03, steps=1600, focus=8,
-    batch=2, lora_rate=1e-3, eval_len=512,
+    batch=2, lora_rate=1e-3, eval_len=512, kv_passages=8,
 )  # fmt: skip
 
 # 150M tokens. What it leaves open is ours: log alpha starts at 3, lambda is scaled, the mask is fixed at the end.
