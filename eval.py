@@ -30,12 +30,12 @@ import koff
 from data import BadInput, benchmarks, run_script
 from data.analyses import lape_report, probes
 from data.chat import chat, continue_text
-from data.corpus import passages, read_documents, windows
+from data.corpus import read_documents, windows
 from data.export import export
 from data.harness import harness
 from data.modules import list_modules, remove_module, rename_module
 from data.pictures import plot
-from data.run import held, open_finished
+from data.run import held, open_finished, starting_context
 from data.scoring import bench
 from data.settings import ROOT
 from data.tables import ledger, ratios, save, saved_results, side_by_side, table, together
@@ -44,32 +44,17 @@ from data.tables import ledger, ratios, save, saved_results, side_by_side, table
 
 
 @torch.no_grad()
-def token_losses(model, module, shared, first, tokens):
-    """Next-token loss of each token that can be predicted, [n, T - 1] float64, in nats.
-
-    tokens [n, T]; shared [n, T, D]: their hidden states before block `first`, the same for every model and module.
-    """
-    hidden = model.run(shared, first, len(model.layers), module=module)
-    losses = []
-    for states, row in zip(hidden, tokens, strict=True):  # one row's logits at a time: the vocabulary is wide
-        logits = model.logits(states[:-1])  # [T - 1, V]: the last token predicts nothing that we know
-        loss = koff.next_token_loss(logits, row[1:])
-        losses.append(loss.double())
-    return torch.stack(losses)
-
-
-@torch.no_grad()
 def losses_of(variants, tokens, first, size=8):
-    """{variant: [n, T - 1]}: `token_losses` of every variant (model, module) on tokens [n, T], `size` windows at once.
+    """{variant: [n, T - 1]}: `koff.token_losses` of every variant (model, module) on tokens [n, T].
 
-    Blocks below `first` are the same in all variants and run once.
+    `size` windows at once. Blocks below `first` are the same in all variants and run once.
     """
     parts = {name: [] for name in variants}
     some_model, _ = next(iter(variants.values()))
     for part in tokens.split(size):
         shared = some_model.run(some_model.embed_tokens(part), 0, first)
         for name, (model, module) in variants.items():
-            parts[name].append(token_losses(model, module, shared, first, part))
+            parts[name].append(koff.token_losses(model, module, shared, first, part))
     return {name: torch.cat(parts[name]).cpu().numpy() for name in variants}
 
 
@@ -88,9 +73,7 @@ def perplexities(run, base, text):
     for domain, split in text.items():
         x = windows(split.heldout, s.eval_len, s.eval_windows)
         if run.names and s.kv_tokens:
-            texts = passages(split.train, s.kv_passages, s.kv_tokens)
-            tried, judged = [torch.from_numpy(tokens).to(run.device) for tokens in texts]
-            variants["unpruned, text KV"] = (base, koff.best_context(base, tried, judged, first_memory))
+            variants["unpruned, text KV"] = (base, starting_context(base, split.train, s, first_memory))
         losses = losses_of(variants, torch.from_numpy(x).to(run.device), first)
         ppl["unpruned"][domain] = perplexity(losses["unpruned"])
         ppl["backbone"][domain] = perplexity(losses["backbone"])

@@ -406,21 +406,16 @@ def text_context(model, tokens, first):
     return context
 
 
+@torch.no_grad()
 def best_context(model, tried, judged, first):
     """The `text_context` of the one of the passages `tried` [P, M] after which the model predicts the texts `judged`
     [P, T] best. (The beginning of a text is often a poor start: a title, a licence.)"""
     contexts = [text_context(model, passage, first) for passage in tried]
     if len(contexts) == 1:
         return contexts[0]
-    losses = [loss_after(model, context, judged) for context in contexts]
+    shared = model.run(model.embed_tokens(judged), 0, first)
+    losses = [token_losses(model, context, shared, first, judged).mean() for context in contexts]
     return contexts[torch.stack(losses).argmin().item()]
-
-
-@torch.no_grad()
-def loss_after(model, context, tokens):
-    """Mean next-token loss of the frozen model on tokens [B, T] after a `text_context`, a scalar."""
-    hidden = model.run(model.embed_tokens(tokens), 0, len(model.layers), module=context)
-    return distill(model, hidden, (), tokens, objective="next-token")
 
 
 # Distillation: KL(teacher || student) on the teacher's top-K outcomes ------------------------------------------------
@@ -481,6 +476,21 @@ NO_TARGET = -100  # the last token of a sequence: what follows it is not known
 def next_token_loss(logits, targets):
     """Cross-entropy of each row of logits [n, V] against targets [n], in nats; 0 where the target is `NO_TARGET`."""
     return F.cross_entropy(logits, targets, reduction="none", ignore_index=NO_TARGET)
+
+
+@torch.no_grad()
+def token_losses(model, module, shared, first, tokens):
+    """Next-token loss of each token that can be predicted, [n, T - 1] float64, in nats.
+
+    tokens [n, T]; shared [n, T, D]: their hidden states before block `first`, the same for every model and module.
+    """
+    hidden = model.run(shared, first, len(model.layers), module=module)
+    losses = []
+    for states, row in zip(hidden, tokens, strict=True):  # one row's logits at a time: the vocabulary is wide
+        logits = model.logits(states[:-1])  # [T - 1, V]: the last token predicts nothing that we know
+        loss = next_token_loss(logits, row[1:])
+        losses.append(loss.double())
+    return torch.stack(losses)
 
 
 # What a step of training minimises: (logits [n, V], `teacher_topk` of these rows, next tokens [n], tail) -> [n].

@@ -29,7 +29,7 @@ from tqdm import tqdm
 import koff
 from data import BadInput, atomic, discard, discard_all, only_process, run_script
 from data.checkpoint import digest, load, read_config, save_backbone, save_gates, save_module
-from data.corpus import batch, domain_name, passages, windows
+from data.corpus import batch, domain_name, windows
 from data.dryrun import dry_run
 from data.fast import keep_pages
 from data.hub import model_folder
@@ -46,6 +46,7 @@ from data.run import (
     pick_device,
     pick_dtype,
     read_training_text,
+    starting_context,
     texts_of,
 )
 from data.settings import GROUPS, PRESETS, ROOT, Settings, absolute, flag
@@ -125,11 +126,10 @@ class Trainer:
         s = self.s
         if s.kv_from_text:
             for domain in self.domains:
-                tried, judged = map(self.on_device, passages(text[domain], s.kv_passages, s.kv_tokens))
-                self.contexts[domain] = koff.best_context(self.model, tried, judged, self.modules[0].first)
+                self.contexts[domain] = starting_context(self.model, text[domain], s, self.modules[0].first)
 
     def initialise(self, text):
-        """The two starts that look at data, {domain: ids}: gates by their score, KV memories from its first tokens."""
+        """The two starts that look at data, {domain: ids}: gates by their score, KV memories from a passage of it."""
         s = self.s
         if s.gate_init in koff.SCORES:
             # Equally many sequences of each domain, drawn with another seed than the batches of the training.

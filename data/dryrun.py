@@ -107,9 +107,11 @@ def dry_run(s, Trainer):
             scoring, score_operations = usage_of(usage, score, model, trainer.gates, [[tokens]])
         judging, judging_operations = 0, 0
         if s.kv_from_text and s.kv_passages > 1:
-            context = koff.text_context(model, tokens[0, : s.kv_tokens], trainer.modules[0].first)
+            first = trainer.modules[0].first
+            context = koff.text_context(model, tokens[0, : s.kv_tokens], first)
             judged = torch.zeros(s.kv_passages, JUDGED, dtype=torch.int64)
-            judging, judging_operations = usage_of(usage, koff.loss_after, model, context, judged)
+            shared = model.run(model.embed_tokens(judged), 0, first)
+            judging, judging_operations = usage_of(usage, koff.token_losses, model, context, shared, first, judged)
         learning, operations = 0, 0
         if s.steps:
             trainer.step(tokens, "one", 0)  # the first step makes AdamW's state

@@ -19,7 +19,7 @@ import koff
 from data import BadInput, discard, discard_all, only_process, read_tensors
 from data.chat_template import ChatTemplate
 from data.checkpoint import BESIDE, SINGLE, digest, load, load_gates, load_module, read_config
-from data.corpus import Split, find_domains, load_text
+from data.corpus import Split, find_domains, load_text, passages
 from data.hub import model_folder
 from data.router import Router
 from data.settings import Settings, flag
@@ -262,6 +262,14 @@ def open_finished(folder, device="auto"):
     check_same(run.folder, "model", run.config.raw.get("koff_model"), digest(pretrained))
     text = texts_of(run)
     return run, load(pretrained, run.dtype, run.device), text
+
+
+def starting_context(model, ids, s, first):
+    """{block: `Memory`} from block `first` on, what the KV memory of a domain starts from: the best of the passages of
+    its training text, ids. (With --kv-init normal it starts from noise; then this is for comparison only.)"""
+    device = model.head.device
+    tried, judged = [torch.from_numpy(tokens).to(device) for tokens in passages(ids, s.kv_passages, s.kv_tokens)]
+    return koff.best_context(model, tried, judged, first)
 
 
 def texts_of(run):

@@ -360,7 +360,7 @@ def test_no_tensor_is_made_on_another_device(on_meta):
         assert on_meta.small(tokens).is_meta
     first = on_meta.split
     shared = model.run(model.embed_tokens(tokens), 0, first)
-    losses = evaluation.token_losses(model, memory, shared, first, tokens)
+    losses = koff.token_losses(model, memory, shared, first, tokens)
     assert losses.is_meta and losses.shape == (2, 15)
 
 
