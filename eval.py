@@ -1,6 +1,7 @@
 """Evaluate a finished run, or do something with it.
 
 python eval.py report out/handbook                                  the tables: screen, report.md, results.json
+python eval.py perplexity out/handbook news.txt                     of any other text, with each module
 python eval.py compare out/handbook out/seed1                       one table of several runs
 python eval.py lape out/handbook                                    are neurons of one language those that are closed?
 python eval.py probes out/handbook                                  how far the backbone's hidden states moved
@@ -35,7 +36,7 @@ from data.export import export
 from data.harness import harness
 from data.modules import list_modules, remove_module, rename_module
 from data.pictures import plot
-from data.run import held, open_finished, starting_context
+from data.run import Run, TextReader, held, open_finished, starting_context, unpruned_model
 from data.scoring import bench
 from data.settings import ROOT
 from data.tables import ledger, ratios, save, saved_results, side_by_side, table, together
@@ -58,15 +59,21 @@ def losses_of(variants, tokens, first, size=8):
     return {name: torch.cat(parts[name]).cpu().numpy() for name in variants}
 
 
+def variants_of(run, base):
+    """{variant: (model, module)}: the unpruned model, the backbone alone and with each module of the run."""
+    variants = {"unpruned": (base, None), "backbone": (run.backbone, None)}
+    for name, module in run.modules.items():
+        variants[f"module {name}"] = (run.backbone, module)
+    return variants
+
+
 def perplexities(run, base, text):
     """Three tables: {variant: {domain: perplexity}}, the swap matrix {domain: {module: perplexity}}, and the controls
     {label: {domain: a ratio of perplexities}}, see `controls`."""
     # Every text is read by every variant, on the same windows: what differs is the model alone.
     s = run.settings
     _, first_memory, first = s.first_blocks(len(base.layers))
-    variants = {"unpruned": (base, None), "backbone": (run.backbone, None)}
-    for name, module in run.modules.items():
-        variants[f"module {name}"] = (run.backbone, module)
+    variants = variants_of(run, base)
     ppl = {"unpruned": {}, "backbone": {}, "koff": {}, "routed": {}}
     swap = {}
     ratios_of = {}
@@ -121,6 +128,34 @@ def controls(losses, M, W):
             unpruned = perplexity(losses["unpruned"][:, start:])
             ratios[label] = perplexity(losses[variant][:, start:]) / unpruned
     return ratios
+
+
+def other_texts(args):
+    """Print the perplexity of any text, whole: what did the cut do to what belongs to no domain, what do modules?"""
+    run = Run(args.run, args.device)
+    s = run.settings
+    reader = TextReader(run.folder / "backbone", run.config, run.folder)
+    texts = {}
+    for path in args.texts:
+        split = reader.read(path, 0, 0)
+        x = windows(np.concatenate([split.train, split.heldout]), s.eval_len, s.eval_windows)
+        if not len(x):
+            raise BadInput(f"{path} is shorter than a window of {s.eval_len} tokens; give a longer text.")
+        texts[str(path)] = x
+    base = unpruned_model(run)
+    _, _, first = s.first_blocks(len(base.layers))
+    variants = variants_of(run, base)
+    rows = {}
+    for x in texts.values():
+        losses = losses_of(variants, torch.from_numpy(x).to(run.device), first)
+        if run.names:
+            losses["routed"] = routed(run, losses, x)
+        unpruned = perplexity(losses["unpruned"])
+        for name, of_variant in losses.items():
+            ppl = perplexity(of_variant)
+            rows.setdefault(LABELS.get(name, name), []).extend([f"{ppl:.2f}", f"{ppl / unpruned:.3f} x"])
+    columns = [column for path in texts for column in (path, "ratio")]
+    print(table("", columns, rows))
 
 
 def perplexity(losses):
@@ -396,6 +431,9 @@ def parse(argv):
 
     option = command("report", report_again, "evaluate a finished run again")
     option("--beside", type=Path, help="only add this pruning-only run to the saved tables")
+
+    option = command("perplexity", other_texts, "of texts that the run was not trained on, whole")
+    option("texts", type=Path, nargs="+", metavar="TEXT", help="a .txt, a .jsonl or a folder of them")
 
     command("compare", compare, "one table of several finished runs", device=False)
 

@@ -258,10 +258,15 @@ def open_finished(folder, device="auto"):
     """What an evaluation looks at: the run, its unpruned model, its text {domain: Split}. BadInput where the model or a
     text is another than in training: what was held out could have been trained on."""
     run = Run(folder, device)
+    text = texts_of(run)
+    return run, unpruned_model(run), text
+
+
+def unpruned_model(run):
+    """The model that a run began with; BadInput where its folder holds another one now."""
     pretrained = model_folder(run.settings.model)
     check_same(run.folder, "model", run.config.raw.get("koff_model"), digest(pretrained))
-    text = texts_of(run)
-    return run, load(pretrained, run.dtype, run.device), text
+    return load(pretrained, run.dtype, run.device)
 
 
 def starting_context(model, ids, s, first):

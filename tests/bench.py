@@ -104,6 +104,14 @@ def rate():
     return {"rate": best}
 
 
+def freeze_random_mask(trainer):
+    """Gates of all kinds close. (They begin equal, and would close in order: every channel of `down` first.)"""
+    generator = torch.Generator().manual_seed(0)
+    scores = {name: torch.rand(a.shape, generator=generator) for name, a in trainer.gates.log_alpha.items()}
+    trainer.gates.start_from(scores)
+    trainer.start_step(trainer.s.steps)
+
+
 def our_step(model, settings, domains=1, closed=False, vocabulary=None, times=4):
     s = Settings(model=model, **settings)
     if vocabulary:  # numbers do not matter
@@ -118,7 +126,7 @@ def our_step(model, settings, domains=1, closed=False, vocabulary=None, times=4)
     trainer = Trainer(model, s, [f"d{i}" for i in range(domains)])
     tokens = torch.randint(0, model.config.vocab_size, (s.batch, s.seq_len))
     if closed:
-        trainer.start_step(s.steps)
+        freeze_random_mask(trainer)
     for domain in trainer.domains:  # all of AdamW's state
         trainer.step(tokens, domain, 0)
     own = 12 * sum(p.numel() for p in trainer.modules.parameters())
@@ -129,7 +137,7 @@ def our_solve(model, settings):
     s = Settings(model=model, **settings)
     model = load(model, DTYPE)
     trainer = Trainer(model, s, ["one"])
-    trainer.start_step(s.steps)
+    freeze_random_mask(trainer)
     ids = np.random.default_rng(0).integers(0, model.config.vocab_size, s.solve_tokens)
     memory = memory_above(model.parameters())
     begun = time.perf_counter()
@@ -197,7 +205,7 @@ def in_inference(model, rounds, prompt=512, new=128):
         "ours, dense": ours(load(folder, DTYPE)),
     }
     for sparsity in (0.12, 0.30):
-        s = Settings(model=folder, blocks=18, kv_tokens=64, sparsity=sparsity, fisher_sequences=12)
+        s = Settings(model=folder, **{**STEP, "kv_tokens": 64, "sparsity": sparsity, "fisher_sequences": 12})
         trainer = Trainer(load(folder, DTYPE), s, ["one"])
         trainer.initialise({"one": ids})  # what closes are mostly neurons, as in a run
         trainer.start_step(s.steps)
@@ -294,7 +302,7 @@ def inference(model, rounds):
 
 
 def growth(model, rounds):
-    usual = dict(blocks=18, batch=1, seq_len=512, sparsity=0.12, **SIZES[64])
+    usual = {**STEP, **SIZES[64], "batch": 1}
     vocabulary = read_config(model).vocab_size
     axes = {
         "tokens in a sequence": {x: dict(settings={**usual, "seq_len": x}) for x in (256, 512, 1024, 2048, 4096)},

@@ -13,7 +13,7 @@ import train
 from data import tables
 from data.checkpoint import parse_config
 from data.router import Router
-from data.run import Run
+from data.run import Run, open_finished
 from model import Model
 from test_train import CONFIG, ROOT, ctrl_c_in_step_5, flags, world  # noqa: F401 (a fixture)
 
@@ -59,6 +59,30 @@ def test_a_later_module_recovers_what_pruning_cost_its_domain(tmp_path):
     assert train.main(["--add", str(german), "--out", str(out)]) == 0
     without, own = (ratios(out)[variant][-1] for variant in ("backbone", "koff"))
     assert 1 < own < 1 + 0.7 * (without - 1)
+
+
+def test_the_perplexity_of_any_text(run, capsys):
+    """Of the whole text, not of a held-out part; here with as many windows as it has."""
+    settings = json.loads((run / "settings.json").read_text())
+    (run / "settings.json").write_text(json.dumps({**settings, "eval_windows": 10_000}))
+    opened, base, _ = open_finished(run)
+    path = run.parent.parent / "italian.txt"
+    ids = np.array(opened.tokenizer.encode(path.read_text(encoding="utf-8"), bos=True))
+    tokens = torch.from_numpy(ids[: len(ids) // 16 * 16]).view(-1, 16)
+    rows = {"unpruned": (base, None), "backbone alone": (opened.backbone, None)}
+    rows |= {f"module {name}": (opened.backbone, opened.module(name)) for name in opened.names}
+    capsys.readouterr()
+    assert evaluation.main(["perplexity", str(run), str(path), str(run.parent.parent / "data/german.txt")]) == 0
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    assert [line[0] for line in lines[2:]] == [*rows, "KOFF, routed module"]
+    for line, (model, module) in zip(lines[2:], rows.values(), strict=False):
+        logits = model(tokens, module=module)[:, :-1]
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).double(), tokens[:, 1:].flatten())
+        assert float(line[1]) == pytest.approx(loss.exp().item(), rel=2e-3, abs=0.006)
+        assert float(line[2].removesuffix(" x")) == pytest.approx(float(line[1]) / float(lines[2][1]), abs=1e-3)
+    (run / "short.txt").write_text("too short")
+    assert evaluation.main(["perplexity", str(run), str(run / "short.txt")]) == 2
+    assert "short.txt is shorter than a window of 16 tokens" in capsys.readouterr().err
 
 
 def ratios(out):
