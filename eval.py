@@ -131,31 +131,41 @@ def controls(losses, M, W):
 
 
 def other_texts(args):
-    """Print the perplexity of any text, whole: what did the cut do to what belongs to no domain, what do modules?"""
+    """Print the perplexity of any text: what did the cut do to what belongs to no domain, and what do modules?
+
+    Of each text as many windows as in the report, but spread over all of it: nothing is held out.
+    """
     run = Run(args.run, args.device)
     s = run.settings
     reader = TextReader(run.folder / "backbone", run.config, run.folder)
-    texts = {}
+    columns = []
+    texts = []
     for path in args.texts:
         split = reader.read(path, 0, 0)
         x = windows(np.concatenate([split.train, split.heldout]), s.eval_len, s.eval_windows)
         if not len(x):
             raise BadInput(f"{path} is shorter than a window of {s.eval_len} tokens; give a longer text.")
-        texts[str(path)] = x
+        split.store()
+        texts.append(x)
+        columns += [path.stem, "ratio"]
     base = unpruned_model(run)
     _, _, first = s.first_blocks(len(base.layers))
     variants = variants_of(run, base)
-    rows = {}
-    for x in texts.values():
+    cells = {}
+    ratio = {}
+    for x in texts:
         losses = losses_of(variants, torch.from_numpy(x).to(run.device), first)
         if run.names:
             losses["routed"] = routed(run, losses, x)
         unpruned = perplexity(losses["unpruned"])
         for name, of_variant in losses.items():
             ppl = perplexity(of_variant)
-            rows.setdefault(LABELS.get(name, name), []).extend([f"{ppl:.2f}", f"{ppl / unpruned:.3f} x"])
-    columns = [column for path in texts for column in (path, "ratio")]
-    print(table("", columns, rows))
+            ratio.setdefault(name, []).append(ppl / unpruned)
+            cells.setdefault(name, []).extend([f"{ppl:.2f}", f"{ppl / unpruned:.3f} x"])
+    rows = {}
+    for name in cells:
+        rows[LABELS.get(name, name)] = [*cells[name], f"{np.mean(ratio[name]):.3f} x"]
+    print(table("", [*columns, "mean ratio"], rows))
 
 
 def perplexity(losses):
