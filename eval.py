@@ -151,20 +151,20 @@ def other_texts(args):
     base = unpruned_model(run)
     _, _, first = s.first_blocks(len(base.layers))
     variants = variants_of(run, base)
-    cells = {}
-    ratio = {}
+    ppl = {}  # {variant: [perplexity, one per text]}
     for x in texts:
         losses = losses_of(variants, torch.from_numpy(x).to(run.device), first)
         if run.names:
             losses["routed"] = routed(run, losses, x)
-        unpruned = perplexity(losses["unpruned"])
         for name, of_variant in losses.items():
-            ppl = perplexity(of_variant)
-            ratio.setdefault(name, []).append(ppl / unpruned)
-            cells.setdefault(name, []).extend([f"{ppl:.2f}", f"{ppl / unpruned:.3f} x"])
+            ppl.setdefault(name, []).append(perplexity(of_variant))
     rows = {}
-    for name in cells:
-        rows[LABELS.get(name, name)] = [*cells[name], f"{np.mean(ratio[name]):.3f} x"]
+    for name, of_texts in ppl.items():
+        ratio = np.divide(of_texts, ppl["unpruned"])
+        cells = []
+        for value, share in zip(of_texts, ratio, strict=True):
+            cells += [f"{value:.2f}", f"{share:.3f} x"]
+        rows[LABELS.get(name, name)] = [*cells, f"{ratio.mean():.3f} x"]
     print(table("", [*columns, "mean ratio"], rows))
 
 
