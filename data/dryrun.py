@@ -3,7 +3,9 @@
 Its steps run on fake tensors, which have shapes and no numbers, and what they would take is counted.
 """
 
+import contextlib
 import weakref
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +16,12 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 import koff
+from data import BadInput, out_of_memory
 from data.checkpoint import read_config
 from data.corpus import JUDGED, find_domains
 from data.hub import model_folder
 from data.run import fitting_gates
+from data.settings import flag
 from model import Model
 
 # torch counts no attention on a CPU, where these steps run. So many matrix products of the size Q K^T are in it:
@@ -67,21 +71,58 @@ class Usage(TorchDispatchMode):
         self.now -= size
 
 
-def usage_of(usage, function, *args):
-    """(bytes above what is there before it, operations) of one call."""
-    before = usage.now
-    usage.peak = before
-    usage.operations = 0
-    function(*args)
-    return usage.peak - before, usage.operations
+@dataclass
+class Phase:
+    """One of the things that a run does.
+
+    size: bytes that it needs above what is always there; operations: of one time; times: how often the run does it.
+    """
+
+    size: int
+    operations: int
+    times: float
+    what: str
+
+    @property
+    def all_operations(self):
+        return self.operations * self.times
 
 
-def dry_run(s, Trainer):
-    """Print the sizes, the memory and the operations of the run `s`. `Trainer` is train.py's."""
+@dataclass
+class Needs:
+    """What a run needs.
+
+    gates, mask: those of the run, closed at random; dtype: of the weights; domains: how many; module, gate_count:
+    parameters of one module, and of all gates; weights, trained, adamw, contexts: bytes that are there all the time;
+    phases: {name: `Phase`}.
+    """
+
+    gates: koff.Gates
+    mask: dict
+    dtype: torch.dtype
+    domains: int
+    module: int
+    gate_count: int
+    weights: int
+    trained: int
+    adamw: int
+    contexts: int
+    phases: dict
+
+    @property
+    def peak(self):
+        """Bytes, of GPU memory where there is a GPU: only one phase is at work at a time."""
+        always = self.weights + self.trained + self.adamw + self.contexts
+        return always + max(phase.size for phase in self.phases.values())
+
+
+def estimate(s, Trainer, domains=None):
+    """The `Needs` of the run `s`, on so many domains, if not all that its text has. `Trainer` is train.py's."""
     config = read_config(model_folder(s.model, weights=False))
     gates = fitting_gates(s, config)
     # How many modules there will be: one a domain; without a folder of text, the fewest that make sense.
-    domains = len(find_domains(s.data, s.domains)) if Path(s.data).is_dir() else 2
+    if domains is None:
+        domains = len(find_domains(s.data, s.domains)) if Path(s.data).is_dir() else 2
     torch.manual_seed(s.seed)
     # Before training nobody knows what will close: chance decides here.
     gates.start_from({name: torch.rand(a.shape) for name, a in gates.log_alpha.items()})
@@ -101,72 +142,163 @@ def dry_run(s, Trainer):
         # One domain is enough: what the others own is added below, and only one is at work at a time.
         trainer = Trainer(model.requires_grad_(False), s, ["one"])
         tokens = torch.zeros(s.batch, s.seq_len, dtype=torch.int64)
-        scoring, score_operations = 0, 0
+        phases = {}
         if s.gate_init in koff.SCORES:
-            score = koff.SCORES[s.gate_init]
-            scoring, score_operations = usage_of(usage, score, model, trainer.gates, [[tokens]])
-        judging, judging_operations = 0, 0
-        if s.kv_from_text and s.kv_passages > 1:
+            phases["score"] = scoring(usage, trainer, tokens)
+        context = 0
+        if s.kv_from_text:
+            before = usage.now
             first = trainer.modules[0].first
-            context = koff.text_context(model, tokens[0, : s.kv_tokens], first)
-            judged = torch.zeros(s.kv_passages, JUDGED, dtype=torch.int64)
-            shared = model.run(model.embed_tokens(judged), 0, first)
-            judging, judging_operations = usage_of(usage, koff.token_losses, model, context, shared, first, judged)
-        learning, operations = 0, 0
-        if s.steps:
-            trainer.step(tokens, "one", 0)  # the first step makes AdamW's state
-            learning, operations = usage_of(usage, trainer.step, tokens, "one", 0)
+            trainer.contexts["one"] = koff.text_context(model, tokens.flatten()[: s.kv_tokens], first)
+            context = usage.now - before
+            if s.kv_passages > 1:
+                phases["judge"] = judging(usage, trainer, domains)
+        phases["learn"] = learning(usage, trainer, tokens)
         before = usage.now
         trainer.mask = mask  # as `Trainer.freeze_mask` does; fake tensors cannot say which channels a mask leaves
         trainer.kept = kept
         trainer.student = koff.materialise(model, kept)
-        materialised = usage.now - before
-        recovering, fewer_operations = 0, 0
-        if s.memory and s.steps:  # else nothing is left to learn by then
-            recovering, fewer_operations = usage_of(usage, trainer.step, tokens, "one", 0)
-        solving, solve_operations = 0, 0
+        student = usage.now - before
+        phases["recover"] = recovering(usage, trainer, tokens, student)
         if trainer.unsolved():
-            ids = np.zeros(s.solve_tokens + s.seq_len, dtype=np.int64)
-            solving, solve_operations = usage_of(usage, trainer.solve, "one", ids)
+            phases["solve"] = solving(usage, trainer, domains, student)
 
     gate_count = koff.count_parameters(trainer.gates)
-    module_count = koff.count_parameters(trainer.modules)
-    on_device = gate_count + module_count * (1 if s.offload else domains)
+    module = koff.count_parameters(trainer.modules)
+    on_device = gate_count + module * (1 if s.offload else domains)
     # In float32 a parameter takes 4 bytes, and its two means in AdamW 8.
     adamw = 8 * on_device if s.steps else 0
-    peak = weights + 4 * on_device + adamw + max(scoring, judging, learning, materialised + max(recovering, solving))
-    physical = gates.sparsity(mask, "physical").item()
-    paper = gates.sparsity(mask, "paper").item()
+    return Needs(
+        gates, mask, model.head.dtype, domains, module, gate_count,
+        weights, 4 * on_device, adamw, domains * context, phases,
+    )  # fmt: skip
+
+
+# The phases. `usage` counts what they do with the `trainer` on fake tokens [batch, seq_len].
+
+
+def usage_of(usage, function, *args):
+    """(bytes above what is there before it, operations) of one call."""
+    before = usage.now
+    usage.peak = before
+    usage.operations = 0
+    function(*args)
+    return usage.peak - before, usage.operations
+
+
+def scoring(usage, trainer, tokens):
+    s = trainer.s
+    size, operations = usage_of(usage, koff.SCORES[s.gate_init], trainer.model, trainer.gates, [[tokens]])
+    what = f"to score the gates, {s.batch} sequences at a time: {s.fisher_sequences} x {s.seq_len} tokens"
+    return Phase(size, operations, s.fisher_sequences / s.batch, what)
+
+
+def judging(usage, trainer, domains):
+    s = trainer.s
+    context = trainer.contexts["one"]
+    first = min(context)
+    judged = torch.zeros(s.kv_passages, JUDGED, dtype=torch.int64)
+    shared = trainer.model.run(trainer.model.embed_tokens(judged), 0, first)
+    size, operations = usage_of(usage, koff.token_losses, trainer.model, context, shared, first, judged)
+    what = f"or to judge where a KV memory starts best: each of {s.kv_passages} passages a domain"
+    return Phase(size, operations, s.kv_passages * domains, what)
+
+
+def learning(usage, trainer, tokens):
+    s = trainer.s
+    size, operations = 0, 0
+    if s.steps:
+        trainer.step(tokens, "one", 0)  # the first step makes AdamW's state
+        size, operations = usage_of(usage, trainer.step, tokens, "one", 0)
+    what = f"or one step of {s.batch} x {s.seq_len} tokens, gates sampled"
+    return Phase(size, operations, s.steps * (1 - s.fix_mask), what)
+
+
+def recovering(usage, trainer, tokens, student):
+    s = trainer.s
+    size, operations = 0, 0
+    if s.memory and s.steps:  # else nothing is left to learn by then
+        size, operations = usage_of(usage, trainer.step, tokens, "one", 0)
+    what = "or, once the mask is fixed, the materialised student and its step"
+    return Phase(student + size, operations, s.steps * s.fix_mask, what)
+
+
+def solving(usage, trainer, domains, student):
+    s = trainer.s
+    ids = np.zeros(s.solve_tokens + s.seq_len, dtype=np.int64)
+    size, operations = usage_of(usage, trainer.solve, "one", ids)
+    what = f"or, while LoRA on down is solved for, the student and that: at most {s.solve_tokens:,} tokens a domain"
+    return Phase(student + size, operations, domains, what)
+
+
+# What is printed -----------------------------------------------------------------------------------------------------
+
+
+def dry_run(s, Trainer):
+    """Print the sizes, the memory and the operations of the run `s`. `Trainer` is train.py's."""
+    needs = estimate(s, Trainer)
+    gates = needs.gates
+    physical = gates.sparsity(needs.mask, "physical").item()
+    paper = gates.sparsity(needs.mask, "paper").item()
     all_closed = {name: torch.zeros(a.shape) for name, a in gates.log_alpha.items()}
     gated = int(gates.removed(all_closed, "physical"))
-    total = s.steps * ((1 - s.fix_mask) * operations + s.fix_mask * fewer_operations)
-    score_operations *= s.fisher_sequences / s.batch
-    judging_operations *= s.kv_passages * domains
-    total += score_operations + judging_operations + domains * solve_operations
+    total = sum(phase.all_operations for phase in needs.phases.values())
+    first, fixed = needs.phases["learn"].operations, needs.phases["recover"].operations
 
-    where = f"in {gates.blocks} of {config.num_hidden_layers} blocks"
+    where = f"in {gates.blocks} of {gates.config.num_hidden_layers} blocks"
     print(f"{gates.total:,} parameters, {gated:,} of them gated, {where}")
-    trained = f"{gate_count + domains * module_count:,} to train"
-    print(f"{module_count:,} parameters a module, {domains} modules and {gate_count:,} gates: {trained}")
+    trained = f"{needs.gate_count + needs.domains * needs.module:,} to train"
+    modules = f"{needs.domains} modules and {needs.gate_count:,} gates"
+    print(f"{needs.module:,} parameters a module, {modules}: {trained}")
     print(f"at the target (closed at random): sparsity {physical:.4f} physical, {paper:.4f} by the paper's count")
-    steps = f"{s.steps:,} steps of {operations / 1e12:.3g} and, once the mask is fixed, {fewer_operations / 1e12:.3g}"
+    steps = f"{s.steps:,} steps of {first / 1e12:.3g} and, once the mask is fixed, {fixed / 1e12:.3g}"
     print(f"{total / 1e15:,.3g} PFLOP to train: {s.steps * s.batch * s.seq_len:,} tokens in {steps} TFLOP")
-    show(weights, f"weights, {model.head.dtype}")
-    show(4 * on_device, "modules and gates, float32")
-    show(adamw, "their AdamW state")
-    if scoring:
-        tokens = f"{s.fisher_sequences} x {s.seq_len} tokens, {score_operations / 1e12:.3g} TFLOP in all"
-        show(scoring, f"to score the gates, {s.batch} sequences at a time: {tokens}")
-    if judging:
-        tokens = f"each of {s.kv_passages} passages a domain, {judging_operations / 1e12:.3g} TFLOP in all"
-        show(judging, f"or to judge where a KV memory starts best: {tokens}")
-    show(learning, f"or one step of {s.batch} x {s.seq_len} tokens, gates sampled")
-    show(materialised + recovering, "or, once the mask is fixed, the materialised student and its step")
-    if solving:
-        tokens = f"at most {s.solve_tokens:,} tokens a domain, {domains * solve_operations / 1e12:.3g} TFLOP in all"
-        show(materialised + solving, f"or, while LoRA on down is solved for, the student and that: {tokens}")
-    show(peak, "peak memory")
+    show(needs.weights, f"weights, {needs.dtype}")
+    show(needs.trained, "modules and gates, float32")
+    show(needs.adamw, "their AdamW state")
+    if needs.contexts:
+        show(needs.contexts, "the keys and values of text that memories start from, and the teacher has read")
+    for name, phase in needs.phases.items():
+        what = phase.what
+        if name not in ("learn", "recover"):  # of which the line above says it
+            what += f", {phase.all_operations / 1e12:.3g} TFLOP in all"
+        show(phase.size, what)
+    show(needs.peak, "peak memory")
 
 
 def show(size, what):
     print(f"{size / 1e9:9.3f} GB  {what}")
+
+
+# Where memory ran out ------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def enough_memory(trainer):
+    """Under it an error of too little memory becomes a BadInput: what the training needs, and what would need less."""
+    try:
+        yield
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        s, Trainer, domains = trainer.s, type(trainer), len(trainer.domains)
+        needed = estimate(s, Trainer, domains).peak
+        smaller = []
+        for knob, less in knobs(s):
+            with contextlib.suppress(BadInput):  # it contradicts another setting
+                smaller.append(f"{knob} {estimate(replace(s, **less), Trainer, domains).peak / 1e9:.2f} GB")
+        instead = f"{', '.join(smaller)}; --dry-run says more."
+        raise BadInput(f"there is not enough memory: this takes {needed / 1e9:.2f} GB, {instead}") from None
+
+
+def knobs(s):
+    """[(flag, settings)]: what makes a training smaller, one by one."""
+    found = []
+    for name, least in ("batch", 1), ("seq_len", 16):
+        half = getattr(s, name) // 2
+        if half >= least:
+            found.append((f"{flag(name)} {half}", {name: half}))
+    for name in ("checkpointing", "offload"):
+        if not getattr(s, name):
+            found.append((flag(name), {name: True}))
+    return found
