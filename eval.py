@@ -39,7 +39,7 @@ from data.pictures import plot
 from data.run import Run, TextReader, held, open_finished, starting_context, unpruned_model
 from data.scoring import bench
 from data.settings import ROOT
-from data.tables import ledger, ratios, save, saved_results, side_by_side, table, together
+from data.tables import as_saved, ledger, ratios, save, saved_results, side_by_side, table, together
 
 # Perplexity ----------------------------------------------------------------------------------------------------------
 
@@ -246,7 +246,8 @@ def sparsity(run, base):
 
 
 def evaluate(folder, begun=None, device="auto"):
-    """All tables of the run: screen, report.md, results.json. `begun`: when it began; None: the saved time stays."""
+    """All tables of the run: screen, report.md, results.json. `begun`: when it began, by `time.perf_counter`; None: the
+    saved time stays."""
     run, base, text = open_finished(folder, device)
     # A report that is made again keeps what it cannot measure: the time, and the run that was put beside it.
     before = {}
@@ -263,7 +264,7 @@ def evaluate(folder, begun=None, device="auto"):
         router["wrong_route_cost"] = wrong_route_cost(swap)
     seconds = before.get("seconds", 0.0)
     if begun:
-        seconds = round(time.time() - begun, 1)
+        seconds = round(time.perf_counter() - begun, 1)
     results = {
         "perplexity": ppl,
         "swap": swap,
@@ -399,15 +400,17 @@ def put_beside(folder, beside):
     """The perplexity of the pruning-only run `beside` joins the tables of the run in `folder`."""
     results = saved_results(folder)
     other = saved_results(beside)["perplexity"]
-    unpruned = results["perplexity"]["unpruned"]
-    # It has no modules, and its unpruned model has the same perplexity on each domain: so it is the same text, too.
-    same = not other["koff"] and unpruned.keys() == other["unpruned"].keys()
-    for domain, ppl in unpruned.items() if same else ():
-        same = same and abs(other["unpruned"][domain] / ppl - 1) <= 1e-3
-    if not same:
-        raise BadInput(f"{beside} is no pruning-only run of {folder}'s model and text; train it: --no-memory.")
-    results["perplexity"]["pruned"] = {domain: other["backbone"][domain] for domain in unpruned}
-    save(folder, {"report.md": report(results), "results.json": results})
+    with as_saved(f"results.json of {folder} or of {beside}"):
+        unpruned = results["perplexity"]["unpruned"]
+        # It has no modules, and its unpruned model has the same perplexity on each domain: so it is the same text, too.
+        same = not other["koff"] and unpruned.keys() == other["unpruned"].keys()
+        for domain, ppl in unpruned.items() if same else ():
+            same = same and abs(other["unpruned"][domain] / ppl - 1) <= 1e-3
+        if not same:
+            raise BadInput(f"{beside} is no pruning-only run of {folder}'s model and text; train it: --no-memory.")
+        results["perplexity"]["pruned"] = {domain: other["backbone"][domain] for domain in unpruned}
+        text = report(results)
+    save(folder, {"report.md": text, "results.json": results})
 
 
 def compare(args):

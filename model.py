@@ -205,6 +205,11 @@ class Projection(nn.Linear):
         kept = torch.zeros(rows, dtype=torch.int64) if rows < channels else None
         self.register_buffer("kept", kept)
 
+    def reset_parameters(self):
+        """Random numbers, as for any other linear layer; but none where every channel is gone, of which torch warns."""
+        if self.weight.numel():
+            super().reset_parameters()
+
     def forward(self, x, z=None, lora=None):
         """x [batch, T, fan-in] -> [batch, T, channels]. z [channels]: gates; lora: (A [r, fan-in], B [rows, r])."""
         y = F.linear(x, self.weight, self.bias)  # [B, T, rows]

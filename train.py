@@ -18,6 +18,7 @@ import math
 import shutil
 import sys
 import time
+import zipfile
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -27,10 +28,10 @@ from torch import nn
 from tqdm import tqdm
 
 import koff
-from data import BadInput, atomic, discard, discard_all, only_process, run_script
+from data import BadInput, atomic, discard, only_process, run_script
 from data.checkpoint import digest, load, read_config, save_backbone, save_gates, save_module
 from data.corpus import batch, domain_name, windows
-from data.dryrun import dry_run
+from data.dryrun import dry_run, enough_memory
 from data.fast import keep_pages
 from data.hub import model_folder
 from data.progress import Log, stop_signals
@@ -48,6 +49,7 @@ from data.run import (
     read_training_text,
     starting_context,
     texts_of,
+    tidy,
 )
 from data.settings import GROUPS, PRESETS, ROOT, Settings, absolute, flag
 from data.sweeps import SWEEPS, sweep
@@ -337,7 +339,7 @@ class Trainer:
         return {
             "gates": self.gates.state_dict(),
             "modules": self.modules.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self.optimizer.state_dict()["state"],  # the rest of it follows from the settings
             "penalty": self.penalty.multipliers,
             "last": self.penalty.last,
             "recent": self.recent,
@@ -347,16 +349,28 @@ class Trainer:
         }
 
     def restore(self, state):
+        """Go on from what `state` said. An exception, of any kind, where that was not said of a run like this one."""
         self.gates.load_state_dict(state["gates"])
         self.modules.load_state_dict(state["modules"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.penalty.multipliers = state["penalty"].to(self.device)
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state["optimizer"]})
+        for p, means in self.optimizer.state.items():
+            if means:  # it has been in a step
+                same_shape(means["exp_avg"], p)
+                same_shape(means["exp_avg_sq"], p)
+        self.penalty.multipliers = same_shape(state["penalty"], self.penalty.multipliers)
         if state["last"] is not None:  # else no step was one of the gates
-            self.penalty.last = state["last"].to(self.device)
-        self.recent = state["recent"].to(self.device)
-        self.worst = state["worst"]
-        self.visits = state["visits"]
-        self.solved = state["solved"]
+            self.penalty.last = same_shape(state["last"], self.penalty.multipliers)
+        self.recent = same_shape(state["recent"], self.recent)
+        self.worst = range(len(self.domains))[state["worst"]]
+        self.solved = range(len(self.domains) + 1)[state["solved"]]
+        self.visits = [range(self.s.steps + 1)[n] for n, _ in zip(state["visits"], self.domains, strict=True)]
+
+
+def same_shape(found, expected):
+    """`found` on the device of `expected`; ValueError unless both are tensors of one shape."""
+    if found.shape != expected.shape:
+        raise ValueError(f"a tensor of shape {list(found.shape)} is not {list(expected.shape)}")
+    return found.to(expected.device)
 
 
 # The loop ------------------------------------------------------------------------------------------------------------
@@ -373,7 +387,7 @@ def loop(trainer, text, out, begun):
     if not s.memory:
         last = s.gate_steps
     log = Log(out, start, trainer.domains[: trainer.solved])
-    resumed = time.time()
+    resumed = time.perf_counter()
     bar = tqdm(total=last, initial=start, desc=out.name)
     with stop_signals() as signals, bar:
         for index in range(start, last):
@@ -400,7 +414,7 @@ def loop(trainer, text, out, begun):
             if index % 10 == 0:  # reading numbers makes a GPU wait, so not at every step
                 line = log.write(index, domain, trainer, loss)
                 tokens_seen = s.batch * s.seq_len * (done - start)
-                speed = tokens_seen / (time.time() - resumed)
+                speed = tokens_seen / (time.perf_counter() - resumed)
                 bar.set_postfix_str(f"{line}, {speed:,.0f} tokens/s", refresh=False)
             stop = list(signals)  # asked once: one can come at any moment
             if stop or done % s.save_every == 0 or done == last:
@@ -434,7 +448,7 @@ def solve(trainer, text, out, begun, index, signals, log):
 
 def save_checkpoint(trainer, text, out, begun, step):
     """Save all that a run needs to go on with step number `step`."""
-    place = {"step": step, "seconds": time.time() - begun, "inputs": text.inputs}
+    place = {"step": step, "seconds": time.perf_counter() - begun, "inputs": text.inputs}
     with atomic(out / "checkpoint.pt") as partial:
         torch.save(trainer.state() | place, partial)
 
@@ -448,17 +462,24 @@ def resume(trainer, text, out, begun):
         trainer.initialise(text.train)
         return 0, begun
     try:
+        with zipfile.ZipFile(path) as file:
+            if torn := file.testzip():  # torch writes checksums, and does not read them
+                raise ValueError(f"{torn} has another checksum")
         state = torch.load(path, map_location="cpu", weights_only=True)
         before = state["inputs"]
-    except Exception as error:  # a torn file fails in many ways
-        reason = str(error).partition("\n")[0]
+        for name in {**before, **text.inputs}:
+            check_same(out, name, before.get(name), text.inputs.get(name))
+        trainer.restore(state)
+        step = range(trainer.s.steps + 1)[state["step"]]
+        begun -= float(state["seconds"])
+    except BadInput:
+        raise
+    except Exception as error:  # what is torn fails in many ways
+        reason = str(error).partition("\n")[0] or repr(error)
         raise BadInput(f"{path} is damaged ({reason}); remove it, and the training begins again.") from None
-    for name in {**before, **text.inputs}:
-        check_same(out, name, before.get(name), text.inputs.get(name))
-    trainer.restore(state)
     trainer.read_contexts(text.train)
-    print(f"continuing {out} at step {state['step']}")
-    return state["step"], begun - state["seconds"]
+    print(f"continuing {out} at step {step}")
+    return step, begun
 
 
 # A run, from its settings to its report ------------------------------------------------------------------------------
@@ -495,16 +516,17 @@ def open_run(s, out, paths=None):
 
 def train(s, out, fresh=False):
     """Train, save and evaluate the run `s` in the folder `out`."""
-    begun = time.time()
+    begun = time.perf_counter()  # no clock that somebody can turn back
     opened = open_run(s, out)
     out.mkdir(parents=True, exist_ok=True)
     with only_process(out):
         if finished(s, out, fresh):  # by another process, since this one began
             return
-        discard_all(out, [".checkpoint.pt.*.part", "backbone/.*.part"])  # left by processes that were killed
+        tidy(out)
         if fresh:  # nothing of an old run goes before the new one is known to work
             erase(out)
-        begun = loop(opened.trainer, opened.text, out, begun)
+        with enough_memory(opened.trainer):
+            begun = loop(opened.trainer, opened.text, out, begun)
         save(opened, out)
         del opened  # what follows needs the memory
         evaluate(out, begun, s.device)
@@ -574,7 +596,8 @@ def train_module(run, name, path, work, given, fresh):
     # The backbone stays as it is: with its mask frozen from the start, every step is one of `Trainer.recover`.
     _, mask = run.gates(opened.trainer.model)
     opened.trainer.freeze_mask(mask)
-    loop(opened.trainer, text, work, time.time())
+    with enough_memory(opened.trainer):
+        loop(opened.trainer, text, work, time.perf_counter())
     # The router comes after the module: it is its row there that makes the module part of the run.
     save_modules(opened.trainer, run.folder, fingerprint)
     run.router.add(name, text.train[name], text.splits[name].key)

@@ -1,17 +1,20 @@
-"""What every script needs to meet the outside world: one exception for bad input, one safe way to write a file, one
-process at a time in a run folder, one way to end."""
+"""What every script needs to meet the outside world: one exception for bad input, one safe way to write a file and to
+read it again, one process at a time in a run folder, one way to end."""
 
 import contextlib
+import json
 import os
 import secrets
 import shutil
 import signal
 import sys
 import traceback
+import zlib
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 
 def check_versions(python=sys.version_info, torch=torch.__version__):
@@ -54,14 +57,18 @@ def discard_all(folder, patterns):
 def atomic(path):
     """Yield a temporary path beside `path`, for a file or a folder; rename it to `path` on success, else remove it.
 
-    A reader of `path` therefore never finds something half-written, whenever the process is killed. No other process
-    has the same temporary path: where several write `path`, the last one's is there in the end, and whole.
+    A reader of `path` therefore never finds something half-written, whenever the process is killed or the power fails.
+    No other process has the same temporary path: where several write `path`, the last one's is there in the end, whole.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         yield partial
+        for written in (partial, *partial.rglob("*")):
+            if written.is_file():
+                with open(written, "rb+") as file:
+                    os.fsync(file.fileno())  # else a disk may have the new name before it has the bytes
         os.replace(partial, path)
     except (SafetensorError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "inline_container" not in str(error):
@@ -92,21 +99,45 @@ def only_process(folder):
         yield
 
 
-def read_tensors(path, framework="pt", device="cpu"):
-    """({name: tensor}, metadata) of a safetensors file that a run saved; BadInput if it cannot be read.
+def checksum(tensors, about):
+    """CRC-32, as text, of tensors {name: tensor} and of what is said about them."""
+    kinds = {name: [str(tensor.dtype), *tensor.shape] for name, tensor in tensors.items()}
+    found = zlib.crc32(json.dumps([kinds, about], sort_keys=True).encode())
+    for name in sorted(tensors):
+        found = zlib.crc32(tensors[name].cpu().reshape(-1).view(torch.uint8).numpy(), found)
+    return f"{found:08x}"
 
-    framework: "pt" for tensors of torch, "np" for arrays of numpy.
+
+def write_tensors(path, tensors, **about):
+    """Save a part of a run, {name: tensor} and what is said about it, as safetensors, with a checksum of our own."""
+    tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    # In one piece: safetensors would write several in another order each time.
+    said = json.dumps({"about": about, "checksum": checksum(tensors, about)})
+    with atomic(path) as partial:
+        save_file(tensors, partial, {"koff": said})
+
+
+def read_tensors(path, device="cpu"):
+    """({name: tensor}, {what is said about them}) of a file of `write_tensors`; BadInput if it is damaged.
+
+    Of a safetensors file that somebody else wrote nothing is said.
     """
     try:
-        with safe_open(path, framework, device=str(device)) as file:
+        with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
-            metadata = file.metadata() or {}
-    except (OSError, SafetensorError) as error:
+            said = (file.metadata() or {}).get("koff")
+        about = {}
+        if said is not None:
+            said = json.loads(said)
+            about = said["about"]
+            if checksum(tensors, about) != said["checksum"]:
+                raise ValueError("it has another checksum")
+    except (OSError, SafetensorError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise BadInput(f"{path} cannot be read ({error}); name a run that train.py has finished.") from None
     for name, tensor in tensors.items():
-        if framework == "pt" and not tensor.isfinite().all():
+        if not tensor.isfinite().all():
             raise BadInput(f"{path}: {name} has numbers that are NaN or infinite; train again with lower rates.")
-    return tensors, metadata
+    return {name: tensor.to(device) for name, tensor in tensors.items()}, about
 
 
 def run_script(name, work, stopped):
@@ -120,27 +151,41 @@ def run_script(name, work, stopped):
             setattr(sys, stream, open(os.devnull, mode))  # noqa: SIM115
         with contextlib.suppress(AttributeError):  # a stream of a test
             getattr(sys, stream).reconfigure(errors="replace")  # what cannot be shown, or read, becomes a "?"
-    before = signal.signal(signal.SIGTERM, stop)
+    came = []  # signals
+
+    def stop(number, frame):
+        """What is at work tidies up, whether it is Ctrl-C or SIGTERM."""
+        came.append(number)
+        raise KeyboardInterrupt(number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         return work()
-    except (BadInput, OSError) as error:
+    except (Exception, KeyboardInterrupt) as error:
+        # A library that was just calling Python may have made some other error of a signal.
+        if came or isinstance(error, KeyboardInterrupt):
+            print(f"\n{name}: stopped; {stopped}", file=sys.stderr)
+            return 128 + (came or error.args or [signal.SIGINT])[0]
+        return status_of(name, error)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def status_of(name, error):
+    """The exit status of the script `name` for an error, which it prints."""
+    if isinstance(error, BadInput | OSError):
         print(f"{name}: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt as error:
-        print(f"\n{name}: stopped; {stopped}", file=sys.stderr)
-        return 128 + (error.args[0] if error.args else signal.SIGINT)
-    except Exception as error:
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
-            less = "a smaller --batch or --seq-len, or --checkpointing; --dry-run says what a training needs"
-            print(f"{name}: there is not enough memory; try {less}.", file=sys.stderr)
-            return 2
-        traceback.print_exc()
-        print(f"{name}: this is a fault of the program; please report the lines above to its authors.", file=sys.stderr)
-        return 1
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    if out_of_memory(error):
+        less = "a smaller --batch or --seq-len, or --checkpointing; --dry-run says what a training needs"
+        print(f"{name}: there is not enough memory; try {less}.", file=sys.stderr)
+        return 2
+    traceback.print_exception(error)
+    print(f"{name}: this is a fault of the program; please report the lines above to its authors.", file=sys.stderr)
+    return 1
 
 
-def stop(number, frame):
-    """Handler of a signal that ends a process: what is at work tidies up, as after Ctrl-C."""
-    raise KeyboardInterrupt(number)
+def out_of_memory(error):
+    """Is this what Python or torch say where memory runs out, on a GPU or on the CPU?"""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)

@@ -146,7 +146,7 @@ def rows_of(path):
 def parse(text, where):
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise BadInput(f"{where} is not JSON; mend or remove it.") from None
 
 

@@ -47,7 +47,7 @@ class ChatTemplate:
                     token = token.get("content")
                 if name.endswith("_token") and isinstance(token, str):
                     special[name] = token
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise BadInput(f"{config} is not valid ({error!r}); download it again.") from None
         if source:
             return cls(source, special)

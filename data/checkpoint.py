@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from data import BadInput, atomic, read_tensors
+from data import BadInput, atomic, read_tensors, write_tensors
 from model import Config, Memory, Model
 
 INDEX = "model.safetensors.index.json"
@@ -210,8 +210,13 @@ def weight_files(folder):
 
 def digest(folder):
     """A hash of a pretrained model: what its config says, and its weights."""
-    found = hashlib.sha256(repr(read_config(folder)).encode())
-    for path in weight_files(folder):
+    return hash_of(weight_files(folder), repr(read_config(folder)))
+
+
+def hash_of(files, text=""):
+    """Sixteen letters that follow from a text and from what is in some files."""
+    found = hashlib.sha256(text.encode())
+    for path in files:
         with open(path, "rb") as file:
             while part := file.read(2**24):
                 found.update(part)
@@ -299,7 +304,7 @@ def save_backbone(folder, model, pretrained, **about):
     state = {checkpoint_name(name): tensor.contiguous() for name, tensor in model.state_dict().items()}
     with atomic(folder / SINGLE) as partial:
         save_file(state, partial, metadata={"format": "pt"})
-        fingerprint = hashlib.sha256(partial.read_bytes()).hexdigest()[:16]
+        fingerprint = hash_of([partial])
     for name in BESIDE:
         source = Path(pretrained, name)
         if source.exists():
@@ -312,6 +317,14 @@ def save_backbone(folder, model, pretrained, **about):
     with atomic(folder / "config.json") as partial:
         partial.write_text(json.dumps(config, indent=1))
     return fingerprint
+
+
+def check_backbone(folder):
+    """BadInput where the weights of a saved backbone are not those that its config.json was written with."""
+    config = read_config(folder)
+    path = Path(folder, SINGLE)
+    if not path.exists() or hash_of([path]) != config.raw.get("koff_fingerprint"):
+        raise BadInput(f"{path} is not as it was saved; copy the folder again, or train the run again.")
 
 
 def tensors_of(module):
@@ -331,15 +344,14 @@ def tensors_of(module):
 
 def save_module(path, module, fingerprint):
     """Write one module, marked with the backbone that it belongs to."""
-    with atomic(path) as partial:
-        save_file(tensors_of(module), partial, metadata={"koff_backbone": fingerprint})
+    write_tensors(path, tensors_of(module), backbone=fingerprint)
 
 
 def load_module(path, config, dtype, device="cpu"):
     """{block: `Memory`} of a saved module. BadInput if it was trained with another backbone than `config`'s."""
-    tensors, metadata = read_tensors(path, device=device)
+    tensors, about = read_tensors(path, device=device)
     # A module fits the channels that its backbone kept. On another backbone it would load and mean nothing.
-    made_for = metadata.get("koff_backbone")
+    made_for = about.get("backbone")
     if made_for is None or made_for != config.raw.get("koff_fingerprint"):
         raise BadInput(f"{path} was trained with another backbone ({made_for}); load it with the run it belongs to.")
     module = {}
@@ -360,11 +372,10 @@ def load_module(path, config, dtype, device="cpu"):
 
 def save_gates(path, gates, mask):
     """Write every log alpha and the final mask, each [N, channels]."""
-    tensors = {f"log_alpha.{name}": a.detach().contiguous() for name, a in gates.log_alpha.items()}
+    tensors = {f"log_alpha.{name}": a for name, a in gates.log_alpha.items()}
     for name, is_open in mask.items():
         tensors[f"mask.{name}"] = is_open.to(torch.uint8)
-    with atomic(path) as partial:
-        save_file(tensors, partial)
+    write_tensors(path, tensors)
 
 
 def load_gates(path, gates):

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import re
+import zlib
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -108,20 +109,23 @@ class Split:
     def store(self):
         """Write the cache, so that the next run need not tokenise. (Not done on reading: first comes every check.)"""
         if not self.cached.exists():
-            ids = np.concatenate([[len(self.train)], self.train, self.heldout])
+            ids = np.concatenate([self.train, self.heldout])
+            counted = np.concatenate([[len(self.train)], ids]).astype(np.int32)
+            checksum = np.array([zlib.crc32(counted)], np.uint32).view(np.int32)
             # Where nothing can be written the run does without.
             with contextlib.suppress(OSError), atomic(self.cached) as partial, open(partial, "wb") as file:
-                np.save(file, ids.astype(np.int32))
+                np.save(file, np.concatenate([checksum, counted]))
 
     @classmethod
     def read(cls, path, key):
-        """What `store` wrote: the length of the training ids, these, and the held-out ids. None if it is damaged."""
-        try:
-            ids = np.load(path, mmap_mode="r")
-            cut = 1 + ids[0]
-            return cls(ids[1:cut], ids[cut:], key, path)
-        except (OSError, ValueError, EOFError, LookupError):
-            path.unlink(missing_ok=True)
+        """What `store` wrote, int32: a checksum of the rest, the number of training ids, these, and the held-out ids.
+        None if it is damaged: then it is made anew."""
+        with contextlib.suppress(Exception):  # a torn file fails in many ways
+            saved = np.load(path, mmap_mode="r")
+            if saved.dtype == np.int32 and zlib.crc32(saved[1:]) == saved[:1].view(np.uint32)[0]:
+                cut = 2 + saved[1]
+                return cls(saved[2:cut], saved[cut:], key, path)
+        path.unlink(missing_ok=True)
 
 
 def split_text(documents, stream, path):

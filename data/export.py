@@ -11,6 +11,7 @@ An export gets its name after two checks: what will be written has the logits of
 written is just that, bit for bit (`check_tensors`). What the libraries make of it, tests/test_export.py asks them.
 """
 
+import glob
 from dataclasses import replace
 
 import torch
@@ -18,9 +19,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 import koff
-from data import BadInput, atomic, read_tensors
+from data import BadInput, atomic, discard_all, read_tensors
 from data.checkpoint import load, save_backbone
-from data.run import Run
+from data.run import Run, half_written
 from data.tables import save
 from model import Memory, Model, matrix_name
 
@@ -154,6 +155,7 @@ def export(args):
     gates, mask = run.gates(run.backbone)
     kept = koff.kept_channels(mask, run.backbone.config, gates.first, "cpu")
     dense = expand(run.backbone, kept)
+    discard_all(out.parent, [half_written(glob.escape(out.name))])  # by an export that was killed
     with atomic(out) as partial:
         if args.form == "hf":
             export_dense(partial, run, dense, kept, args.module)

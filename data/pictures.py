@@ -11,7 +11,7 @@ import numpy as np
 
 from data import BadInput, atomic
 from data.progress import read_log
-from data.tables import by_way, quality, spread
+from data.tables import as_saved, by_way, quality, spread
 
 STYLES = ("ko-", "ks--", "kD:", "k^-.", "kv-", "kx--")  # black; each curve has its own marker and line style
 
@@ -140,10 +140,8 @@ def plot(folder):
             continue
         # One size for all pictures: as wide as a page of text.
         page = figure.Figure((12, 4), facecolor="white", layout="constrained")
-        try:
+        with as_saved(path):
             draw(page, read(path))
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise BadInput(f"{path} is not what this version saves ({error!r}); make it again.") from None
         picture = path.with_name(f"{name}.png")
         with atomic(picture) as partial:
             page.savefig(partial, format="png", dpi=150)

@@ -1,11 +1,9 @@
 """Which domain is this text? Naive Bayes on a hashed bag of token n-grams: linear in the bag, seconds to train."""
 
-import json
-
 import numpy as np
-from safetensors.numpy import save_file
+import torch
 
-from data import BadInput, atomic, read_tensors
+from data import BadInput, read_tensors, write_tensors
 from data.corpus import windows
 
 HALF = 2**15  # buckets: so many for unigrams, as many for bigrams
@@ -97,19 +95,18 @@ class Router:
 
     def save(self, path):
         domains = [[name, self.keys[name], self.paths.get(name)] for name in self.domains]
-        with atomic(path) as partial:
-            tensors = {"weight": self.weight, "threshold": self.threshold}
-            save_file(tensors, partial, {"domains": json.dumps(domains)})
+        tensors = {"weight": torch.from_numpy(self.weight), "threshold": torch.from_numpy(self.threshold)}
+        write_tensors(path, tensors, domains=domains)
 
     @classmethod
     def load(cls, path):
         """The router of a run. BadInput for a file that cannot be read, or of an earlier version."""
-        tensors, metadata = read_tensors(path, "np")
+        tensors, about = read_tensors(path)
         router = cls()
         try:
-            router.weight = tensors["weight"]
-            router.threshold = tensors["threshold"]
-            for name, key, path in json.loads(metadata["domains"]):
+            router.weight = tensors["weight"].numpy()
+            router.threshold = tensors["threshold"].numpy()
+            for name, key, path in about["domains"]:
                 router.domains.append(name)
                 router.keys[name] = key
                 if path:

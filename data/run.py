@@ -18,7 +18,7 @@ import torch
 import koff
 from data import BadInput, discard, discard_all, only_process, read_tensors
 from data.chat_template import ChatTemplate
-from data.checkpoint import BESIDE, SINGLE, digest, load, load_gates, load_module, read_config
+from data.checkpoint import BESIDE, SINGLE, check_backbone, digest, load, load_gates, load_module, read_config
 from data.corpus import Split, find_domains, load_text, passages
 from data.hub import model_folder
 from data.router import Router
@@ -183,12 +183,23 @@ WRITTEN = [
 ]  # fmt: skip
 
 
+def tidy(out):
+    """Remove what processes that were killed had half-written in a run folder, in which nobody writes but us."""
+    discard_all(out, [half_written(name) for name in [*WRITTEN, "settings.json", "modules/*.safetensors"]])
+
+
+def half_written(name):
+    """The pattern of the temporary names that `atomic` gives to a file or a folder."""
+    folder, slash, name = name.rpartition("/")
+    return f"{folder}{slash}.{name}.????????.part"
+
+
 def erase(out):
     """Remove an old run from its folder, but not its settings. What else the folder holds stays."""
     discard_all(out, WRITTEN)
     for path in out.glob("modules/*.safetensors"):
         with contextlib.suppress(BadInput):
-            if "koff_backbone" in read_tensors(path)[1]:  # a module of ours
+            if "backbone" in read_tensors(path)[1]:  # a module of ours
                 discard(path)
 
 
@@ -220,6 +231,7 @@ class Run:
 
     @cached_property
     def backbone(self):
+        check_backbone(self.folder / "backbone")
         return load(self.folder / "backbone", self.dtype, self.device)
 
     def module_path(self, name):
@@ -251,6 +263,7 @@ def held(folder, device="auto"):
     """Yield the `Run` in a folder, which no other process changes meanwhile; BadInput if one is about to."""
     Run(folder, device)  # a lock is no thing to leave in a folder that has no run
     with only_process(Path(folder)):
+        tidy(Path(folder))
         yield Run(folder, device)  # what may have changed until now is read again
 
 

@@ -4,6 +4,7 @@ save(folder, {"report.md": table("", ["mean"], {"french": ["1.03"]}), "results.j
 print(side_by_side({"seeds 0 to 2": together([folder_0, folder_1, folder_2])}))
 """
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -52,6 +53,15 @@ def save(folder, files, show=True):
 # Finished runs -------------------------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def as_saved(path):
+    """Under it, what the file at `path` holds is made use of: BadInput where that fails, for it was not saved by us."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        raise BadInput(f"{path} is not what this version saves ({error!r}); make it again.") from None
+
+
 def saved_results(folder):
     """results.json of a finished run. BadInput if there is none, or one of another version."""
     path = Path(folder, "results.json")
@@ -98,8 +108,13 @@ def summary(folder):
     router, settled, minutes     the router's accuracy, see `settled`, how long the run took
     """
     results = saved_results(folder)
+    with as_saved(Path(folder, "results.json")):
+        return figures_of(results, Path(folder, "log.jsonl"))
+
+
+def figures_of(results, log):
+    """The `summary` of results and a log.jsonl."""
     ratio = ratios(results)
-    log = Path(folder, "log.jsonl")
     figures = {**results["sparsity"], "backbone": np.mean(ratio["backbone"])}
     figures |= dict.fromkeys(("koff", "routed", "worst", "diagonal"))  # None, unless there are modules
     if results["swap"]:

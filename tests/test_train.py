@@ -38,10 +38,9 @@ CONFIG = dict(
 )  # fmt: skip
 
 
-@pytest.fixture
-def world(tmp_path):
-    """A tiny random checkpoint with the shipped tokenizer, two domains, and the flags of a run of eight steps."""
-    base, data = tmp_path / "base", tmp_path / "data"
+def make_world(folder):
+    """A tiny random checkpoint with the shipped tokenizer, in `base`, and text of two domains, in `data`."""
+    base, data = folder / "base", folder / "data"
     base.mkdir(), data.mkdir()
     torch.manual_seed(0)
     model = Model(parse_config(CONFIG))
@@ -53,10 +52,16 @@ def world(tmp_path):
     for name in ("german", "french"):
         lines = (ROOT / f"data/handbook/{name}.txt").read_text(encoding="utf-8").splitlines()
         (data / f"{name}.txt").write_text("\n".join(lines[:120]) + "\n", encoding="utf-8")
+
+
+@pytest.fixture
+def world(tmp_path):
+    make_world(tmp_path)
     return tmp_path
 
 
 def flags(world, **more):
+    """The flags of a run of eight steps in it."""
     given = dict(
         model=world / "base", data=world / "data", out=world / "runs/one", blocks=2, sparsity=0.05, steps=8, batch=2,
         seq_len=16, eval_len=16, rank=2, alpha=2.0, kv_tokens=3, top=20, fisher_sequences=4, dtype="float32",
