@@ -53,6 +53,10 @@ def discard_all(folder, patterns):
             discard(path)
 
 
+# What is in torch.save's RuntimeError where a disk is full: early or late in the file.
+TORCH_CANNOT_WRITE = ("inline_container", "iostream error")
+
+
 @contextlib.contextmanager
 def atomic(path):
     """Yield a temporary path beside `path`, for a file or a folder; rename it to `path` on success, else remove it.
@@ -71,7 +75,7 @@ def atomic(path):
                     os.fsync(file.fileno())  # else a disk may have the new name before it has the bytes
         os.replace(partial, path)
     except (SafetensorError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "inline_container" not in str(error):
+        if isinstance(error, RuntimeError) and not any(part in str(error) for part in TORCH_CANNOT_WRITE):
             raise
         # A full disk, as safetensors and as torch.save tell it.
         raise OSError(f"{path} cannot be written ({error}); is the disk full?") from None
