@@ -28,7 +28,7 @@ from torch import nn
 from tqdm import tqdm
 
 import koff
-from data import BadInput, atomic, discard, only_process, run_script
+from data import BadInput, atomic, discard, only_process, out_of_memory, run_script
 from data.checkpoint import digest, load, read_config, save_backbone, save_gates, save_module
 from data.corpus import batch, domain_name, windows
 from data.dryrun import dry_run, enough_memory
@@ -355,22 +355,29 @@ class Trainer:
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state["optimizer"]})
         for p, means in self.optimizer.state.items():
             if means:  # it has been in a step
-                same_shape(means["exp_avg"], p)
-                same_shape(means["exp_avg_sq"], p)
-        self.penalty.multipliers = same_shape(state["penalty"], self.penalty.multipliers)
+                moved_like(p, means["exp_avg"])
+                moved_like(p, means["exp_avg_sq"])
+        self.penalty.multipliers = moved_like(self.penalty.multipliers, state["penalty"])
         if state["last"] is not None:  # else no step was one of the gates
-            self.penalty.last = same_shape(state["last"], self.penalty.multipliers)
-        self.recent = same_shape(state["recent"], self.recent)
-        self.worst = range(len(self.domains))[state["worst"]]
-        self.solved = range(len(self.domains) + 1)[state["solved"]]
-        self.visits = [range(self.s.steps + 1)[n] for n, _ in zip(state["visits"], self.domains, strict=True)]
+            self.penalty.last = moved_like(self.penalty.multipliers, state["last"])
+        self.recent = moved_like(self.recent, state["recent"])
+        self.worst = counted(state["worst"], len(self.domains) - 1)
+        self.solved = counted(state["solved"], len(self.domains))
+        self.visits = [counted(n, self.s.steps) for n, _ in zip(state["visits"], self.domains, strict=True)]
 
 
-def same_shape(found, expected):
-    """`found` on the device of `expected`; ValueError unless both are tensors of one shape."""
-    if found.shape != expected.shape:
-        raise ValueError(f"a tensor of shape {list(found.shape)} is not {list(expected.shape)}")
-    return found.to(expected.device)
+def moved_like(expected, tensor):
+    """A tensor of a checkpoint on the device of `expected`; ValueError if it has another shape."""
+    if tensor.shape != expected.shape:
+        raise ValueError(f"a tensor of shape {list(tensor.shape)} is not {list(expected.shape)}")
+    return tensor.to(expected.device)
+
+
+def counted(n, most):
+    """A whole number of a checkpoint; ValueError unless it is one from 0 to `most`."""
+    if type(n) is not int or not 0 <= n <= most:
+        raise ValueError(f"{n!r} is not a number from 0 to {most}")
+    return n
 
 
 # The loop ------------------------------------------------------------------------------------------------------------
@@ -470,13 +477,16 @@ def resume(trainer, text, out, begun):
         for name in {**before, **text.inputs}:
             check_same(out, name, before.get(name), text.inputs.get(name))
         trainer.restore(state)
-        step = range(trainer.s.steps + 1)[state["step"]]
+        step = counted(state["step"], trainer.s.steps)
         begun -= float(state["seconds"])
     except BadInput:
         raise
     except Exception as error:  # what is torn fails in many ways
+        if out_of_memory(error):
+            raise
         reason = str(error).partition("\n")[0] or repr(error)
-        raise BadInput(f"{path} is damaged ({reason}); remove it, and the training begins again.") from None
+        what = "is damaged, or of another version"
+        raise BadInput(f"{path} {what} ({reason}); remove it, and the training begins again.") from None
     trainer.read_contexts(text.train)
     print(f"continuing {out} at step {step}")
     return step, begun

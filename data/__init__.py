@@ -116,25 +116,27 @@ def write_tensors(path, tensors, **about):
     """Save a part of a run, {name: tensor} and what is said about it, as safetensors, with a checksum of our own."""
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     # In one piece: safetensors would write several in another order each time.
-    said = json.dumps({"about": about, "checksum": checksum(tensors, about)})
+    note = json.dumps({"about": about, "checksum": checksum(tensors, about)})
     with atomic(path) as partial:
-        save_file(tensors, partial, {"koff": said})
+        save_file(tensors, partial, {"koff": note})
 
 
-def read_tensors(path, device="cpu"):
-    """({name: tensor}, {what is said about them}) of a file of `write_tensors`; BadInput if it is damaged.
+def read_tensors(path, device="cpu", ours=True):
+    """({name: tensor}, what is said about them) of a file of `write_tensors`; BadInput if it is damaged.
 
-    Of a safetensors file that somebody else wrote nothing is said.
+    Not `ours`: any safetensors file, about which nothing is said.
     """
     try:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
-            said = (file.metadata() or {}).get("koff")
+            metadata = file.metadata() or {}
         about = {}
-        if said is not None:
-            said = json.loads(said)
-            about = said["about"]
-            if checksum(tensors, about) != said["checksum"]:
+        if ours:
+            if "koff" not in metadata:
+                raise ValueError("this version has not written it")
+            note = json.loads(metadata["koff"])
+            about = note["about"]
+            if checksum(tensors, about) != note["checksum"]:
                 raise ValueError("it has another checksum")
     except (OSError, SafetensorError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise BadInput(f"{path} cannot be read ({error}); name a run that train.py has finished.") from None

@@ -125,7 +125,8 @@ class Split:
             if saved.dtype == np.int32 and zlib.crc32(saved[1:]) == saved[:1].view(np.uint32)[0]:
                 cut = 2 + saved[1]
                 return cls(saved[2:cut], saved[cut:], key, path)
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where nothing can be written
+            path.unlink()
 
 
 def split_text(documents, stream, path):

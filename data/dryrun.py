@@ -281,17 +281,20 @@ def enough_memory(trainer):
     except Exception as error:
         if not out_of_memory(error):
             raise
-        s, Trainer, domains = trainer.s, type(trainer), len(trainer.domains)
-        needed = estimate(s, Trainer, domains).peak
-        smaller = []
-        for knob, less in knobs(s):
+        said = f"there is not enough memory: this takes about {peak_of(trainer):.3g} GB"
+        for knob, less in knobs(trainer.s, trainer.device):
             with contextlib.suppress(BadInput):  # it contradicts another setting
-                smaller.append(f"{knob} {estimate(replace(s, **less), Trainer, domains).peak / 1e9:.2f} GB")
-        instead = f"{', '.join(smaller)}; --dry-run says more."
-        raise BadInput(f"there is not enough memory: this takes {needed / 1e9:.2f} GB, {instead}") from None
+                said += f", with {knob} {peak_of(trainer, **less):.3g}"
+        raise BadInput(f"{said}; --dry-run says more.") from None
 
 
-def knobs(s):
+def peak_of(trainer, **less):
+    """Gigabytes that a training needs, under other settings."""
+    dtype = str(trainer.model.head.dtype).removeprefix("torch.")
+    return estimate(replace(trainer.s, dtype=dtype, **less), type(trainer), len(trainer.domains)).peak / 1e9
+
+
+def knobs(s, device):
     """[(flag, settings)]: what makes a training smaller, one by one."""
     found = []
     for name, least in ("batch", 1), ("seq_len", 16):
@@ -299,6 +302,6 @@ def knobs(s):
         if half >= least:
             found.append((f"{flag(name)} {half}", {name: half}))
     for name in ("checkpointing", "offload"):
-        if not getattr(s, name):
+        if not getattr(s, name) and (name != "offload" or device.type == "cuda"):
             found.append((flag(name), {name: True}))
     return found

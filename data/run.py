@@ -173,25 +173,24 @@ def finished(s, out, fresh=False):
     return (out / "results.json").exists() and (out / "router.safetensors").exists()
 
 
-# All that train.py, report, lape, probes and plot write about a run; a benchmark and an export know their run.
-WRITTEN = [
+# All that is written about a run by train.py and report, which hold it,
+HELD = [
     "checkpoint.pt", "log.jsonl", "gates.safetensors", "router.safetensors", "results.json", "report.md",
-    "lape.safetensors", "lape.json", "lape.md", "probes.json", "probes.md",
-    "layers.png", "swap.png", "curves.png", "lape.png",
     "later/*/settings.json", "later/*/checkpoint.pt", "later/*/log.jsonl",
     "backbone/config.json", *[f"backbone/{name}" for name in (SINGLE, *BESIDE)],
+]  # fmt: skip
+# and by lape, probes and plot. (A benchmark and an export know their run.)
+WRITTEN = [
+    *HELD, "lape.safetensors", "lape.json", "lape.md", "probes.json", "probes.md",
+    "layers.png", "swap.png", "curves.png", "lape.png",
 ]  # fmt: skip
 
 
 def tidy(out):
-    """Remove what processes that were killed had half-written in a run folder, in which nobody writes but us."""
-    discard_all(out, [half_written(name) for name in [*WRITTEN, "settings.json", "modules/*.safetensors"]])
-
-
-def half_written(name):
-    """The pattern of the temporary names that `atomic` gives to a file or a folder."""
-    folder, slash, name = name.rpartition("/")
-    return f"{folder}{slash}.{name}.????????.part"
+    """Remove what processes that held a run and were killed had half-written. The folder is held by this one now."""
+    for name in [*HELD, "settings.json", "modules/*.safetensors"]:
+        folder, slash, name = name.rpartition("/")
+        discard_all(out, [f"{folder}{slash}.{name}.????????.part"])  # the temporary names of `atomic`
 
 
 def erase(out):

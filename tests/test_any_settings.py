@@ -56,7 +56,7 @@ def as_flags(world, chosen):
 
 
 def trains(world, chosen):
-    """Four steps under these settings, and what has to hold after them; or a refusal that names two settings."""
+    """Four steps under these settings, and what has to hold after them; or a refusal that names settings."""
     try:
         opened = open_run(as_flags(world, chosen))
     except BadInput as error:

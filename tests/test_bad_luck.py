@@ -37,7 +37,7 @@ def disk(tmp_path):
     if os.name != "posix" or mount("size=100m"):
         pytest.skip("mounting a tmpfs is not permitted here")
     yield place, lambda options: mount(f"remount,{options}")
-    subprocess.run(["umount", place], check=True)
+    subprocess.run(["umount", "--lazy", place], check=True)  # a file of it may still be mapped
 
 
 def fill(world, disk, moments):  # noqa: F811
@@ -96,9 +96,10 @@ def test_a_disk_that_cannot_be_written(world, disk, capsys):  # noqa: F811
 def test_model_and_text_can_be_where_nobody_writes(tmp_path, disk):
     place, remount = disk
     make_world(place)
+    text = some_text(place)
     remount("ro")
     assert train.main(flags(place, out=tmp_path / "runs/one")) == 0
-    assert train.main(["--add", str(place / "data/french.txt"), "--out", str(tmp_path / "runs/one")]) == 2
+    assert train.main(["--add", str(text), "--out", str(tmp_path / "runs/one")]) == 0
 
 
 # Surroundings --------------------------------------------------------------------------------------------------------
@@ -160,11 +161,12 @@ def test_too_little_memory_names_what_would_need_less(world, monkeypatch, capsys
     monkeypatch.setattr(train, "batch", too_large)  # in the first step
     assert train.main(flags(world, batch=4, seq_len=64)) == 2
     said = capsys.readouterr().err.splitlines()[-1]
-    pattern = r"there is not enough memory: this takes ([\d.]+) GB, --batch 2 ([\d.]+) GB, --seq-len 32 ([\d.]+) GB, "
-    found = re.search(pattern, said)
+    number = r"([\d.]+)"
+    less = f", with --batch 2 {number}, with --seq-len 32 {number}, with --checkpointing {number}; --dry-run says more."
+    found = re.search(f"there is not enough memory: this takes about {number} GB{less}", said)
     assert found, said
     needed, *less = map(float, found.groups())
-    assert max(less) <= needed
+    assert max(less) < needed
 
 
 # Load ----------------------------------------------------------------------------------------------------------------
