@@ -479,10 +479,8 @@ def resume(trainer, text, out, begun):
         trainer.restore(state)
         step = counted(state["step"], trainer.s.steps)
         begun -= float(state["seconds"])
-    except BadInput:
-        raise
     except Exception as error:  # what is torn fails in many ways
-        if out_of_memory(error):
+        if isinstance(error, BadInput) or out_of_memory(error):
             raise
         reason = str(error).partition("\n")[0] or repr(error)
         what = "is damaged, or of another version"

@@ -164,18 +164,26 @@ def run_script(name, work, stopped):
         came.append(number)
         raise KeyboardInterrupt(number)
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        return work()
+        with on_signals(stop):
+            return work()
     except (Exception, KeyboardInterrupt) as error:
         # A library that was just calling Python may have made some other error of a signal.
         if came or isinstance(error, KeyboardInterrupt):
             print(f"\n{name}: stopped; {stopped}", file=sys.stderr)
             return 128 + (came or error.args or [signal.SIGINT])[0]
         return status_of(name, error)
+
+
+@contextlib.contextmanager
+def on_signals(handler):
+    """Under it, Ctrl-C and SIGTERM (Slurm, docker stop) call the handler."""
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, usual in before.items():
+            signal.signal(number, usual)
 
 
 def status_of(name, error):

@@ -319,9 +319,8 @@ def save_backbone(folder, model, pretrained, **about):
     return fingerprint
 
 
-def check_backbone(folder):
-    """BadInput where the weights of a saved backbone are not those that its config.json was written with."""
-    config = read_config(folder)
+def check_backbone(folder, config):
+    """BadInput where the weights of a saved backbone are not those that its `config` was written with."""
     path = Path(folder, SINGLE)
     if not path.exists() or hash_of([path]) != config.raw.get("koff_fingerprint"):
         raise BadInput(f"{path} is not as it was saved; copy the folder again, or train the run again.")

@@ -3,9 +3,8 @@
 import contextlib
 import json
 import math
-import signal
 
-from data import BadInput, atomic
+from data import BadInput, atomic, on_signals
 
 
 @contextlib.contextmanager
@@ -13,14 +12,8 @@ def stop_signals():
     """Yield a list of the signals that came, Ctrl-C or SIGTERM: the loop ends after its step, never in the middle."""
     # A signal handler may run between any two lines: it only leaves a mark, and the loop looks for it.
     came = []
-    before = {}
-    for number in (signal.SIGINT, signal.SIGTERM):
-        before[number] = signal.signal(number, lambda number, _: came.append(number))
-    try:
+    with on_signals(lambda number, _: came.append(number)):
         yield came
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def read_log(path):

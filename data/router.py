@@ -106,11 +106,11 @@ class Router:
         try:
             router.weight = tensors["weight"].numpy()
             router.threshold = tensors["threshold"].numpy()
-            for name, key, path in about["domains"]:
+            for name, key, text in about["domains"]:
                 router.domains.append(name)
                 router.keys[name] = key
-                if path:
-                    router.paths[name] = path
+                if text:
+                    router.paths[name] = text
         except (LookupError, ValueError, TypeError):
             raise BadInput(f"{path} is not a router of this version; train the run again.") from None
         return router

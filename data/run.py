@@ -230,7 +230,7 @@ class Run:
 
     @cached_property
     def backbone(self):
-        check_backbone(self.folder / "backbone")
+        check_backbone(self.folder / "backbone", self.config)
         return load(self.folder / "backbone", self.dtype, self.device)
 
     def module_path(self, name):

@@ -18,8 +18,7 @@ import torch
 
 import eval as evaluation
 import train
-from test_kill import after_training, check_whole, ends, some_text, start
-from test_modules import add, run  # noqa: F401 (a fixture)
+from test_kill import MAIN, after_training, check_whole, ends, some_text, start
 from test_train import ROOT, flags, make_world, world  # noqa: F401 (a fixture)
 
 # Disks ---------------------------------------------------------------------------------------------------------------
@@ -86,8 +85,7 @@ def test_a_disk_that_cannot_be_written(world, disk, capsys):  # noqa: F811
         ("eval.py", ["rename", out, "french", "francais"]),
     ):
         capsys.readouterr()
-        main = train.main if script == "train.py" else evaluation.main
-        assert main([str(x) for x in argv]) == 2, argv
+        assert MAIN[script]([str(x) for x in argv]) == 2, argv
         assert "Read-only file system" in capsys.readouterr().err
     remount("rw")
     assert ends(place) == before

@@ -304,6 +304,12 @@ def whole(tmp_path_factory):
     return folder
 
 
+def restore(folder):
+    """The world as it was before a case."""
+    shutil.rmtree(folder)
+    shutil.copytree(folder.parent / "copy", folder)
+
+
 def in_shards(base, folder):
     folder.mkdir()
     tensors = load_file(base / "model.safetensors")
@@ -353,8 +359,7 @@ def check(folder, number):
     elif data is not None:
         path.write_bytes(data)
     status, seconds, size, out, err = outcome(script, commands_on(folder)[command], folder)
-    shutil.rmtree(folder)
-    shutil.copytree(folder.parent / "copy", folder)
+    restore(folder)
     said = [line for line in err.splitlines() if not line.startswith("[module: ")]  # which `generate` says first
     one_sentence = len(said) == 1 and said[0].startswith(f"{script}: ")
     good = status == 0 or (status == 2 and one_sentence and seconds < 2)
@@ -369,8 +374,7 @@ def check(folder, number):
 def undamaged(folder, script, command):
     """What a command says on the whole world."""
     *_, out, _ = outcome(script, commands_on(folder)[command], folder)
-    shutil.rmtree(folder)
-    shutil.copytree(folder.parent / "copy", folder)
+    restore(folder)
     return out
 
 
@@ -401,8 +405,7 @@ def test_one_flipped_bit_in_the_middle_is_noticed(whole, name):
         assert status == 0 and not path.exists()  # a report reads the text itself; a training makes the cache anew
     else:
         assert status == 2 and str(path) in err
-    shutil.rmtree(whole)
-    shutil.copytree(whole.parent / "copy", whole)
+    restore(whole)
 
 
 # Programs in the place of data ---------------------------------------------------------------------------------------
@@ -446,5 +449,4 @@ def test_nothing_is_run_that_stands_in_a_file(whole, name, written):
     status, *_, err = outcome("train.py", commands_on(whole)["stopped"], whole)
     assert not made.exists()
     assert "Traceback" not in err and status == (0 if name.endswith(".npy") else 2)  # a cache is made anew
-    shutil.rmtree(whole)
-    shutil.copytree(whole.parent / "copy", whole)
+    restore(whole)
