@@ -59,18 +59,23 @@ TORCH_CANNOT_WRITE = ("inline_container", "iostream error")
 
 @contextlib.contextmanager
 def atomic(path):
-    """Yield a temporary path beside `path`, for a file or a folder; rename it to `path` on success, else remove it.
+    """Yield a temporary path near `path`, for a file or a folder; rename it to `path` on success, else remove it.
 
     A reader of `path` therefore never finds something half-written, whenever the process is killed or the power fails.
     No other process has the same temporary path: where several write `path`, the last one's is there in the end, whole.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    # A folder, because safetensors writes under a name of its own first, which is left there if the process is killed.
+    workplace = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
-        yield partial
+        workplace.mkdir()
+        yield (partial := workplace / path.name)
+        readers = workplace.stat().st_mode & 0o666  # what the umask says, though safetensors lets only the owner read
         for written in (partial, *partial.rglob("*")):
             if written.is_file():
+                if written.stat().st_mode & 0o666 != readers:
+                    written.chmod(readers)
                 with open(written, "rb+") as file:
                     os.fsync(file.fileno())  # else a disk may have the new name before it has the bytes
         os.replace(partial, path)
@@ -80,7 +85,7 @@ def atomic(path):
         # A full disk, as safetensors and as torch.save tell it.
         raise OSError(f"{path} cannot be written ({error}); is the disk full?") from None
     finally:
-        discard(partial)
+        discard(workplace)
 
 
 @contextlib.contextmanager

@@ -1,11 +1,13 @@
 """A module is withheld: does what it held come out again? Somebody who has some of the domain's text makes another.
 
-    python tests/make_withheld.py out/handbook --out out/withheld [--steps 60] [--domains german,spanish]
+    python tests/make_withheld.py out/handbook --out out/withheld [--steps 5,20,60] [--domains german,spanish]
 
 Who has the pretrained model, too, can solve and train a module as the run itself did. Who has no more than the backbone
 and a text trains on next tokens; the same is done on the unpruned model, which knows the domain, and on a random model
-of the backbone's size, which knows nothing. Each with 1, 10 and 100% of the domain's training text. Prints a Markdown
-table of held-out perplexity. What the backbone reaches and the random model does not, it had kept.
+of the backbone's size, which knows nothing. Each with 1, 10 and 100% of the domain's training text, and with as many
+steps as help most: of those in --steps the best is taken. Prints a Markdown table of held-out perplexity. What the
+backbone reaches and the random model does not, it had kept. What was found is kept in the folder of --out: the same
+command goes on from there.
 """
 
 import argparse
@@ -85,11 +87,17 @@ def call(main, *argv):
 def stranger(folder, path, domain, share, steps):
     """The held-out perplexity of `domain` with a module that somebody makes of a share of its text."""
     name = f"{domain}-{steps}-{share}"
+    answers = folder.parent / f"{folder.name}.json"
+    known = json.loads(answers.read_text()) if answers.exists() else {}
+    if name in known:
+        return known[name]
     text = folder.parent / "text" / f"{name}{path.suffix}"
     text.parent.mkdir(exist_ok=True)
     shutil.copy(path, text)
     call(train.main, "--add", text, "--out", folder, "--text", share, "--steps", steps)
     perplexity = saved_results(folder)["perplexity"]["koff"][name]
+    with atomic(answers) as partial:
+        partial.write_text(json.dumps({**known, name: perplexity}))
     call(evaluation.main, "remove", folder, name)
     return perplexity
 
@@ -98,7 +106,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="a finished run")
     parser.add_argument("--out", type=Path, default=Path("out/withheld"), help="working folder [out/withheld]")
-    parser.add_argument("--steps", type=int, default=60, help="steps of a module that is trained [60]")
+    parser.add_argument("--steps", default="5,20,60", help="steps of a module that is trained, with commas [5,20,60]")
     parser.add_argument("--domains", default="", help="some of the run's, with commas; empty: all")
     args = parser.parse_args()
     run = Run(args.run)
@@ -115,10 +123,10 @@ def main():
     with contextlib.redirect_stdout(sys.stderr):  # nobody needs to see the tables of each run
         for who, (folder, ways) in runs_to_add_to(run, args.out).items():
             for way in ways:
+                lengths = [int(n) for n in args.steps.split(",")] if way == "trained" else [0]
                 for share in SHARES:
-                    steps = args.steps if way == "trained" else 0
                     label = f"{who}, {way} on {share:.0%}"
-                    found[label] = {d: stranger(folder, paths[d], d, share, steps) for d in domains}
+                    found[label] = {d: min(stranger(folder, paths[d], d, share, n) for n in lengths) for d in domains}
                     print(f"{label}: {json.dumps(found[label])}")
     rows = {}
     for label, perplexity in found.items():

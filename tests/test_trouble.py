@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 import eval as evaluation
 import koff
 import train
-from data import BadInput, atomic, only_process, run_script, sweeps
+from data import BadInput, atomic, only_process, run_script, sweeps, write_tensors
 from data.corpus import load_text
 from data.hub import model_folder
 from data.settings import PRESETS, ROOT, Settings
@@ -306,6 +306,28 @@ def test_no_two_writers_have_the_same_temporary_name(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a"] and one != two
 
 
+@pytest.mark.parametrize("mask", [0o022, 0o002, 0o077])
+def test_who_may_read_a_file_is_what_the_umask_says(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        write_tensors(tmp_path / "module.safetensors", {"x": torch.ones(1)})  # safetensors: owner only
+        with atomic(tmp_path / "folder") as folder:
+            folder.mkdir()
+            save_file({"x": torch.ones(1)}, folder / "model.safetensors")
+            (folder / "copied.json").write_text("{}")
+            (folder / "copied.json").chmod(0o444)  # as in a folder of models that belongs to somebody else
+    finally:
+        os.umask(before)
+    assert {oct(p.stat().st_mode & 0o777) for p in tmp_path.rglob("*.*")} == {oct(0o666 & ~mask)}
+
+
+def test_what_a_library_leaves_beside_its_file_goes_with_it(tmp_path):
+    with atomic(tmp_path / "file") as partial:
+        partial.with_name(".tmpAbCdEf").write_text("half")
+        partial.write_text("whole")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 # What a folder holds -------------------------------------------------------------------------------------------------
 
 
@@ -327,7 +349,8 @@ def test_fresh_removes_what_this_program_wrote_and_nothing_else(run, capsys):  #
     old = [
         "lape.json",
         "swap.png",
-        ".checkpoint.pt.01234567.part",
+        ".checkpoint.pt.01234567.part/checkpoint.pt",
+        "modules/.french.safetensors.89abcdef.part/.tmpAbCdEf",
         "backbone/chat_template.jinja",
         "later/dutch/checkpoint.pt",
     ]
