@@ -4,6 +4,7 @@ The model answers with the option that it finds most likely. Every answer is a l
 is there, and the same command goes on from them; TASK-VARIANT.json holds what lm-evaluation-harness would write.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -19,9 +20,9 @@ from tqdm import tqdm
 
 from data import BadInput, atomic
 from data.benchmarks import encode, load_items
-from data.checkpoint import load
+from data.checkpoint import digest, load
 from data.hub import model_folder
-from data.run import Run, pick_device, pick_dtype
+from data.run import Run, pick_device, pick_dtype, unpruned_model
 from data.settings import ROOT, Settings
 from data.tables import save, spread, table
 from data.tokenizer import Tokenizer
@@ -105,9 +106,11 @@ def open_variants(name, device, wanted=None):
 
 def model_of(run, variant):
     """The `Model` of a variant; what its module adds comes from `module_for`."""
-    if variant == "unpruned":
+    if variant != "unpruned":
+        return run.backbone
+    if isinstance(run, Pretrained):
         return load(model_folder(run.settings.model), run.dtype, run.device)
-    return run.backbone
+    return unpruned_model(run)
 
 
 def module_for(run, variant, ids):
@@ -121,17 +124,21 @@ def module_for(run, variant, ids):
 # Samples: one for each question --------------------------------------------------------------------------------------
 
 
-def saved_samples(path, config, fresh):
-    """The samples that a stopped command left. The file is then ready for more of them.
+def saved_samples(path, config, items, fresh):
+    """The samples that a stopped command left, of the first of the items. The file is then ready for more of them.
 
-    Its first line is the `config` of the command. BadInput where that differs: the samples answer another question.
+    Its first line is the `config` of the command. BadInput where that differs, or where a sample is of another item.
     """
     samples = []
     if path.exists() and not fresh:
         whole = path.read_bytes().rpartition(b"\n")[0]  # a crash may have cut the last line
         try:
             before, *samples = map(json.loads, whole.split(b"\n"))
-        except ValueError:
+            for item, found in zip(items[: len(samples)], samples, strict=True):
+                expected = sample_of(item, found["module"], found["loglikelihoods"])
+                if found != {**expected, "where": found["where"]}:  # the rows may have moved
+                    before = "damaged"
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             before = "damaged"
         if before != config:
             raise BadInput(f"{path} holds other settings, questions or weights; say --fresh to begin it again.")
@@ -158,19 +165,21 @@ def measure(run, model, variant, items, path, samples):
             if name not in remembered:
                 remembered[name] = remember(model, shared, module)
             scores, _ = log_likelihoods(model, item.context, item.continuations, remembered[name])
-            samples.append({"module": name, "loglikelihoods": scores, **judge(item, scores)})
+            samples.append(sample_of(item, name, scores))
             file.write(json.dumps(samples[-1]) + "\n")
             file.flush()  # now a crash cannot take it back
 
 
-def judge(item, scores):
-    """The sample of a question, given the log-likelihoods of its options.
+def sample_of(item, module, scores):
+    """The sample of a question, given the log-likelihoods of its options with a module.
 
     acc: is the best option right? acc_norm: is the best per character right, which is fair to long options?
     """
     normed = [score / len(option.strip()) for score, option in zip(scores, item.options, strict=True)]
     choice = scores.index(max(scores))
     return {
+        "module": module,
+        "loglikelihoods": scores,
         "where": item.where,
         "subject": item.subject,
         "shots": len(item.shots),
@@ -202,7 +211,10 @@ def bench(args):
         raise BadInput("give a --limit of at least 1 and --shots of at least 0.")
     run, variants = open_variants(args.run, args.device, args.on)
     items = load_items(args.task, args.rows, args.subjects, args.shots, args.limit)
-    git = subprocess.run(["git", "describe", "--always"], cwd=ROOT, capture_output=True, text=True)
+    commit = None
+    with contextlib.suppress(OSError):  # a machine need not have git
+        git = subprocess.run(["git", "describe", "--always"], cwd=ROOT, capture_output=True, text=True)
+        commit = git.stdout.strip() or None
     out = args.out or run.folder / "bench"
     rows = {}
     for variant in variants:
@@ -219,7 +231,7 @@ def bench(args):
             "fingerprint": fingerprint(run, model, variant, prompts),
         }
         path = out / f"{args.task}-{variant}.jsonl"
-        samples = saved_samples(path, config, args.fresh)
+        samples = saved_samples(path, config, prompts, args.fresh)
         measure(run, model, variant, prompts, path, samples)
 
         # The samples of the task, and those of each subject.
@@ -236,7 +248,7 @@ def bench(args):
             "n-shot": dict.fromkeys(groups, len(items[0].shots)),
             "n-samples": {name: {"effective": len(group)} for name, group in groups.items()},
             "config": config,
-            "git_hash": git.stdout.strip() or None,
+            "git_hash": commit,
             "date": time.time(),
         }
         save(out, {f"{path.stem}.json": content})
@@ -244,9 +256,10 @@ def bench(args):
 
 
 def fingerprint(run, model, variant, prompts):
-    """Changes with the questions, the backbone (its config has one of its own) and the modules that are at work."""
+    """Changes with the questions, the model (a backbone's config has a hash of its weights) and the modules at work."""
     asked = [(item.shared, item.context, item.continuations, item.right) for item in prompts]
-    found = hashlib.sha256(repr((asked, model.config.raw)).encode())
+    weights = digest(model_folder(run.settings.model)) if variant == "unpruned" else None
+    found = hashlib.sha256(repr((asked, model.config.raw, weights)).encode())
     for name in run.names:
         if variant in ("routed", name):
             found.update(run.module_path(name).read_bytes())

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import eval as evaluation
 import train
@@ -164,7 +164,7 @@ def test_log_likelihoods_are_those_of_one_plain_pass_per_option_ours_and_transfo
             for logits in model(tokens), peer(tokens).logits:
                 plain = logits[0, at].log_softmax(-1).gather(1, torch.tensor(option)[:, None]).sum().item()
                 assert got == pytest.approx(plain, abs=2e-4)
-        sample = scoring.judge(item, scores)
+        sample = scoring.sample_of(item, None, scores)
         assert sample["choice"] == int(np.argmax(scores)) and sample["acc"] == (sample["choice"] in item.right)
         if task == "arc":
             norm = [x / (len(o) - 1) for x, o in zip(scores, item.options, strict=True)]
@@ -308,6 +308,10 @@ def test_a_run_is_measured_with_all_its_parts_and_routed_by_the_question_alone(w
     assert {p.name for p in (world / "run/bench").iterdir()} == {
         f"arc-{v}.{end}" for v in ("unpruned", "backbone", "routed") for end in ("json", "jsonl")
     }
+    base = load_file(world / "base/model.safetensors")
+    save_file({name: tensor * 1.01 for name, tensor in base.items()}, world / "base/model.safetensors")
+    for more in ([], ["--fresh"]):
+        assert command(world, "mmlu", "--on", "unpruned", *more, run="run") == 2  # what it holds is of another model
 
 
 # Bad input ----------------------------------------------------------------------------------------------------------
@@ -368,6 +372,14 @@ def test_damaged_samples_are_refused_and_ctrl_c_says_that_it_continues(world, ca
     (world / "out").mkdir()
     (world / "out/arc-unpruned.jsonl").write_text("{}\n3\n")
     assert command(world, "arc") == 2 and "say --fresh" in capsys.readouterr().err
+    assert command(world, "arc", "--fresh") == 0
+    path = world / "out/arc-unpruned.jsonl"
+    config, *lines = path.read_text().splitlines()
+    changed = json.loads(lines[0])
+    changed["acc_norm"] = not changed["acc_norm"]
+    for damaged in (["{}"], ["3"], ['{"subject": "x"}'], [json.dumps(changed)], [*lines, *lines], lines[1:]):
+        path.write_text("\n".join([config, *damaged, ""]))
+        assert command(world, "arc") == 2 and "say --fresh" in capsys.readouterr().err
 
     def stopped(*_):
         raise KeyboardInterrupt
