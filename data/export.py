@@ -19,7 +19,7 @@ from torch import nn
 
 import koff
 from data import BadInput, atomic, read_tensors
-from data.checkpoint import load, save_backbone
+from data.checkpoint import load, read_config, save_backbone
 from data.run import Run
 from data.tables import save
 from model import Memory, Model, matrix_name
@@ -174,7 +174,7 @@ def export_dense(folder, run, dense, kept, name):
     check_logits("the dense model", run, lora, dense)
     # The check was in float32; a checkpoint has the dtype that the pretrained one had.
     dense = dense.to(getattr(torch, dense.config.raw["dtype"]))
-    save_backbone(folder, dense, run.folder / "backbone")
+    save_backbone(folder, dense, run.folder / "backbone", koff_backbone=run.config.raw["koff_fingerprint"])
     check_tensors(folder, load(folder, dense.head.dtype).state_dict(), dense.state_dict())
     if name and run.settings.kv_tokens:
         print(f"{name}: a checkpoint has no place for its keys and values; what is merged is LoRA.")
@@ -186,7 +186,12 @@ def export_adapters(folder, run, dense, kept, names):
     rank = run.settings.rank
     tokens = run.settings.kv_tokens
     blocks = len(dense.layers)
+    exported = base / "config.json"
+    if exported.exists() and read_config(base).raw.get("koff_backbone") != run.config.raw["koff_fingerprint"]:
+        raise BadInput(f"{base} is of another run, which was here before; remove it, and export hf again.")
     for name in names:
+        if tokens and f"{name}-kv" in names:
+            raise BadInput(f"{name}-kv is the name of {name}'s keys and values, too; rename that module first.")
         module = expand_module(run.module(name), kept, dense.config)
         check_logits(name, run, run.module(name), dense, module)
         # LoRA and keys and values are an adapter each: peft has no kind that holds both.

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from dataclasses import dataclass
 
 import pytest
@@ -125,6 +126,19 @@ def test_keys_and_values_in_all_blocks_are_a_cartridge_and_a_merged_lora_makes_i
     assert close(theirs(TOKENS).logits, reference(TOKENS, {i: Memory(m.lora) for i, m in whole.items()}))
 
 
+def test_adapters_are_never_for_the_export_of_another_run_nor_for_two_modules_at_once(world, capsys):  # noqa: F811
+    shutil.copy(world / "data/german.txt", world / "data/german-kv.txt")
+    out = finished(world)
+    assert evaluation.main(["export", str(out), "peft"]) == 2 and "german-kv is the name" in capsys.readouterr().err
+    (world / "data/german-kv.txt").unlink()
+    assert train.main([*flags(world, out=out), "--fresh"]) == 0
+    assert evaluation.main(["export", str(out), "hf"]) == 0
+    assert train.main([*flags(world, out=out, seed=1), "--fresh"]) == 0
+    assert evaluation.main(["export", str(out), "peft"]) == 2 and "is of another run" in capsys.readouterr().err
+    shutil.rmtree(out / "export")
+    assert evaluation.main(["export", str(out), "peft"]) == 0
+
+
 def test_an_export_that_differs_is_not_kept_and_a_folder_is_not_overwritten(world, capsys, monkeypatch):  # noqa: F811
     out = finished(world)
     expand, expand_module = export.expand, export.expand_module
@@ -146,8 +160,8 @@ def test_an_export_that_differs_is_not_kept_and_a_folder_is_not_overwritten(worl
         name = max(tensors)
         save(tensors | {name: tensors[name] + 1e-3}, path, metadata)
 
-    def other_checkpoint(folder, dense, source):
-        back(folder, copy.deepcopy(dense).half(), source)
+    def other_checkpoint(folder, dense, source, **about):
+        back(folder, copy.deepcopy(dense).half(), source, **about)
 
     for given, name, fault, words in (
         (["hf"], "expand", other_weight, "differs from the run by"),
