@@ -83,8 +83,11 @@ def write_texts(rows, out, names, wanted):
 
     With several names these are topics, and a row goes to its own.
     """
-    if all((out / f"{name}.jsonl").exists() for name in names):
-        print(f"{', '.join(names)}: already there")
+    there = [out / f"{name}.jsonl" for name in names]
+    if all(path.exists() for path in there):
+        for path in there:
+            texts = path.read_bytes().count(b"\n")
+            print(f"{path}: already there, with {texts:,} texts")
         return
     seen = set()  # digests of what was written: data sets hold some texts twice
     count = dict.fromkeys(names, 0)
