@@ -249,20 +249,19 @@ def evaluate(folder, begun=None, device="auto"):
     """All tables of the run: screen, report.md, results.json. `begun`: when it began, by `time.perf_counter`; None: the
     saved time stays."""
     run, base, text = open_finished(folder, device)
+    for name in run.router.domains if run.settings.memory else ():
+        if name not in run.names:
+            forget = f"or forget the module: eval.py remove {folder} {name}"
+            raise BadInput(f"{run.module_path(name)} does not exist; bring it back, {forget}.")
     # A report that is made again keeps what it cannot measure: the time, and the run that was put beside it.
-    before = {}
-    if not begun:
-        with contextlib.suppress(BadInput):  # there is none, or it is damaged
-            before = saved_results(folder)
+    seconds, pruned = (0.0, {}) if begun else kept_results(folder)
     ppl, swap, ratios_of = perplexities(run, base, text)
-    pruned = before.get("perplexity", {}).get("pruned", {})  # of a run beside this one, see `put_beside`
     if pruned.keys() == text.keys():
         ppl["pruned"] = {domain: pruned[domain] for domain in text}
     total, layers, sizes = sparsity(run, base)
     router = router_quality(run, text)
     if len(swap) > 1:
         router["wrong_route_cost"] = wrong_route_cost(swap)
-    seconds = before.get("seconds", 0.0)
     if begun:
         seconds = round(time.perf_counter() - begun, 1)
     results = {
@@ -277,6 +276,16 @@ def evaluate(folder, begun=None, device="auto"):
         "seconds": seconds,
     }
     save(run.folder, {"report.md": report(results), "results.json": results})
+
+
+def kept_results(folder):
+    """(seconds, perplexity of a run beside this one, see `put_beside`) of the results that are saved; (0, {}): of none,
+    or of damaged ones."""
+    with contextlib.suppress(BadInput), as_saved(folder):
+        before = saved_results(folder)
+        pruned = before["perplexity"].get("pruned", {})
+        return float(before["seconds"]), {domain: float(perplexity) for domain, perplexity in pruned.items()}
+    return 0.0, {}
 
 
 # The report as text --------------------------------------------------------------------------------------------------

@@ -13,13 +13,13 @@ which comes between them; then `loop`.
 
 import argparse
 import contextlib
-import json
 import math
+import os
 import shutil
 import sys
 import time
 import zipfile
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import koff
 from data import BadInput, atomic, discard, only_process, out_of_memory, run_script
-from data.checkpoint import digest, load, read_config, save_backbone, save_gates, save_module
+from data.checkpoint import check_backbone, digest, load, read_config, save_backbone, save_gates, save_module, value_of
 from data.corpus import batch, domain_name, windows
 from data.dryrun import dry_run, enough_memory
 from data.fast import keep_pages
@@ -462,8 +462,7 @@ def save_checkpoint(trainer, text, out, begun, step):
 
 def resume(trainer, text, out, begun):
     """Load the checkpoint of a run folder, or start anew. Returns (the first step to do, when the run began)."""
-    with atomic(out / "settings.json") as partial:
-        partial.write_text(json.dumps(asdict(trainer.s), indent=1) + "\n")
+    trainer.s.to_file(out / "settings.json")
     path = out / "checkpoint.pt"
     if not path.exists():
         trainer.initialise(text.train)
@@ -532,10 +531,15 @@ def train(s, out, fresh=False):
             return
         tidy(out)
         if fresh:  # nothing of an old run goes before the new one is known to work
-            erase(out)
-        with enough_memory(opened.trainer):
-            begun = loop(opened.trainer, opened.text, out, begun)
-        save(opened, out)
+            erase(out, s)
+        saved = (out / "router.safetensors").exists()  # the last part: it was stopped in its evaluation
+        if saved and not (out / "checkpoint.pt").exists():
+            begun = None  # nothing there knows how long it took
+        else:
+            with enough_memory(opened.trainer):
+                begun = loop(opened.trainer, opened.text, out, begun)
+        if not saved:  # else there may be modules that came later
+            save(opened, out)
         del opened  # what follows needs the memory
         evaluate(out, begun, s.device)
         (out / "checkpoint.pt").unlink(missing_ok=True)  # its optimizer state is larger than all that is left
@@ -578,27 +582,32 @@ def add(path, out, given, fresh=False):
     differ from the run's, of `MAY_DIFFER`.
     """
     device = given.get("device") or Settings.from_file(out / "settings.json").device
+    path = Path(os.path.abspath(path))  # links stay: what they lead to may have another name
+    name = domain_name(path)
     with held(out, device) as run:
-        name = domain_name(path)
         texts_of(run)  # BadInput now, rather than in the evaluation, where one of them has changed
         work = out / "later" / name
+        s = settings_to_add(run, given)
+        stopped = work / "settings.json"
+        if stopped.exists() and not fresh and Settings.from_file(stopped) != s:
+            raise BadInput(f"{work} holds a stopped training with other settings; give the same or --fresh.")
         # Both are there where this very command was stopped in its evaluation: then only that is left to do.
-        if not work.exists() or run.router.paths.get(name) != str(path.resolve()):
-            train_module(run, name, path, work, given, fresh)
+        if fresh or not work.exists() or run.router.paths.get(name) != str(path):
+            train_module(run, s, name, path, work, fresh)
         evaluate(out, device=device)
         shutil.rmtree(work)
 
 
-def train_module(run, name, path, work, given, fresh):
+def train_module(run, s, name, path, work, fresh):
     """Train a module on the backbone of a run and make it part of the run. `work`: the folder of this training."""
-    s = settings_to_add(run, name, given)
-    if fresh:
-        discard(work)
-    if (work / "settings.json").exists() and Settings.from_file(work / "settings.json") != s:
-        raise BadInput(f"{work} holds a stopped training with other settings; give the same or --fresh.")
+    if name.lower() in [other.lower() for other in run.router.domains]:  # some disks do not tell a from A
+        raise BadInput(f"{run.folder} has a domain {name} already; remove it first, or rename the text.")
     opened = open_run(s, run.folder, paths={name: path})
     text = opened.text
-    check_same(run.folder, "model", run.config.raw["koff_model"], text.inputs["model"])
+    check_same(run.folder, "model", run.config.raw.get("koff_model"), text.inputs["model"])
+    check_backbone(run.folder / "backbone", run.config)
+    if fresh:
+        discard(work)
     fingerprint = run.config.raw["koff_fingerprint"]
     text.inputs["backbone"] = fingerprint
     # The backbone stays as it is: with its mask frozen from the start, every step is one of `Trainer.recover`.
@@ -609,11 +618,11 @@ def train_module(run, name, path, work, given, fresh):
     # The router comes after the module: it is its row there that makes the module part of the run.
     save_modules(opened.trainer, run.folder, fingerprint)
     run.router.add(name, text.train[name], text.splits[name].key)
-    run.router.paths[name] = str(path.resolve())
+    run.router.paths[name] = str(path)
     run.router.save(run.folder / "router.safetensors")
 
 
-def settings_to_add(run, name, given):
+def settings_to_add(run, given):
     """The settings of a later module: those of its run, but for `given`. BadInput for what cannot be."""
     for setting in given:
         if setting not in MAY_DIFFER:
@@ -621,9 +630,8 @@ def settings_to_add(run, name, given):
             raise BadInput(f"{flag(setting)} cannot differ from that of {run.folder}; with --add give only {allowed}.")
     if not run.names:
         raise BadInput(f"{run.folder} has no modules to which one could be added; train a run with memories.")
-    if name in run.router.domains:
-        raise BadInput(f"{run.folder} has a domain {name} already; remove it first, or rename the text.")
-    first = run.config.raw["koff_domains"]  # how many there were at first, whatever came or went
+    # How many domains there were at first, whatever came or went.
+    first = value_of(run.config.raw, "koff_domains", int, None, run.folder / "backbone/config.json")
     steps = math.ceil(run.settings.steps / first)  # as many as each of them got
     changed = {"steps": steps, **given}
     # One domain and no gates: what chooses among domains, or starts or moves gates, has nothing to do.
@@ -638,7 +646,7 @@ def parse(argv):
     preset or a flag, and `flags`, by a flag.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=PRESETS, default="handbook", help="named settings; flags override them")
+    parser.add_argument("--preset", choices=PRESETS, help="named settings; flags override them [handbook]")
     other = parser.add_mutually_exclusive_group()
     other.add_argument("--sweep", choices=SWEEPS, help="train a named set of runs instead of one, and compare them")
     other.add_argument("--add", type=Path, metavar="TEXT", help="train one more module on the finished run in --out")
@@ -665,8 +673,14 @@ def parse(argv):
         parser.error("--dry-run is for a single run, without --sweep and --add")
     if args.seeds < 1 or (args.seeds > 1 and not args.sweep):
         parser.error("--seeds is for a --sweep, and at least 1")
+    if args.preset and args.add:
+        parser.error("--add takes the settings of its run, without --preset")
+    args.preset = args.preset or "handbook"
     names = [f.name for f in fields(Settings)]
     args.flags = {name: getattr(args, name) for name in names if hasattr(args, name)}
+    for name in args.flags if args.sweep else ():
+        if all(name in row for row in SWEEPS[args.sweep].rows.values()):
+            parser.error(f"{flag(name)} does nothing: each row of --sweep {args.sweep} has its own")
     args.given = absolute({**PRESETS[args.preset], **args.flags})
     args.settings = Settings(**args.given)
     args.out = args.out or Path("out", args.sweep or args.preset)

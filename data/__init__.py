@@ -2,6 +2,7 @@
 read it again, one process at a time in a run folder, one way to end."""
 
 import contextlib
+import errno
 import json
 import os
 import secrets
@@ -151,27 +152,65 @@ def read_tensors(path, device="cpu", ours=True):
     return {name: tensor.to(device) for name, tensor in tensors.items()}, about
 
 
+class Output:
+    """Standard output or error, whose reader may go away (`| head`, or a terminal that is closed): what is written then
+    goes nowhere, and the work goes on. Any other error, a full disk say, is one."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        with self.without_reader():
+            return self.stream.write(text)
+
+    def flush(self):
+        with self.without_reader():
+            self.stream.flush()
+
+    @contextlib.contextmanager
+    def without_reader(self):
+        try:
+            yield
+        except OSError as error:
+            with open(os.devnull, "w") as nowhere:  # what Python has in its buffer goes there, too
+                os.dup2(nowhere.fileno(), self.stream.fileno())
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+
+
 def run_script(name, work, stopped):
     """Exit status of work().
 
     2 and one sentence for what can be foreseen: bad input, an unreadable file, a full disk, no memory. 130 after
-    Ctrl-C, 143 after SIGTERM (Slurm, docker stop). Anything else is a fault of ours: 1, and a traceback to report.
+    Ctrl-C, 143 after SIGTERM (Slurm, docker stop), 129 after SIGHUP (a terminal that is closed). Anything else is a
+    fault of ours: 1, and a traceback to report.
     """
     for stream, mode in ("stdin", "r"), ("stdout", "w"), ("stderr", "w"):
         if getattr(sys, stream) is None:  # somebody closed it
             setattr(sys, stream, open(os.devnull, mode))  # noqa: SIM115
         with contextlib.suppress(AttributeError):  # a stream of a test
             getattr(sys, stream).reconfigure(errors="replace")  # what cannot be shown, or read, becomes a "?"
+    with contextlib.redirect_stdout(Output(sys.stdout)), contextlib.redirect_stderr(Output(sys.stderr)):
+        return watched(name, work, stopped)
+
+
+def watched(name, work, stopped):
+    """Exit status of work(), see `run_script`, with what is said about its end."""
     came = []  # signals
 
     def stop(number, frame):
-        """What is at work tidies up, whether it is Ctrl-C or SIGTERM."""
+        """What is at work tidies up, as after Ctrl-C."""
         came.append(number)
         raise KeyboardInterrupt(number)
 
     try:
         with on_signals(stop):
-            return work()
+            status = work()
+            sys.stdout.flush()  # a full disk is an error while somebody looks
+            return status
     except (Exception, KeyboardInterrupt) as error:
         # A library that was just calling Python may have made some other error of a signal.
         if came or isinstance(error, KeyboardInterrupt):
@@ -182,8 +221,11 @@ def run_script(name, work, stopped):
 
 @contextlib.contextmanager
 def on_signals(handler):
-    """Under it, Ctrl-C and SIGTERM (Slurm, docker stop) call the handler."""
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    """Under it, Ctrl-C, SIGTERM and SIGHUP call the handler."""
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # ignored: nohup
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
@@ -199,6 +241,10 @@ def status_of(name, error):
     if out_of_memory(error):
         less = "a smaller --batch or --seq-len, or --checkpointing; --dry-run says what a training needs"
         print(f"{name}: there is not enough memory; try {less}.", file=sys.stderr)
+        return 2
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        reason = str(error).partition("\n")[0]
+        print(f"{name}: torch cannot compile ({reason}); install what it needs, or say no --compile.", file=sys.stderr)
         return 2
     traceback.print_exception(error)
     print(f"{name}: this is a fault of the program; please report the lines above to its authors.", file=sys.stderr)

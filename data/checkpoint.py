@@ -322,7 +322,8 @@ def save_backbone(folder, model, pretrained, **about):
 def check_backbone(folder, config):
     """BadInput where the weights of a saved backbone are not those that its `config` was written with."""
     path = Path(folder, SINGLE)
-    if not path.exists() or hash_of([path]) != config.raw.get("koff_fingerprint"):
+    known = isinstance(getattr(torch, str(config.raw.get("dtype")), None), torch.dtype)
+    if not known or not path.exists() or hash_of([path]) != config.raw.get("koff_fingerprint"):
         raise BadInput(f"{path} is not as it was saved; copy the folder again, or train the run again.")
 
 

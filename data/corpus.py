@@ -158,7 +158,7 @@ def load_text(path, tokenizer, cache, separator=None, template=None, need=(0, 0)
     # Keyed by the text itself: reading it is quick beside tokenising, and time stamps lie after a checkout.
     text = hashlib.sha256(json.dumps([documents, stream, HELDOUT, separator]).encode()).hexdigest()[:16]
     key = f"{text}-{tokenizer.fingerprint}"
-    cached = Path(cache, f"{path.stem}-{key}.npy")
+    cached = Path(cache, f"{path.stem[:40]}-{key}.npy")  # 255 bytes are the most that a disk takes
     split = Split.read(cached, key) if cached.exists() else None
     if split is None:
         end = [] if stream or separator is None else [separator]

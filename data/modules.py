@@ -1,8 +1,10 @@
 """The modules of a finished run: `python eval.py modules RUN`, `... rename RUN OLD NEW` and `... remove RUN NAME`.
 
-A module is there if its file and its row of the router are there. Both commands below change the router between writing
-and deleting files: wherever they are interrupted, each module has exactly one name.
+A module is there if its file and its row of the router are there. Wherever the commands below are interrupted, each
+module has exactly one name, or none.
 """
+
+import os
 
 from data import BadInput, atomic
 from data.corpus import domain_name
@@ -25,11 +27,14 @@ def list_modules(args):
 def remove_module(args):
     """Delete the module `args.module`."""
     with held(args.run, "cpu") as run:
-        run.module(args.module)  # BadInput if the run has none of this name
-        if len(run.names) == 1:
+        if args.module not in run.router.domains:
+            run.module(args.module)  # BadInput, which says what there is
+        if run.names == [args.module]:
             raise BadInput(f"{args.module} is the only module of {run.folder}; delete the folder instead.")
+        # The file first, which may have to be gone; it is no error if it was lost before.
+        run.module_path(args.module).unlink(missing_ok=True)
         run.router.remove(args.module)
-        finish(run, args.module)
+        save_router(run)
 
 
 def rename_module(args):
@@ -40,18 +45,20 @@ def rename_module(args):
         run.module(old)
         path = run.module_path(new)
         # domain_name refuses what can be no file name; "../x" is one, but of another folder.
-        if domain_name(path) != new or new in run.router.domains:
+        # And some disks do not tell a from A: French would take the place of french.
+        taken = [name.lower() for name in run.router.domains]
+        if domain_name(path) != new or new.lower() in taken:
             raise BadInput(f"{run.folder} cannot have another module {new!r}; give a new name.")
         # The text is still called as the domain was: from now on only the router knows where to find it.
-        text = run.router.paths.get(old) or paths_of(run)[old].resolve()
+        text = run.router.paths.get(old) or os.path.abspath(paths_of(run)[old])
         run.router.rename(old, new, str(text))
         with atomic(path) as partial:
             partial.write_bytes(run.module_path(old).read_bytes())
-        finish(run, old)
+        save_router(run)
+        run.module_path(old).unlink()
 
 
-def finish(run, old):
-    """Save the changed router, then delete the file of the module `old`, which it knows no longer."""
+def save_router(run):
+    """Save the changed router, and say which modules there are now."""
     run.router.save(run.folder / "router.safetensors")
-    run.module_path(old).unlink()
     print(f"{run.folder} holds {', '.join(run.router.domains)}; eval.py report {run.folder} makes its tables again.")

@@ -1,4 +1,4 @@
-"""The progress of a training: its curves on disk, and Ctrl-C or SIGTERM between two steps."""
+"""The progress of a training: its curves on disk, and signals between two steps."""
 
 import contextlib
 import json
@@ -9,7 +9,7 @@ from data import BadInput, atomic, on_signals
 
 @contextlib.contextmanager
 def stop_signals():
-    """Yield a list of the signals that came, Ctrl-C or SIGTERM: the loop ends after its step, never in the middle."""
+    """Yield a list of the signals that came, see `on_signals`: the loop ends after its step, never in the middle."""
     # A signal handler may run between any two lines: it only leaves a mark, and the loop looks for it.
     came = []
     with on_signals(lambda number, _: came.append(number)):

@@ -167,10 +167,12 @@ def finished(s, out, fresh=False):
     if fresh:
         return False
     # The same command finds its own run again; any other would mix two runs in one folder.
+    begun = (out / "checkpoint.pt").exists()
     for name, value in asdict(s).items():
-        if getattr(old, name) != value:
+        moved = begun and name in ("model", "data")  # the checkpoint knows them by their hash, wherever they are
+        if getattr(old, name) != value and not moved:
             raise BadInput(f"{out} holds another run ({flag(name)} differs); name another --out, or say --fresh.")
-    return (out / "results.json").exists() and (out / "router.safetensors").exists()
+    return not begun and (out / "results.json").exists() and (out / "router.safetensors").exists()
 
 
 # All that is written about a run by train.py and report, which hold it,
@@ -186,16 +188,23 @@ WRITTEN = [
 ]  # fmt: skip
 
 
+def half_written(names):
+    """The temporary names of `atomic` for some files."""
+    parts = [name.rpartition("/") for name in names]
+    return [f"{folder}{slash}.{name}.????????.part" for folder, slash, name in parts]
+
+
 def tidy(out):
     """Remove what processes that held a run and were killed had half-written. The folder is held by this one now."""
-    for name in [*HELD, "settings.json", "modules/*.safetensors"]:
-        folder, slash, name = name.rpartition("/")
-        discard_all(out, [f"{folder}{slash}.{name}.????????.part"])  # the temporary names of `atomic`
+    discard_all(out, half_written([*HELD, "settings.json", "modules/*.safetensors"]))
 
 
-def erase(out):
-    """Remove an old run from its folder, but not its settings. What else the folder holds stays."""
-    discard_all(out, WRITTEN)
+def erase(out, s):
+    """Remove an old run from its folder, where the run `s` begins. What else the folder holds stays."""
+    # These make it a run. Whenever the process is killed, what is left is taken for a run that has not begun.
+    discard_all(out, ["results.json", "router.safetensors", "checkpoint.pt"])
+    s.to_file(out / "settings.json")
+    discard_all(out, [*WRITTEN, *half_written(WRITTEN)])
     for path in out.glob("modules/*.safetensors"):
         with contextlib.suppress(BadInput):
             if "backbone" in read_tensors(path)[1]:  # a module of ours

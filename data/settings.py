@@ -2,10 +2,11 @@
 
 import json
 import math
-from dataclasses import dataclass, field, fields
+import os
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-from data import BadInput
+from data import BadInput, atomic
 from koff import GATED, LORA, OBJECTIVES, SCORES, TAILS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -167,6 +168,11 @@ class Settings:
         split = min(first_gated, first_memory) if self.memory else first_gated
         return first_gated, first_memory, split
 
+    def to_file(self, path):
+        """Write the settings as JSON."""
+        with atomic(path) as partial:
+            partial.write_text(json.dumps(asdict(self), indent=1) + "\n")
+
     @classmethod
     def from_file(cls, path):
         """The settings that a run was saved with."""
@@ -187,7 +193,7 @@ def absolute(given):
     for name in PATHS:
         value = given.get(name)
         if value and value != "domains" and Path(value).exists():  # else it is no path: an id on the Hub, say
-            found[name] = str(Path(value).resolve())
+            found[name] = os.path.abspath(value)  # links stay: what they lead to may have another name
     return {**given, **found}
 
 

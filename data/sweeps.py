@@ -6,11 +6,11 @@
 import re
 from dataclasses import dataclass, field
 
-from data import BadInput
+from data import BadInput, only_process
 from data.checkpoint import read_config
 from data.corpus import find_domains
 from data.hub import model_folder
-from data.run import finished, fitting_gates
+from data.run import erase, finished, fitting_gates
 from data.settings import Settings
 from data.tables import save, side_by_side, together
 from koff import GATED
@@ -117,7 +117,7 @@ def sweep(name, given, out, fresh, train, seeds):
 
     One seed shows a direction, three whether it is more than noise.
 
-    `train(settings, folder, fresh)` trains one. All see the same batches in the same order, but for --focus, which
+    `train(settings, folder)` trains one. All see the same batches in the same order, but for --focus, which
     looks at the losses.
     """
     if (out / "settings.json").exists():
@@ -128,14 +128,19 @@ def sweep(name, given, out, fresh, train, seeds):
             find_domains(s.data, s.domains)
             fitting_gates(s, read_config(model_folder(s.model, weights=False)))
             finished(s, folder, fresh)  # BadInput if the folder holds another run
+    # All old runs go before the first new one comes: else a sweep that was stopped would go on with both.
+    for folder, s in [pair for members in runs.values() for pair in members.items()] if fresh else ():
+        if folder.exists():
+            with only_process(folder):
+                erase(folder, s)
     # The table is written again after each row, so that a long sweep can be read while it runs.
     done = {}
     for label, members in runs.items():
         for folder, s in members.items():
-            if finished(s, folder, fresh):
+            if finished(s, folder):
                 continue
             print(f"\n{label}, seed {s.seed}")
-            train(s, folder, fresh)
+            train(s, folder)
         done[label] = list(members)
         save_table(out, name, done)
     print(f"\n{(out / 'sweep.md').read_text()}")

@@ -50,7 +50,8 @@ def terminated(number, frame):
 def child(script, argv, said, begun):
     """What the process of a command does; what it says goes into a file."""
     try:
-        signal.signal(signal.SIGTERM, terminated)  # as the script itself does a little later
+        for number in (signal.SIGTERM, signal.SIGHUP):  # as the script itself does a little later
+            signal.signal(number, terminated)
         begun.touch()
         with open(said, "w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
             status = MAIN[script](argv)
@@ -183,9 +184,9 @@ def test_the_same_life_again_leaves_the_same_bytes(tiny_life, tmp_path):
     assert ends(tmp_path / "life") == expected
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
-def test_a_tiny_run_survives(tiny_life, tmp_path, number):
-    stopped_often(tiny_life, tmp_path, [number], least=12)
+@pytest.mark.parametrize("signals", [[signal.SIGKILL], [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]])
+def test_a_tiny_run_survives(tiny_life, tmp_path, signals):
+    stopped_often(tiny_life, tmp_path, signals, least=12 * len(signals))
 
 
 @pytest.mark.slow

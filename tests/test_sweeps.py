@@ -120,6 +120,11 @@ def test_a_sweep_goes_on_where_it_was_interrupted(world, monkeypatch, capsys):  
     assert "is a run, not a sweep" in capsys.readouterr().err
     assert train.main([*again, "--lora-rate", "1"]) == 2
     assert "--lora-rate differs" in capsys.readouterr().err
+    # With --fresh, too, what was stopped goes on without what had been there before.
+    pressed.clear()
+    assert train.main([*again, "--fresh"]) == 130
+    assert len(list((world / "parts").rglob("results.json"))) == len(rows["pruning only"]["runs"])
+    assert train.main(again) == 0 and outputs(world / "parts") == outputs(world / "whole")
 
 
 def test_the_curve_of_a_run_has_one_line_every_ten_steps_also_after_a_kill(world, monkeypatch):  # noqa: F811

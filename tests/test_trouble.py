@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 import eval as evaluation
 import koff
 import train
-from data import BadInput, atomic, only_process, run_script, sweeps, write_tensors
+from data import BadInput, atomic, discard, only_process, run_script, sweeps, write_tensors
 from data.corpus import load_text
 from data.hub import model_folder
 from data.settings import PRESETS, ROOT, Settings
@@ -97,7 +97,7 @@ def test_a_later_module_gets_its_steps_from_the_first_domains_alone(run):  # noq
     from data.run import Run
 
     def steps():
-        return train.settings_to_add(Run(run), "spanish", {}).steps
+        return train.settings_to_add(Run(run), {}).steps
 
     assert steps() == 8 // 2
     assert add(run) == 0 and steps() == 8 // 2
@@ -241,18 +241,88 @@ def test_a_later_module_that_was_stopped_in_the_evaluation_gets_its_tables(run, 
     assert add(run) == 130
     monkeypatch.setattr(train, "evaluate", evaluating)
     before = (run / "modules/italian.safetensors").read_bytes()
+    capsys.readouterr()
+    for more, words in (
+        (["--steps", "3"], "with other settings"),
+        (["--fresh"], "has a domain italian already"),
+        (["--sparsity", "0.9"], "--sparsity cannot differ"),
+    ):
+        assert add(run, *more) == 2 and words in capsys.readouterr().err
     assert add(run) == 0 and (run / "modules/italian.safetensors").read_bytes() == before
     assert list(json.loads((run / "results.json").read_text())["swap"]) == ["french", "german", "italian"]
     assert not (run / "later/italian").exists()
     assert add(run) == 2 and "has a domain italian already" in capsys.readouterr().err
 
 
+def test_a_run_that_was_stopped_in_the_evaluation_is_only_evaluated(world, monkeypatch):  # noqa: F811
+    out = world / "runs/one"
+    shutil.copy(world / "data/german.txt", world / "italian.txt")
+    evaluating = train.evaluate
+
+    def stopped(*args, **more):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "evaluate", stopped)
+    assert train.main(flags(world)) == 130
+    assert add(out) == 130  # another one comes meanwhile
+    monkeypatch.setattr(train, "evaluate", evaluating)
+    before = files(out)
+    assert evaluation.main(["report", str(out)]) == 0  # it does not know how long the training took,
+    assert train.main(flags(world)) == 0  # the checkpoint does
+    results = json.loads((out / "results.json").read_text())
+    assert list(results["swap"]) == ["french", "german", "italian"] and results["seconds"] > 0
+    assert not (out / "checkpoint.pt").exists()
+    (out / "results.json").unlink()
+    assert train.main(flags(world)) == 0
+    assert list(json.loads((out / "results.json").read_text())["swap"]) == ["french", "german", "italian"]
+    after = files(out)
+    assert {name for name in before if before[name] != after.get(name)} <= {"checkpoint.pt", ".lock"}
+
+
+@pytest.mark.parametrize("turn", range(4))
+def test_wherever_fresh_is_killed_no_ruin_is_called_a_run(run, monkeypatch, turn):  # noqa: F811
+    removed = []
+
+    def killed(path):
+        if len(removed) == turn:
+            raise KeyboardInterrupt
+        removed.append(path)
+        discard(path)
+
+    world = run.parent.parent  # noqa: F811
+    monkeypatch.setattr("data.discard", killed)
+    assert train.main([*flags(world, seed=1), "--fresh"]) == 130
+    monkeypatch.setattr("data.discard", discard)
+    seed = json.loads((run / "settings.json").read_text())["seed"]
+    assert train.main(flags(world, seed=seed)) == 0 and evaluation.main(["report", str(run)]) == 0
+
+
+def test_a_stopped_run_goes_on_where_model_and_text_have_moved(world, monkeypatch):  # noqa: F811
+    assert train.main(flags(world, out=world / "runs/whole")) == 0
+    with ctrl_c_in_step_5(monkeypatch):
+        assert train.main(flags(world)) == 130
+    for name in ("base", "data"):
+        (world / name).rename(world / f"{name}-elsewhere")
+    assert train.main(flags(world, model=world / "base-elsewhere", data=world / "data-elsewhere")) == 0
+    same = {name for name in files(world / "runs/one") if name.endswith(".safetensors")}
+    one, whole = files(world / "runs/one"), files(world / "runs/whole")
+    assert len(same) == 5 and all(one[name] == whole[name] for name in same)
+
+
 def test_a_run_that_lost_its_router_is_not_finished(run, capsys):  # noqa: F811
     (run / "router.safetensors").unlink()
     assert train.main(flags(run.parent.parent)) == 0 and (run / "router.safetensors").exists()
-    (run / "results.json").write_text('{"torn')
-    assert evaluation.main(["report", str(run)]) == 0
-    assert json.loads((run / "results.json").read_text())["perplexity"]
+    results = json.loads((run / "results.json").read_text())
+    for damaged in (
+        '{"torn',
+        json.dumps({**results, "perplexity": []}),
+        json.dumps({**results, "perplexity": {"pruned": 5}}),
+        json.dumps({**results, "perplexity": {"pruned": {"french": "x", "german": None}}}),
+        json.dumps({**results, "seconds": "x"}),
+    ):
+        (run / "results.json").write_text(damaged)
+        assert evaluation.main(["report", str(run)]) == 0
+        assert json.loads((run / "results.json").read_text()) == {**results, "seconds": 0.0}
 
 
 def foreign(tensors):
@@ -297,6 +367,22 @@ def test_closed_streams_stop_no_training(world):  # noqa: F811
     argv = " ".join(flags(world, out=world / "runs/two"))
     done = subprocess.run(f"{sys.executable} {ROOT}/train.py {argv} 2>&- <&- >&-", shell=True)
     assert done.returncode == 0 and (world / "runs/two/report.md").exists()
+
+
+@pytest.mark.parametrize("pipe", ["2>&1 | head -c 30", "2>&1 | true", "2>&1 >/dev/null | head -c 30", "| true"])
+def test_nor_does_a_reader_that_goes_away(world, pipe):  # noqa: F811
+    argv = " ".join(flags(world, out=world / "runs/two"))
+    script = f"set -o pipefail; {sys.executable} {ROOT}/train.py {argv} {pipe}"
+    done = subprocess.run(["bash", "-c", script], env={**os.environ, "TQDM_DISABLE": ""}, capture_output=True)
+    assert done.returncode == 0 and (world / "runs/two/report.md").exists()
+
+
+@pytest.mark.parametrize("to,status", [("> /dev/full", 2), ("| true", 0)])
+@pytest.mark.parametrize("buffered", ["", "1"])
+def test_a_full_disk_is_an_error_and_no_reader_is_none(run, to, status, buffered):  # noqa: F811
+    script = f"set -o pipefail; {sys.executable} {ROOT}/eval.py modules {run} {to}"
+    done = subprocess.run(["bash", "-c", script], env={**os.environ, "PYTHONUNBUFFERED": buffered}, capture_output=True)
+    assert done.returncode == status and done.stderr.count(b"\n") == (status == 2), done.stderr
 
 
 def test_no_two_writers_have_the_same_temporary_name(tmp_path):
@@ -351,6 +437,7 @@ def test_fresh_removes_what_this_program_wrote_and_nothing_else(run, capsys):  #
         "swap.png",
         ".checkpoint.pt.01234567.part/checkpoint.pt",
         "modules/.french.safetensors.89abcdef.part/.tmpAbCdEf",
+        ".lape.json.01234567.part/lape.json",
         "backbone/chat_template.jinja",
         "later/dutch/checkpoint.pt",
     ]
@@ -463,6 +550,13 @@ def test_what_would_be_ignored_is_refused(capsys):
         with pytest.raises(SystemExit):
             train.parse(more)
         assert "--seeds is for a --sweep" in capsys.readouterr().err
+    for more, words in (
+        (["--add", "dutch.txt", "--preset", "solved"], "without --preset"),
+        (["--sweep", "text", "--text", "0.5"], "--text does nothing"),
+    ):
+        with pytest.raises(SystemExit):
+            train.parse(more)
+        assert words in capsys.readouterr().err
 
 
 def test_a_tiny_temperature_is_greedy_and_a_date_is_a_seed(world, capsys):  # noqa: F811
@@ -499,6 +593,7 @@ def test_a_loss_above_709_nats_is_an_infinite_perplexity(run):  # noqa: F811
         (KeyboardInterrupt(), 130, "stopped; again"),
         (KeyboardInterrupt(signal.SIGTERM), 143, "stopped; again"),
         (OSError("x cannot be written; is the disk full?"), 2, "is the disk full?"),
+        (torch._inductor.exc.InvalidCxxCompiler(), 2, "No working C++ compiler"),
         (ZeroDivisionError("division by zero"), 1, "please report the lines above"),
     ],
 )
