@@ -1,6 +1,6 @@
 """A module is withheld: does what it held come out again? Somebody who has some of the domain's text makes another.
 
-    python tests/make_withheld.py out/handbook --out out/withheld [--steps 5,20,60] [--domains german,spanish]
+    python tests/make_withheld.py out/handbook --out out/withheld [--steps 5,60] [--domains german,spanish]
 
 Who has the pretrained model, too, can solve and train a module as the run itself did. Who has no more than the backbone
 and a text trains on next tokens; the same is done on the unpruned model, which knows the domain, and on a random model
@@ -106,7 +106,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="a finished run")
     parser.add_argument("--out", type=Path, default=Path("out/withheld"), help="working folder [out/withheld]")
-    parser.add_argument("--steps", default="5,20,60", help="steps of a module that is trained, with commas [5,20,60]")
+    parser.add_argument("--steps", default="5,60", help="steps of a module that is trained, with commas [5,60]")
     parser.add_argument("--domains", default="", help="some of the run's, with commas; empty: all")
     args = parser.parse_args()
     run = Run(args.run)
