@@ -600,7 +600,7 @@ def add(path, out, given, fresh=False):
 
 def train_module(run, s, name, path, work, fresh):
     """Train a module on the backbone of a run and make it part of the run. `work`: the folder of this training."""
-    if name.lower() in [other.lower() for other in run.router.domains]:  # some disks do not tell a from A
+    if run.router.knows(name):
         raise BadInput(f"{run.folder} has a domain {name} already; remove it first, or rename the text.")
     opened = open_run(s, run.folder, paths={name: path})
     text = opened.text

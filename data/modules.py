@@ -45,9 +45,7 @@ def rename_module(args):
         run.module(old)
         path = run.module_path(new)
         # domain_name refuses what can be no file name; "../x" is one, but of another folder.
-        # And some disks do not tell a from A: French would take the place of french.
-        taken = [name.lower() for name in run.router.domains]
-        if domain_name(path) != new or new.lower() in taken:
+        if domain_name(path) != new or run.router.knows(new):
             raise BadInput(f"{run.folder} cannot have another module {new!r}; give a new name.")
         # The text is still called as the domain was: from now on only the router knows where to find it.
         text = run.router.paths.get(old) or os.path.abspath(paths_of(run)[old])

@@ -58,6 +58,10 @@ class Router:
         own = self.scores(windows(ids[cut:], self.WINDOW))[:, -1]
         self.threshold = np.append(self.threshold, np.quantile(own, 1 - keep))
 
+    def knows(self, name):
+        """Is there a domain of this name? For some disks French is french."""
+        return name.lower() in [domain.lower() for domain in self.domains]
+
     def rename(self, old, new, path):
         """Another name for a domain, whose text stays at `path`."""
         self.domains[self.domains.index(old)] = new

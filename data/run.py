@@ -167,12 +167,12 @@ def finished(s, out, fresh=False):
     if fresh:
         return False
     # The same command finds its own run again; any other would mix two runs in one folder.
-    begun = (out / "checkpoint.pt").exists()
+    stopped = (out / "checkpoint.pt").exists()
     for name, value in asdict(s).items():
-        moved = begun and name in ("model", "data")  # the checkpoint knows them by their hash, wherever they are
+        moved = stopped and name in ("model", "data")  # the checkpoint knows them by their hash, wherever they are
         if getattr(old, name) != value and not moved:
             raise BadInput(f"{out} holds another run ({flag(name)} differs); name another --out, or say --fresh.")
-    return not begun and (out / "results.json").exists() and (out / "router.safetensors").exists()
+    return not stopped and (out / "results.json").exists() and (out / "router.safetensors").exists()
 
 
 # All that is written about a run by train.py and report, which hold it,

@@ -123,13 +123,13 @@ def sweep(name, given, out, fresh, train, seeds):
     if (out / "settings.json").exists():
         raise BadInput(f"{out} is a run, not a sweep; name another folder with --out.")
     runs = runs_of(name, given, out, seeds)
-    for members in runs.values():
-        for folder, s in members.items():  # what cannot work shows before hours are spent
-            find_domains(s.data, s.domains)
-            fitting_gates(s, read_config(model_folder(s.model, weights=False)))
-            finished(s, folder, fresh)  # BadInput if the folder holds another run
+    every = {folder: s for members in runs.values() for folder, s in members.items()}
+    for folder, s in every.items():  # what cannot work shows before hours are spent
+        find_domains(s.data, s.domains)
+        fitting_gates(s, read_config(model_folder(s.model, weights=False)))
+        finished(s, folder, fresh)  # BadInput if the folder holds another run
     # All old runs go before the first new one comes: else a sweep that was stopped would go on with both.
-    for folder, s in [pair for members in runs.values() for pair in members.items()] if fresh else ():
+    for folder, s in every.items() if fresh else ():
         if folder.exists():
             with only_process(folder):
                 erase(folder, s)
