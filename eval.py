@@ -18,6 +18,7 @@ commands do is in `data/`; the imports say where.
 
 import argparse
 import contextlib
+import json
 import math
 import sys
 import time
@@ -31,7 +32,7 @@ import koff
 from data import BadInput, benchmarks, run_script
 from data.analyses import lape_report, probes
 from data.chat import chat, continue_text
-from data.corpus import read_documents, windows
+from data.corpus import lines_of, windows
 from data.export import export
 from data.harness import harness
 from data.modules import list_modules, remove_module, rename_module
@@ -196,10 +197,12 @@ def router_quality(run, text):
     }
     # The default's text has sixteen more translations, which belong to none of its domains.
     if Path(run.settings.data).resolve() == ROOT / "data/handbook":
-        documents, _ = read_documents(ROOT / "data/other_languages.jsonl")
         unsure = []
-        for document in documents:
-            ids = np.array(run.tokenizer.encode(document))
+        for _, line in lines_of(ROOT / "data/other_languages.jsonl"):
+            row = json.loads(line)
+            if run.router.knows(row["language"]):  # it came later
+                continue
+            ids = np.array(run.tokenizer.encode(row["text"]))
             for name in run.router.route(windows(ids, run.router.WINDOW)):
                 unsure.append(name is None)
         quality["unsure_other_languages"] = float(np.mean(unsure))
@@ -382,7 +385,8 @@ def router_and_ledger(results):
     for name in ("removed", "one_module", "all_modules"):
         shown[name] = f"{sizes[name]:,} ({sizes[f'{name}_bytes']:,} bytes"
     removed = f"Of {sizes['total']:,} parameters {shown['removed']}) were removed; "
-    one = f"one module has {shown['one_module']}, {sizes['one_module_share']:.0%} of what was removed); "
+    share = f", {sizes['one_module_share']:.0%} of what was removed" if sizes["removed"] else ""
+    one = f"one module has {shown['one_module']}{share}); "
     return [f"{line}.", f"Sparsity: {physical}, {paper}.", f"{removed}{one}all modules {shown['all_modules']})."]
 
 
@@ -425,12 +429,13 @@ def put_beside(folder, beside):
 def compare(args):
     """One row per finished run; seeds of one run get a mean."""
     rows = {}
-    settings = []
-    for folder in args.runs:
+    kinds = []
+    for folder in dict.fromkeys(args.runs):  # each once
         rows[str(folder)] = together([folder])
-        settings.append({**saved_results(folder)["settings"], "seed": None})
-    if len(rows) > 1 and settings.count(settings[0]) == len(settings):  # they differ in their seeds only
-        rows["mean +/- std"] = together(args.runs)
+        results = saved_results(folder)
+        kinds.append([{**results["settings"], "seed": None}, sorted(results["perplexity"]["unpruned"])])
+    if len(rows) > 1 and kinds.count(kinds[0]) == len(kinds):  # they differ in their seeds only
+        rows["mean +/- std"] = together(list(rows))
     print(side_by_side(rows))
 
 

@@ -93,16 +93,19 @@ def arc(row, where):
 
 
 def bbl(row, where):
-    """As in BIG-bench. The options are the choices themselves; those with the best score are right."""
+    """The usual prompt of BIG-bench, without the words that some tasks have in its place. The options are the choices
+    themselves, in the order of the alphabet: in the files the right one may come first. Those with the best score are
+    right."""
     scores = row["target_scores"]
     best = max(scores.values())
     question = "Q: " + row["input"]
+    options = sorted(scores)
     right = []
-    for i, choice in enumerate(scores):
+    for i, choice in enumerate(options):
         question += "\n  choice: " + choice
         if scores[choice] == best > 0:
             right.append(i)
-    return Item(where, lite_task(Path(where)), "\n", question + "\nA: ", list(scores), right)
+    return Item(where, lite_task(Path(where)), "\n", question + "\nA: ", options, right)
 
 
 # task: (examples before a question, the function for its rows, pattern of the files of questions, of those of examples)
@@ -162,7 +165,8 @@ def items_by_subject(task, folder, pattern):
                 item = item_of(row, where)  # it takes the row's columns as they should be
             except (LookupError, TypeError, ValueError, AttributeError) as error:
                 raise BadInput(f"{where} is no row of {task} ({error!r}); mend or remove it.") from None
-            if not item.right or item.right[0] not in range(len(item.options)):
+            answer = item.right[0] if item.right else None
+            if type(answer) is not int or answer not in range(len(item.options)):
                 raise BadInput(f"{where}: its answer is not among its choices; mend or remove the row.")
             subjects.setdefault(item.subject, []).append(item)
     if not subjects:
@@ -186,7 +190,7 @@ def load_items(task, rows, subjects=(), shots=None, limit=None):
     solved = items_by_subject(task, folder, examples) if examples and shots else questions
     first = 0 if examples else shots  # what is an example is not asked as well
     items = []
-    for subject in subjects or questions:
+    for subject in dict.fromkeys(subjects or questions):
         if subject not in questions:
             raise BadInput(f"{task} has no subject {subject!r} in {rows}; --subjects can name {', '.join(questions)}.")
         asked = questions[subject][first:][:limit]

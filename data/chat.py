@@ -100,8 +100,8 @@ def continue_text(args):
     check_sampling(args)
     run = Run(args.run, args.device)
     from_file = args.prompt.startswith("@")
-    # Every prompt of the file is read before the first is answered: a bad line is told at once.
-    prompts = read_prompts(Path(args.prompt[1:])) if from_file else [args.prompt]
+    # Every prompt of the file is looked at before the first is answered: a bad line is told at once.
+    prompts = read_prompts(Path(args.prompt[1:]), run, args.tokens) if from_file else [args.prompt]
     for prompt in prompts:
         module, why = pick_module(run, prompt, args.module)
         pieces = stream(run, prompt, module, args)
@@ -114,8 +114,11 @@ def continue_text(args):
             show(pieces)
 
 
-def read_prompts(path):
-    """The prompts of a file: its lines, or the "prompt" of each line of a .jsonl. BadInput names a line without one."""
+def read_prompts(path, run, new):
+    """The prompts of a file: its lines, or the "prompt" of each line of a .jsonl. BadInput names a line without one,
+    or with one that is empty or leaves no room for `new` tokens."""
+    memory = run.settings.kv_tokens if run.names else 0
+    room = run.config.max_position_embeddings - memory - len(run.tokenizer.bos) - new
     prompts = []
     for where, line in lines_of(path):
         prompt = line
@@ -126,6 +129,9 @@ def read_prompts(path):
                 prompt = None
         if not isinstance(prompt, str):
             raise BadInput(f'{where} has no "prompt" that is a text; mend or remove the line.')
+        length = len(run.tokenizer.encode(prompt))
+        if not 0 < length <= room:
+            raise BadInput(f"{where} has a prompt of {length} tokens; there is room for 1 to {room}: mend the line.")
         prompts.append(prompt)
     return prompts
 

@@ -46,11 +46,16 @@ def read_config(folder):
             turns = eos_ids(json.loads(path.read_text(encoding="utf-8")))
             every = dict.fromkeys(config.eos_token_ids + turns)  # each once, in this order
             config = replace(config, eos_token_ids=tuple(every))
-        return config
     except OSError as error:
         raise BadInput(f"{path} cannot be read ({error.strerror}); give the folder of a checkpoint.") from None
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise BadInput(f"{path} is not a valid {path.name} ({error}); download it again.") from None
+    try:
+        with torch.device("meta"):  # shapes without numbers
+            Model(config)
+    except Exception:  # of another kind for each kind of wrong number
+        raise BadInput(f"{folder}: no model has the sizes of its config.json; take the checkpoint's own.") from None
+    return config
 
 
 def parse_config(raw, where="config.json"):
@@ -134,7 +139,7 @@ def eos_ids(raw):
     for number in ids:
         if type(number) is not int or not -1 <= number < 1e9:  # some configs say -1 for none
             raise ValueError(f"eos_token_id {number!r} is no id")
-    return ids
+    return tuple(number for number in ids if number >= 0)
 
 
 def rope_scaling(raw, rope, context, where):
@@ -234,11 +239,8 @@ def load(folder, dtype=torch.float32, device="cpu"):
     Every tensor name and shape has to be accounted for. Raises BadInput otherwise.
     """
     config = read_config(folder)
-    try:
-        with torch.device("meta"):  # shapes without numbers: the file brings these
-            model = Model(config)
-    except Exception:  # of another kind for each kind of wrong number
-        raise BadInput(f"{folder}: no model has the sizes of its config.json; take the checkpoint's own.") from None
+    with torch.device("meta"):  # shapes without numbers: the file brings these
+        model = Model(config)
     expected = model.state_dict()
     state = {}
     # Shard by shard, tensor by tensor: never two copies of the model in memory.

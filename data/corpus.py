@@ -29,6 +29,11 @@ JUDGED = 256  # tokens of each text by which the passages are judged that a KV m
 # Text ----------------------------------------------------------------------------------------------------------------
 
 
+def format_of(path):
+    """How its name ends, in small letters: some systems write .TXT."""
+    return path.suffix.lower()
+
+
 def read_text(path):
     """The text of a file; BadInput if it is not UTF-8."""
     raw = path.read_bytes()
@@ -54,12 +59,16 @@ def read_documents(path, template=None):
     if path.is_dir():
         documents = []
         for file in sorted(path.glob(VISIBLE)):
-            if file.suffix in FORMATS:
+            if file.is_dir():
+                raise BadInput(f"{file} is a folder in that of a domain, where files are read; move them one up.")
+            if format_of(file) in FORMATS:
                 documents += read_documents(file, template)[0]
         return documents, False
-    if path.suffix == ".txt":
+    if format_of(path) in FORMATS and not path.is_file():
+        raise BadInput(f"{path} is no file that can be read to its end; give a .txt, a .jsonl or a folder of them.")
+    if format_of(path) == ".txt":
         return [read_text(path)], True
-    if path.suffix != ".jsonl":
+    if format_of(path) != ".jsonl":
         raise BadInput(f"{path} is neither a .txt nor a .jsonl; rename it or give a folder of them.")
     documents = []
     for where, line in lines_of(path):
@@ -76,8 +85,9 @@ def text_of(line, where, template):
     """The text of one line of a .jsonl, which stands at `where`; BadInput if it has none."""
     try:
         row = json.loads(line)
-        if isinstance(row.get("text"), str):
-            return row["text"]
+        text = row.get("text")
+        if isinstance(text, str) and (text or "messages" not in row):
+            return text
         # One message at least, and each has a role, a text: templates skip a role that they do not know. What else it
         # may hold is for the template to say: content can be null beside a tool call, or a list.
         if {type(message["role"]) for message in row["messages"]} != {str}:
@@ -129,14 +139,17 @@ class Split:
             path.unlink()
 
 
-def split_text(documents, stream, path):
-    """(training texts, held-out texts): the last `HELDOUT` of the documents, or of the stream from `path`."""
+def split_text(documents, stream, path, least=1):
+    """(training texts, held-out texts): the last `HELDOUT` of the documents, or of the stream from `path`. Where at
+    `least` 0 tokens are held out, a single document is trained on."""
     if stream:
         text = documents[0]
         end = int(len(text) * (1 - HELDOUT))
         near = int(end - len(text) * HELDOUT / 2)
         cut = text.rfind("\n", near, end) + 1 or end  # where a line ends, if one does near there; else anywhere
         return [text[:cut]], [text[cut:]]
+    if len(documents) == 1 and not least:
+        return documents, []
     if len(documents) == 1:
         raise BadInput(f"{path} has one document only, so that none can be held out; add documents or make it a .txt.")
     cut = len(documents) - max(1, round(len(documents) * HELDOUT))
@@ -162,7 +175,7 @@ def load_text(path, tokenizer, cache, separator=None, template=None, need=(0, 0)
     split = Split.read(cached, key) if cached.exists() else None
     if split is None:
         end = [] if stream or separator is None else [separator]
-        parts = [encode(texts, tokenizer, end) for texts in split_text(documents, stream, path)]
+        parts = [encode(texts, tokenizer, end) for texts in split_text(documents, stream, path, need[1])]
         split = Split(*parts, key, cached)
     check_length(path, "training", split.train, need[0], "--seq-len or --batch")
     check_length(path, "held-out", split.heldout, need[1], "--eval-len")
@@ -171,7 +184,7 @@ def load_text(path, tokenizer, cache, separator=None, template=None, need=(0, 0)
 
 def encode(texts, tokenizer, end):
     """int32 ids of texts in a row, each between the tokenizer's bos and `end`."""
-    ids = []
+    ids = [np.array([], np.int32)]
     for text in texts:
         # An array for each text: a list of all ids would need eight times the memory.
         ids.append(np.array(tokenizer.encode(text, bos=True) + end, np.int32))
@@ -204,14 +217,15 @@ def find_domains(folder, only="", least=1):
 
     only: names with commas between, or a number: so many, in the order of their files; empty: all.
     """
-    paths = domains_in(Path(folder))
+    names = only.split(",") if only and not only.isdecimal() else None
+    paths = domains_in(Path(folder), names)
     chosen = list(paths)
     if only.isdecimal():
         chosen = chosen[: int(only)]
         if not 0 < int(only) <= len(paths):
             raise BadInput(f"--domains is {only}, and {folder} holds {len(paths)} domains; give 1 to that many.")
-    elif only:
-        chosen = only.split(",")
+    elif names:
+        chosen = names
     for name in chosen:
         if name not in paths:
             raise BadInput(f"{folder} has no domain {name!r}; --domains can name {', '.join(paths)}.")
@@ -222,14 +236,16 @@ def find_domains(folder, only="", least=1):
     return found
 
 
-def domains_in(folder):
-    """{domain: path}, all that a folder holds."""
+def domains_in(folder, names=None):
+    """{domain: path}, all that a folder holds, or those of the names that it has."""
     if not folder.is_dir():
         raise BadInput(f"{folder} is not a folder; give one with a <domain>.txt, .jsonl or sub-folder per domain.")
     paths = {}
     for path in sorted(folder.glob(VISIBLE)):
-        if not path.is_dir() and path.suffix not in FORMATS:
+        if not path.is_dir() and format_of(path) not in FORMATS:
             continue  # a README, say
+        if names is not None and path.name not in names and path.stem not in names:
+            continue
         name = domain_name(path)
         if name in paths:
             raise BadInput(f"{folder} has the domain {name} twice ({paths[name].name}, {path.name}); keep one.")

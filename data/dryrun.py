@@ -4,6 +4,7 @@ Its steps run on fake tensors, which have shapes and no numbers, and what they w
 """
 
 import contextlib
+import math
 import weakref
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -144,7 +145,7 @@ def estimate(s, Trainer, domains=None):
         tokens = torch.zeros(s.batch, s.seq_len, dtype=torch.int64)
         phases = {}
         if s.gate_init in koff.SCORES:
-            phases["score"] = scoring(usage, trainer, tokens)
+            phases["score"] = scoring(usage, trainer, tokens, domains)
         context = 0
         if s.kv_from_text:
             before = usage.now
@@ -186,11 +187,12 @@ def usage_of(usage, function, *args):
     return usage.peak - before, usage.operations
 
 
-def scoring(usage, trainer, tokens):
+def scoring(usage, trainer, tokens, domains):
     s = trainer.s
     size, operations = usage_of(usage, koff.SCORES[s.gate_init], trainer.model, trainer.gates, [[tokens]])
-    what = f"to score the gates, {s.batch} sequences at a time: {s.fisher_sequences} x {s.seq_len} tokens"
-    return Phase(size, operations, s.fisher_sequences / s.batch, what)
+    batches = domains * math.ceil(s.fisher_sequences / (s.batch * domains))  # as `Trainer.initialise` draws them
+    what = f"to score the gates, {s.batch} sequences at a time: {batches * s.batch} x {s.seq_len} tokens"
+    return Phase(size, operations, batches, what)
 
 
 def judging(usage, trainer, domains):

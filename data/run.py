@@ -19,7 +19,7 @@ import koff
 from data import BadInput, discard, discard_all, only_process, read_tensors
 from data.chat_template import ChatTemplate
 from data.checkpoint import BESIDE, SINGLE, check_backbone, digest, load, load_gates, load_module, read_config
-from data.corpus import Split, find_domains, load_text, passages
+from data.corpus import Split, domains_in, find_domains, load_text, passages
 from data.hub import model_folder
 from data.router import Router
 from data.settings import Settings, flag
@@ -34,7 +34,7 @@ def pick_device(name):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError):  # torch has no device of that name or number
+    except (RuntimeError, AssertionError, ImportError):  # torch has no device of that name or number
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
         raise BadInput(f"--device {name!r} is not there; give cpu, or cuda where torch finds a GPU.")
@@ -58,7 +58,14 @@ def pick_dtype(name, device):
 
 
 def fitting_gates(s, config):
-    """The gates of a run on a model; BadInput where --blocks or --sparsity ask for more than it has."""
+    """The gates of a run on a model; BadInput where --blocks, --sparsity or --seq-len ask for more than it has."""
+    if any(config.rows_left):
+        raise BadInput(f"{s.model} is a backbone, from which channels are gone already; name the pretrained model.")
+    # A memory's tokens take positions too.
+    longest = max(s.seq_len, s.eval_len) + s.kv_tokens
+    if longest > config.max_position_embeddings:
+        limit = config.max_position_embeddings
+        raise BadInput(f"{longest} tokens, --kv-tokens included, exceed the model's context of {limit}; lower them.")
     for name in ("blocks", "memory_blocks"):
         wanted = getattr(s, name)
         if wanted > config.num_hidden_layers:
@@ -111,16 +118,11 @@ class TextReader:
         )
 
 
-def read_training_text(s, reader, config, paths=None):
-    """The `Text` of a run; BadInput where it is too short, or a sequence too long for the model.
+def read_training_text(s, reader, paths=None):
+    """The `Text` of a run; BadInput where it is too short.
 
     `paths` {domain: its text}: where it is not that of `s.data`.
     """
-    # A memory's tokens take positions too.
-    longest = max(s.seq_len, s.eval_len) + s.kv_tokens
-    if longest > config.max_position_embeddings:
-        limit = config.max_position_embeddings
-        raise BadInput(f"{longest} tokens, --kv-tokens included, exceed the model's context of {limit}; lower them.")
     if paths is None:
         paths = find_domains(s.data, s.domains, least=1 if s.domains else 2)
     memories_learn = s.steps - s.gate_steps if s.order == "prune-first" else s.steps
@@ -312,9 +314,10 @@ def texts_of(run):
 def paths_of(run):
     """{domain: path of its text}: in the folder that the run was trained on, or where a later domain was found."""
     # The router's own paths win: of domains that came later, or were renamed.
-    there = find_domains(run.settings.data) | run.router.paths
+    names = run.names or run.router.domains
+    there = domains_in(Path(run.settings.data), names) | run.router.paths
     paths = {}
-    for name in run.names or run.router.domains:
+    for name in names:
         if name not in there:
             raise BadInput(f"{run.settings.data} has no {name}, on which {run.folder} was trained.")
         paths[name] = Path(there[name])

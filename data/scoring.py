@@ -207,8 +207,8 @@ def summary(samples):
 
 def bench(args):
     """Measure a run, or a pretrained model, on a task: a table on the screen, samples and results in files."""
-    if (args.limit is not None and args.limit < 1) or (args.shots or 0) < 0:
-        raise BadInput("give a --limit of at least 1 and --shots of at least 0.")
+    if (args.limit is not None and args.limit < 1) or not 0 <= (args.shots or 0) <= 100:
+        raise BadInput("give a --limit of at least 1 and --shots of 0 to 100.")
     run, variants = open_variants(args.run, args.device, args.on)
     items = load_items(args.task, args.rows, args.subjects, args.shots, args.limit)
     commit = None

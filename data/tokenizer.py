@@ -28,6 +28,7 @@ DIALECT = r"\\[^\WpPsSdDrnt]|(?<!\[)\^|\$|&&|\[[^\]]*\[|\d\}\+|\(\?(?!i:)[\w^~-]
 
 # A byte-level vocabulary writes each byte as one visible character: itself where it has a shape, else from U+0100 on.
 SHAPELESS = [*range(33), *range(127, 161), 173]
+LONGEST = 1024  # characters of a token: those of models have a few hundred at most, and much longer ones take hours
 BYTE_OF = {chr(byte): byte for byte in range(256) if byte not in SHAPELESS}
 for number, byte in enumerate(SHAPELESS):
     BYTE_OF[chr(256 + number)] = byte
@@ -155,11 +156,12 @@ class Tokenizer:
         return self.decode_bytes(ids).decode(errors="replace")
 
     def decode_bytes(self, ids):
-        """Bytes of `ids`, for streaming: one token may end inside a character. ValueError on an unknown id."""
-        try:
-            return b"".join([self._bytes[id] for id in ids])
-        except KeyError as error:
-            raise ValueError(f"token id {error} is not in the vocabulary of {self.vocab_size}") from None
+        """Bytes of `ids`, for streaming: one token may end inside a character. An id between others that stands for
+        nothing has none; ValueError on one outside."""
+        for id in ids:
+            if not 0 <= id < self.vocab_size:
+                raise ValueError(f"token id {id} is not in the vocabulary of {self.vocab_size}")
+        return b"".join([self._bytes.get(id, b"") for id in ids])
 
 
 def cut_out(added, text):
@@ -194,6 +196,8 @@ def merge_order(merges, vocab):
         left, right = merge.split(" ") if isinstance(merge, str) else merge  # older files have "a b", newer ["a", "b"]
         if not {left, right, left + right} <= vocab.keys():
             raise BadInput(f"the merge {left!r} + {right!r} is not in the vocabulary; download the file again.")
+        if len(left + right) > LONGEST:
+            raise BadInput(f"a merge makes a token of more than {LONGEST} characters; do not trust the file.")
         ranks[left, right] = rank
     entries = set(map("".join, ranks))
     last = {last_parts(entry, ranks) for entry in entries if is_byte_level(entry)}

@@ -138,11 +138,12 @@ def test_generate_answers_a_file_of_prompts(run, tmp_path, capsys):
         assert evaluation.main([*given, f"@{tmp_path / name}"]) == 0
         lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
         assert [line["prompt"] + line["text"] + "\n" for line in lines] == single
-    for line in '{"text": 1}', '{"prompt": 3}', '["prompt"]', "{":
+    too_long = json.dumps({"prompt": "Der Kernel " * 500})
+    for line in '{"text": 1}', '{"prompt": 3}', '["prompt"]', "{", '{"prompt": ""}', too_long:
         (tmp_path / "p.jsonl").write_text('{"prompt": "Der Kernel"}\n' + line)
         assert evaluation.main([*given, f"@{tmp_path / 'p.jsonl'}"]) == 2
         shown = capsys.readouterr()
-        assert "p.jsonl:2 has no" in shown.err and not shown.out  # nothing is answered before all prompts are read
+        assert "p.jsonl:2 has " in shown.err and not shown.out  # nothing is answered before all prompts are read
     for wrong in "@nowhere", "":
         assert evaluation.main([*given, wrong]) == 2
         assert capsys.readouterr().err.splitlines()[-1].startswith("eval.py: ")

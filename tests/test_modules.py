@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from data import tables
 from data.checkpoint import parse_config
 from data.router import Router
 from data.run import Run, open_finished
+from data.settings import Settings
+from data.tokenizer import Tokenizer
 from model import Model
 from test_train import CONFIG, ROOT, ctrl_c_in_step_5, flags, world  # noqa: F401 (a fixture)
 
@@ -169,6 +172,27 @@ def test_what_cannot_be_is_one_sentence(run, capsys):
         err = capsys.readouterr().err
         assert words in err and err.count("\n") == 1
         assert files(run) == before
+
+
+def test_a_backbone_is_no_pretrained_model(run, capsys):
+    out = run.parent.parent / "again"
+    for more in ([], ["--dry-run"]):
+        assert train.main([*flags(run.parent.parent, model=run / "backbone", out=out), *more]) == 2
+        assert "is a backbone, from which channels are gone" in capsys.readouterr().err and not out.exists()
+
+
+def test_a_language_that_came_later_is_no_other_language():
+    router, ids = Router(), np.arange(2000) % 97
+    tokenizer = Tokenizer.from_folder(ROOT / "data/base")
+    router.add("german", ids, "key")
+    run = SimpleNamespace(router=router, tokenizer=tokenizer, settings=Settings())
+    text = {"german": SimpleNamespace(heldout=ids)}
+    before = evaluation.router_quality(run, text)["other_windows"]
+    router.add("dutch", ids, "key")
+    languages = [json.loads(line) for line in (ROOT / "data/other_languages.jsonl").open(encoding="utf-8")]
+    dutch = [row["text"] for row in languages if row["language"] == "dutch"]
+    windows = sum(len(tokenizer.encode(text)) // router.WINDOW for text in dutch)
+    assert before - evaluation.router_quality(run, text)["other_windows"] == windows > 10
 
 
 def test_a_text_that_is_a_link_keeps_its_own_name(run):

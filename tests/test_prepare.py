@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import random
 import sys
 from itertools import pairwise
@@ -196,9 +197,38 @@ def test_domains_are_found_by_name_or_number_and_nothing_hidden_counts(tmp_path)
     ):  # fmt: skip
         with pytest.raises(BadInput, match=message):
             find_domains(tmp_path, only, least)
+    (tmp_path / "my notes.txt").write_text("x")
+    assert list(find_domains(tmp_path, "d,a")) == ["a", "d"]  # of which nobody asked
+    with pytest.raises(BadInput, match="a domain's name"):
+        find_domains(tmp_path)
+    (tmp_path / "my notes.txt").rename(tmp_path / "SPANISH.TXT")
+    assert list(find_domains(tmp_path)) == ["SPANISH", "a", "b", "d"]
     (tmp_path / "a.txt").write_text("x")
     with pytest.raises(BadInput, match="the domain a twice"):
         find_domains(tmp_path)
+
+
+def test_no_text_is_left_out_without_a_word(tmp_path):
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d/one.TXT").write_text("one")
+    rows = [{"text": "", "messages": [{"role": "user", "content": "two"}]}, {"text": ""}]
+    (tmp_path / "d/two.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert read_documents(tmp_path / "d", lambda messages, **_: messages[0]["content"])[0] == ["one", "two", ""]
+    (tmp_path / "d/later").mkdir()
+    with pytest.raises(BadInput, match="later is a folder in that of a domain"):
+        read_documents(tmp_path / "d")
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(BadInput, match=r"pipe\.txt is no file"):
+        read_documents(tmp_path / "pipe.txt")
+
+
+def test_one_document_is_enough_where_none_is_held_out(tmp_path):
+    (tmp_path / "one.jsonl").write_text(json.dumps({"text": "some words " * 20}))
+    tokenizer = Tokenizer.from_folder(ROOT / "data/base")
+    split = load_text(tmp_path / "one.jsonl", tokenizer, tmp_path / "cache")
+    assert len(split.train) >= 40 and not len(split.heldout)
+    with pytest.raises(BadInput, match="one document only"):
+        load_text(tmp_path / "one.jsonl", tokenizer, tmp_path / "cache", need=(0, 1))
 
 
 def test_half_of_the_buckets_are_of_unigrams_and_half_of_bigrams():

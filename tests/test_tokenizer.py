@@ -564,6 +564,16 @@ def test_what_is_wrong_with_a_vocabulary_is_said():
             Tokenizer({"model": model, "pre_tokenizer": sequence(SPLIT, BYTES)}, "x")
 
 
+def test_a_token_that_takes_hours_to_read_is_refused_and_an_id_that_is_none_writes_nothing():
+    sizes = [2**n for n in range(14)]
+    vocab = {"a" * size: number for number, size in enumerate(sizes)}
+    merges = [["a" * size, "a" * size] for size in sizes[:-1]]
+    with pytest.raises(BadInput, match="more than 1024 characters"):
+        Tokenizer({"model": {"vocab": vocab, "merges": merges}, "pre_tokenizer": sequence(SPLIT, BYTES)}, "x")
+    model = {"vocab": {"a": 0, "b": 5}, "merges": []}
+    assert Tokenizer({"model": model, "pre_tokenizer": sequence(SPLIT, BYTES)}, "x").decode([0, 3, 5]) == "ab"
+
+
 def token(content, id, normalized=False):
     return {"id": id, "content": content, "normalized": normalized, "special": False, "single_word": False,
             "lstrip": False, "rstrip": False}  # fmt: skip

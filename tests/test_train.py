@@ -432,6 +432,10 @@ def few_rows(world):
     (world / "base/config.json").write_text(json.dumps({**CONFIG, "vocab_size": 4000}))
 
 
+def config_with(**more):
+    return lambda world: (world / "base/config.json").write_text(json.dumps({**CONFIG, **more}))
+
+
 def list_config(world):
     (world / "base/config.json").write_text("[]")
 
@@ -495,6 +499,9 @@ BAD = {
     "too many blocks": (nothing, dict(blocks=9), "has 3 blocks"),
     "a device that is none": (nothing, dict(device="gpu"), "is not there"),
     "a number that is none": (nothing, dict(device="cpu:x"), "is not there"),
+    "a device of another torch": (nothing, dict(device="hpu"), "is not there"),
+    "sizes that no model has": (config_with(hidden_size=2**62), {}, "no model has the sizes"),
+    "rows that no matrix has": (config_with(koff_kept=[1, 2, 3]), {}, "no model has the sizes"),
     "no GPU": (nothing, dict(device="cuda"), "is not there"),
     "ids beyond the embedding": (few_rows, {}, "tokenizer.json has ids beyond"),
     "beyond the context": (nothing, dict(eval_len=254), "257 tokens, --kv-tokens included, exceed"),
@@ -555,7 +562,13 @@ def test_finished_runs_are_compared_and_generate_text(world, capsys):
     swaps = [json.loads((world / f"runs/{i}/results.json").read_text())["perplexity"] for i in (0, 1)]
     koff = [np.mean([p["koff"][d] / x for d, x in p["unpruned"].items()]) for p in swaps]
     assert f"| {np.mean(koff):.3f} +/- {np.std(koff, ddof=1):.3f} |" in rows[-1] and " 0.050 |" in rows[-1]
+    assert evaluation.main(["compare", *[str(world / f"runs/{i}") for i in (0, 0, 1)]]) == 0
+    assert capsys.readouterr().out.splitlines() == rows  # each run counts once
     other = json.loads((world / "runs/1/results.json").read_text())
+    fewer = {**other, "perplexity": {kind: {"german": 1.0} for kind in other["perplexity"]}}
+    (world / "runs/1/results.json").write_text(json.dumps(fewer))  # nor has what has another domain
+    assert evaluation.main(["compare", str(world / "runs/0"), str(world / "runs/1")]) == 0
+    assert "+/-" not in capsys.readouterr().out
     other["settings"]["rank"] = 7  # runs that differ by more than the seed have no mean
     (world / "runs/1/results.json").write_text(json.dumps(other))
     assert evaluation.main(["compare", str(world / "runs/0"), str(world / "runs/1")]) == 0
