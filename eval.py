@@ -37,7 +37,7 @@ from data.export import export
 from data.harness import harness
 from data.modules import list_modules, remove_module, rename_module
 from data.pictures import plot
-from data.run import Run, TextReader, held, open_finished, starting_context, unpruned_model
+from data.run import Run, TextReader, check_complete, held, open_finished, starting_context, unpruned_model
 from data.scoring import bench
 from data.settings import ROOT
 from data.tables import as_saved, ledger, ratios, save, saved_results, side_by_side, table, together
@@ -252,10 +252,7 @@ def evaluate(folder, begun=None, device="auto"):
     """All tables of the run: screen, report.md, results.json. `begun`: when it began, by `time.perf_counter`; None: the
     saved time stays."""
     run, base, text = open_finished(folder, device)
-    for name in run.router.domains if run.settings.memory else ():
-        if name not in run.names:
-            forget = f"or forget the module: eval.py remove {folder} {name}"
-            raise BadInput(f"{run.module_path(name)} does not exist; bring it back, {forget}.")
+    check_complete(run)
     # A report that is made again keeps what it cannot measure: the time, and the run that was put beside it.
     seconds, pruned = (0.0, {}) if begun else kept_results(folder)
     ppl, swap, ratios_of = perplexities(run, base, text)

@@ -39,6 +39,7 @@ from data.router import Router
 from data.run import (
     Text,
     TextReader,
+    check_complete,
     check_same,
     erase,
     finished,
@@ -585,7 +586,9 @@ def add(path, out, given, fresh=False):
     path = Path(os.path.abspath(path))  # links stay: what they lead to may have another name
     name = domain_name(path)
     with held(out, device) as run:
-        texts_of(run)  # BadInput now, rather than in the evaluation, where one of them has changed
+        # BadInput now, rather than in the evaluation, where a module is missing or a text has changed.
+        check_complete(run)
+        texts_of(run)
         work = out / "later" / name
         s = settings_to_add(run, given)
         stopped = work / "settings.json"

@@ -4,6 +4,7 @@ A run folder has settings.json, backbone/ (a Hugging Face folder of its own), mo
 gates.safetensors and router.safetensors; each loads alone.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -46,16 +47,11 @@ def read_config(folder):
             turns = eos_ids(json.loads(path.read_text(encoding="utf-8")))
             every = dict.fromkeys(config.eos_token_ids + turns)  # each once, in this order
             config = replace(config, eos_token_ids=tuple(every))
+        return config
     except OSError as error:
         raise BadInput(f"{path} cannot be read ({error.strerror}); give the folder of a checkpoint.") from None
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise BadInput(f"{path} is not a valid {path.name} ({error}); download it again.") from None
-    try:
-        with torch.device("meta"):  # shapes without numbers
-            Model(config)
-    except Exception:  # of another kind for each kind of wrong number
-        raise BadInput(f"{folder}: no model has the sizes of its config.json; take the checkpoint's own.") from None
-    return config
 
 
 def parse_config(raw, where="config.json"):
@@ -233,13 +229,22 @@ def checkpoint_name(own):
     return own if own.startswith("lm_head.") else f"model.{own}"
 
 
+@contextlib.contextmanager
+def possible_sizes(folder):
+    """Under it a model is made of the config.json in a folder: BadInput where that fails."""
+    try:
+        yield
+    except Exception:  # of another kind for each kind of wrong number
+        raise BadInput(f"{folder}: no model has the sizes of its config.json; take the checkpoint's own.") from None
+
+
 def load(folder, dtype=torch.float32, device="cpu"):
     """Read a Hugging Face folder, or a backbone of ours, into a frozen `Model`.
 
     Every tensor name and shape has to be accounted for. Raises BadInput otherwise.
     """
     config = read_config(folder)
-    with torch.device("meta"):  # shapes without numbers: the file brings these
+    with possible_sizes(folder), torch.device("meta"):  # shapes without numbers: the file brings these
         model = Model(config)
     expected = model.state_dict()
     state = {}

@@ -18,7 +18,17 @@ import torch
 import koff
 from data import BadInput, discard, discard_all, only_process, read_tensors
 from data.chat_template import ChatTemplate
-from data.checkpoint import BESIDE, SINGLE, check_backbone, digest, load, load_gates, load_module, read_config
+from data.checkpoint import (
+    BESIDE,
+    SINGLE,
+    check_backbone,
+    digest,
+    load,
+    load_gates,
+    load_module,
+    possible_sizes,
+    read_config,
+)
 from data.corpus import Split, domains_in, find_domains, load_text, passages
 from data.hub import model_folder
 from data.router import Router
@@ -72,7 +82,8 @@ def fitting_gates(s, config):
             have = f"{s.model} has {config.num_hidden_layers} blocks"
             raise BadInput(f"{flag(name)} is {wanted}, but {have}; give fewer.")
     first_gated, _, _ = s.first_blocks(config.num_hidden_layers)
-    gates = koff.Gates(config, first_gated, s.granularity, gated=s.gated)
+    with possible_sizes(s.model):
+        gates = koff.Gates(config, first_gated, s.granularity, gated=s.gated)
     if s.granularity == "neuron" and s.multiple > config.intermediate_size:
         raise BadInput(f"--multiple is {s.multiple}, but a block has {config.intermediate_size} neurons; give less.")
     # The most that could be removed: every gate closed.
@@ -298,6 +309,14 @@ def starting_context(model, ids, s, first):
     device = model.head.device
     tried, judged = [torch.from_numpy(tokens).to(device) for tokens in passages(ids, s.kv_passages, s.kv_tokens)]
     return koff.best_context(model, tried, judged, first)
+
+
+def check_complete(run):
+    """BadInput where the file of a module is missing: tables of the others would take the place of those of all."""
+    for name in run.router.domains if run.settings.memory else ():
+        if name not in run.names:
+            forget = f"or forget the module: eval.py remove {run.folder} {name}"
+            raise BadInput(f"{run.module_path(name)} does not exist; bring it back, {forget}.")
 
 
 def texts_of(run):

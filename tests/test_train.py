@@ -501,7 +501,7 @@ BAD = {
     "a number that is none": (nothing, dict(device="cpu:x"), "is not there"),
     "a device of another torch": (nothing, dict(device="hpu"), "is not there"),
     "sizes that no model has": (config_with(hidden_size=2**62), {}, "no model has the sizes"),
-    "rows that no matrix has": (config_with(koff_kept=[1, 2, 3]), {}, "no model has the sizes"),
+    "rows that no matrix has": (config_with(koff_kept=[1, 2, 3]), {}, "is a backbone"),
     "no GPU": (nothing, dict(device="cuda"), "is not there"),
     "ids beyond the embedding": (few_rows, {}, "tokenizer.json has ids beyond"),
     "beyond the context": (nothing, dict(eval_len=254), "257 tokens, --kv-tokens included, exceed"),
