@@ -142,7 +142,12 @@ class Trainer:
                 batches = [batch(ids, turn, s.batch, s.seq_len, s.seed + 1) for turn in range(rounds)]
                 texts.append([self.on_device(tokens) for tokens in batches])
             torch.manual_seed(s.seed)  # what a score draws does not depend on how large the modules are
-            scores = koff.SCORES[s.gate_init](self.model, self.gates, texts)
+            try:
+                scores = koff.SCORES[s.gate_init](self.model, self.gates, texts)
+            except RuntimeError as error:
+                if "probability tensor" not in str(error):  # NaN among them, from which no token can be drawn
+                    raise
+                raise BadInput(f"{s.model} predicts NaN; download it again, or say --dtype float32.") from None
             self.gates.start_from(scores)
         self.read_contexts(text)
         for domain, context in self.contexts.items():

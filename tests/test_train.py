@@ -500,6 +500,7 @@ BAD = {
     "a device that is none": (nothing, dict(device="gpu"), "is not there"),
     "a number that is none": (nothing, dict(device="cpu:x"), "is not there"),
     "a device of another torch": (nothing, dict(device="hpu"), "is not there"),
+    "a model that predicts NaN": (config_with(rope_theta=1e-300), {}, "predicts NaN"),
     "sizes that no model has": (config_with(hidden_size=2**62), {}, "no model has the sizes"),
     "rows that no matrix has": (config_with(koff_kept=[1, 2, 3]), {}, "is a backbone"),
     "no GPU": (nothing, dict(device="cuda"), "is not there"),
