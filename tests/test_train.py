@@ -500,7 +500,6 @@ BAD = {
     "a device that is none": (nothing, dict(device="gpu"), "is not there"),
     "a number that is none": (nothing, dict(device="cpu:x"), "is not there"),
     "a device of another torch": (nothing, dict(device="hpu"), "is not there"),
-    "a model that predicts NaN": (config_with(rope_theta=1e-300), {}, "predicts NaN"),
     "sizes that no model has": (config_with(hidden_size=2**62), {}, "no model has the sizes"),
     "rows that no matrix has": (config_with(koff_kept=[1, 2, 3]), {}, "is a backbone"),
     "no GPU": (nothing, dict(device="cuda"), "is not there"),
@@ -526,6 +525,12 @@ def test_bad_input_is_one_sentence_and_exit_2_and_nothing_is_written(world, case
     out, err = capsys.readouterr()
     assert message in err and err.startswith("train.py: ") and err.count("\n") == 1 and not out
     assert sorted(world.rglob("*")) == before
+
+
+def test_a_model_that_predicts_nan_is_named(world, capsys):
+    config_with(rope_theta=1e-300)(world)
+    assert train.main(flags(world)) == 2
+    assert f"{world / 'base'} predicts NaN; download it again" in capsys.readouterr().err
 
 
 def test_an_output_folder_with_another_run_is_left_alone(world, capsys):
