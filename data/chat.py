@@ -131,7 +131,7 @@ def read_prompts(path, run, new):
             raise BadInput(f'{where} has no "prompt" that is a text; mend or remove the line.')
         length = len(run.tokenizer.encode(prompt))
         if not 0 < length <= room:
-            raise BadInput(f"{where} has a prompt of {length} tokens; there is room for 1 to {room}: mend the line.")
+            raise BadInput(f"{where} has no prompt that fits: {length} tokens, room for 1 to {room}; mend the line.")
         prompts.append(prompt)
     return prompts
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from data import BadInput, atomic
 from data.benchmarks import encode, load_items
-from data.checkpoint import digest, load
+from data.checkpoint import digest, read_config
 from data.hub import model_folder
 from data.run import Run, pick_device, pick_dtype, unpruned_model
 from data.settings import ROOT, Settings
@@ -80,6 +80,7 @@ class Pretrained:
         self.device = pick_device(device)
         self.dtype = pick_dtype("auto", self.device)
         self.tokenizer = Tokenizer.from_folder(folder)
+        self.config = replace(read_config(folder), raw={"koff_model": digest(folder)})  # as a run's backbone has it
         self.names = []
 
 
@@ -106,11 +107,7 @@ def open_variants(name, device, wanted=None):
 
 def model_of(run, variant):
     """The `Model` of a variant; what its module adds comes from `module_for`."""
-    if variant != "unpruned":
-        return run.backbone
-    if isinstance(run, Pretrained):
-        return load(model_folder(run.settings.model), run.dtype, run.device)
-    return unpruned_model(run)
+    return unpruned_model(run) if variant == "unpruned" else run.backbone
 
 
 def module_for(run, variant, ids):
@@ -256,10 +253,9 @@ def bench(args):
 
 
 def fingerprint(run, model, variant, prompts):
-    """Changes with the questions, the model (a backbone's config has a hash of its weights) and the modules at work."""
+    """Changes with the questions, the model (each config has a hash of the weights) and the modules at work."""
     asked = [(item.shared, item.context, item.continuations, item.right) for item in prompts]
-    weights = digest(model_folder(run.settings.model)) if variant == "unpruned" else None
-    found = hashlib.sha256(repr((asked, model.config.raw, weights)).encode())
+    found = hashlib.sha256(repr((asked, model.config.raw, run.config.raw.get("koff_model"))).encode())
     for name in run.names:
         if variant in ("routed", name):
             found.update(run.module_path(name).read_bytes())

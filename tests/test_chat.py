@@ -143,7 +143,7 @@ def test_generate_answers_a_file_of_prompts(run, tmp_path, capsys):
         (tmp_path / "p.jsonl").write_text('{"prompt": "Der Kernel"}\n' + line)
         assert evaluation.main([*given, f"@{tmp_path / 'p.jsonl'}"]) == 2
         shown = capsys.readouterr()
-        assert "p.jsonl:2 has " in shown.err and not shown.out  # nothing is answered before all prompts are read
+        assert "p.jsonl:2 has no" in shown.err and not shown.out  # nothing is answered before all prompts are read
     for wrong in "@nowhere", "":
         assert evaluation.main([*given, wrong]) == 2
         assert capsys.readouterr().err.splitlines()[-1].startswith("eval.py: ")

@@ -1,5 +1,6 @@
 """What goes wrong around a run: text and model that changed, other processes, torn files, odd terminals and numbers."""
 
+import contextlib
 import json
 import math
 import multiprocessing
@@ -231,15 +232,21 @@ def test_a_signal_while_the_last_step_is_saved_is_heard(world, monkeypatch, caps
     assert train.main(flags(world)) == 0 and "at step 8" in capsys.readouterr().out
 
 
-def test_a_later_module_that_was_stopped_in_the_evaluation_gets_its_tables(run, monkeypatch, capsys):  # noqa: F811
-    evaluating = train.evaluate
+@contextlib.contextmanager
+def stopped_in_the_evaluation(monkeypatch):
+    """Under it each training is stopped when it begins to evaluate."""
 
     def stopped(*args, **more):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "evaluate", stopped)
-    assert add(run) == 130
-    monkeypatch.setattr(train, "evaluate", evaluating)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "evaluate", stopped)
+        yield
+
+
+def test_a_later_module_that_was_stopped_in_the_evaluation_gets_its_tables(run, monkeypatch, capsys):  # noqa: F811
+    with stopped_in_the_evaluation(monkeypatch):
+        assert add(run) == 130
     before = (run / "modules/italian.safetensors").read_bytes()
     capsys.readouterr()
     for more, words in (
@@ -257,15 +264,9 @@ def test_a_later_module_that_was_stopped_in_the_evaluation_gets_its_tables(run, 
 def test_a_run_that_was_stopped_in_the_evaluation_is_only_evaluated(world, monkeypatch):  # noqa: F811
     out = world / "runs/one"
     shutil.copy(world / "data/german.txt", world / "italian.txt")
-    evaluating = train.evaluate
-
-    def stopped(*args, **more):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(train, "evaluate", stopped)
-    assert train.main(flags(world)) == 130
-    assert add(out) == 130  # another one comes meanwhile
-    monkeypatch.setattr(train, "evaluate", evaluating)
+    with stopped_in_the_evaluation(monkeypatch):
+        assert train.main(flags(world)) == 130
+        assert add(out) == 130  # another one comes meanwhile
     before = files(out)
     assert evaluation.main(["report", str(out)]) == 0  # it does not know how long the training took,
     assert train.main(flags(world)) == 0  # the checkpoint does
