@@ -10,10 +10,10 @@ python eval.py plot out/handbook                                    pictures of 
 python eval.py generate out/handbook "Der Kernel" --module german   one module by name; without --module: routed
 python eval.py chat out/handbook                                    a conversation; /domain changes the module
 python eval.py export out/handbook hf                               for transformers; peft: one adapter for each module
-python eval.py modules out/handbook                                 what it holds; rename and remove change it
+python eval.py modules out/handbook                                 its modules; remove deletes one
 
-This file has what a finished run is worth: `perplexities`, the swap matrix, router, ledger, report. What the other
-commands do is in `data/`; the imports say where.
+This file measures a finished run: `perplexities`, the swap matrix, router, ledger, report. The other commands are in
+`data/`; the imports say where.
 """
 
 import argparse
@@ -28,52 +28,53 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import koff
-from data import BadInput, benchmarks, run_script
+from data import BadInput, benchmarks, fast, run_script
 from data.analyses import lape_report, probes
 from data.chat import chat, continue_text
 from data.corpus import lines_of, windows
 from data.export import export
 from data.harness import harness
-from data.modules import list_modules, remove_module, rename_module
+from data.modules import list_modules, remove_module
+from data.objectives import token_losses
 from data.pictures import plot
-from data.run import Run, TextReader, check_complete, held, open_finished, starting_context, unpruned_model
+from data.run import Run, TextReader, check_complete, held, open_finished, unpruned_model
 from data.scoring import bench
 from data.settings import ROOT
+from data.starts import starting_context
 from data.tables import as_saved, ledger, ratios, save, saved_results, side_by_side, table, together
 
 # Perplexity ----------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def losses_of(variants, tokens, first, size=8):
-    """{variant: [n, T - 1]}: `koff.token_losses` of every variant (model, module) on tokens [n, T].
+def losses_of(variants, tokens, split, size=8):
+    """{variant: [n, T - 1]}: `token_losses` of every variant (model, memories) on tokens [n, T].
 
-    `size` windows at once. Blocks below `first` are the same in all variants and run once.
+    `size` windows at once. Blocks below `split` are the same in all variants and run once.
     """
     parts = {name: [] for name in variants}
     some_model, _ = next(iter(variants.values()))
     for part in tokens.split(size):
-        shared = some_model.run(some_model.embed_tokens(part), 0, first)
-        for name, (model, module) in variants.items():
-            parts[name].append(koff.token_losses(model, module, shared, first, part))
+        shared = some_model.run(some_model.embed_tokens(part), 0, split)
+        for name, (model, memories) in variants.items():
+            parts[name].append(token_losses(model, memories, shared, split, part))
     return {name: torch.cat(parts[name]).cpu().numpy() for name in variants}
 
 
 def variants_of(run, base):
-    """{variant: (model, module)}: the unpruned model, the backbone alone and with each module of the run."""
+    """{variant: (model, memories)}: the unpruned model, the backbone alone and with each module of the run."""
     variants = {"unpruned": (base, None), "backbone": (run.backbone, None)}
-    for name, module in run.modules.items():
-        variants[f"module {name}"] = (run.backbone, module)
+    for name, memories in run.modules.items():
+        variants[f"module {name}"] = (run.backbone, memories)
     return variants
 
 
 def perplexities(run, base, text):
     """Three tables: {variant: {domain: perplexity}}, the swap matrix {domain: {module: perplexity}}, and the controls
     {label: {domain: a ratio of perplexities}}, see `controls`."""
-    # Every text is read by every variant, on the same windows: what differs is the model alone.
+    # Every variant reads every text, on the same windows: only the model differs.
     s = run.settings
-    _, first_memory, first = s.first_blocks(len(base.layers))
+    _, first_memory, split_block = s.first_blocks(len(base.layers))
     variants = variants_of(run, base)
     ppl = {"unpruned": {}, "backbone": {}, "koff": {}, "routed": {}}
     swap = {}
@@ -82,7 +83,7 @@ def perplexities(run, base, text):
         x = windows(split.heldout, s.eval_len, s.eval_windows)
         if run.names and s.kv_tokens:
             variants["unpruned, text KV"] = (base, starting_context(base, split.train, s, first_memory))
-        losses = losses_of(variants, torch.from_numpy(x).to(run.device), first)
+        losses = losses_of(variants, torch.from_numpy(x).to(run.device), split_block)
         ppl["unpruned"][domain] = perplexity(losses["unpruned"])
         ppl["backbone"][domain] = perplexity(losses["backbone"])
         if not run.names:  # pruned only: there are no modules to attach
@@ -111,11 +112,11 @@ def routed(run, losses, x):
 
 
 def controls(losses, M, W):
-    """What of a domain's ratio is context: {label: ratio of two perplexities on the same predictions}.
+    """How much of a domain's result is context: {label: ratio of two perplexities on the same predictions}.
 
-    A KV memory is M tokens of the domain's text, a context that the unpruned model lacks: so that model gets it too;
-    or the first M predictions of a window are left out. And a router may see a window's first W tokens only, which are
-    then not scored. losses {variant: [n, T - 1]}.
+    A KV memory of M tokens of the domain's text is a context that the unpruned model lacks. Two controls: the unpruned
+    model gets the same context, or each window's first M predictions are left out. In two more, the router sees only a
+    window's first W tokens ("routed early"), and these are not scored. losses {variant: [n, T - 1]}.
     """
     pairs = {}  # label: (variant, the first prediction that counts)
     if M:
@@ -132,9 +133,9 @@ def controls(losses, M, W):
 
 
 def other_texts(args):
-    """Print the perplexity of any text: what did the cut do to what belongs to no domain, and what do modules?
+    """Print the perplexity of any text: how does the cut change text of no domain, and how do modules?
 
-    Of each text as many windows as in the report, but spread over all of it: nothing is held out.
+    Each text gives as many windows as in the report, spread over all of it: nothing is held out.
     """
     run = Run(args.run, args.device)
     s = run.settings
@@ -150,11 +151,11 @@ def other_texts(args):
         texts.append(x)
         columns += [path.stem, "ratio"]
     base = unpruned_model(run)
-    _, _, first = s.first_blocks(len(base.layers))
+    _, _, split_block = s.first_blocks(len(base.layers))
     variants = variants_of(run, base)
     ppl = {}  # {variant: [perplexity, one per text]}
     for x in texts:
-        losses = losses_of(variants, torch.from_numpy(x).to(run.device), first)
+        losses = losses_of(variants, torch.from_numpy(x).to(run.device), split_block)
         if run.names:
             losses["routed"] = routed(run, losses, x)
         for name, of_variant in losses.items():
@@ -223,7 +224,8 @@ def wrong_route_cost(swap):
 def sparsity(run, base):
     """({count: share removed}, {block: {projection: share closed}}, `ledger`) of a run.
 
-    "physical" and "paper" are exact; "expected" is what the gates had closed in expectation, at which training aimed.
+    "physical" and "paper" are exact, under the final mask. "expected" is the sparsity that the gates had reached in
+    expectation when they stopped learning.
     """
     s = run.settings
     gates, mask = run.gates(base)
@@ -238,7 +240,7 @@ def sparsity(run, base):
         for name in gates.log_alpha:
             is_open = mask[name][n].double()  # [channels]
             closed[name] = 1 - is_open.mean().item()
-        layers[gates.first + n] = closed
+        layers[gates.first_block + n] = closed
     removed = round(total["physical"] * gates.total)
     sizes = ledger(gates.total, removed, run.modules)
     # On disk, in the dtype that the run was saved in.
@@ -253,11 +255,9 @@ def evaluate(folder, begun=None, device="auto"):
     saved time stays."""
     run, base, text = open_finished(folder, device)
     check_complete(run)
-    # A report that is made again keeps what it cannot measure: the time, and the run that was put beside it.
-    seconds, pruned = (0.0, {}) if begun else kept_results(folder)
+    # A report that is made again keeps the time, which it cannot measure.
+    seconds = 0.0 if begun else saved_seconds(folder)
     ppl, swap, ratios_of = perplexities(run, base, text)
-    if pruned.keys() == text.keys():
-        ppl["pruned"] = {domain: pruned[domain] for domain in text}
     total, layers, sizes = sparsity(run, base)
     router = router_quality(run, text)
     if len(swap) > 1:
@@ -278,24 +278,20 @@ def evaluate(folder, begun=None, device="auto"):
     save(run.folder, {"report.md": report(results), "results.json": results})
 
 
-def kept_results(folder):
-    """(seconds, perplexity of a run beside this one, see `put_beside`) of the results that are saved; (0, {}): of none,
-    or of damaged ones."""
+def saved_seconds(folder):
+    """The seconds that a run took, from its saved results; 0 if there are none, or damaged ones."""
     with contextlib.suppress(BadInput), as_saved(folder):
-        before = saved_results(folder)
-        pruned = before["perplexity"].get("pruned", {})
-        return float(before["seconds"]), {domain: float(perplexity) for domain, perplexity in pruned.items()}
-    return 0.0, {}
+        return float(saved_results(folder)["seconds"])
+    return 0.0
 
 
 # The report as text --------------------------------------------------------------------------------------------------
 
-# How results.json's names read in the report.
+# The report's words for names in results.json.
 LABELS = {
     "backbone": "backbone alone",
     "koff": "KOFF, matching module",
     "routed": "KOFF, routed module",
-    "pruned": "pruning only, its own run",
 }
 
 
@@ -306,7 +302,7 @@ def report(results):
     if swap:
         parts += ["## Swap matrix: text of the row, module of the column, * the best", swap_table(swap)]
     if len(swap) > 1:
-        parts += ["## What a module holds: perplexity with it, with none, with another's", held_table(results)]
+        parts += ["## What a module is worth: perplexity with it, with none, with another's", value_table(results)]
         cost = results["router"]["wrong_route_cost"]
         parts += [f"The wrong module costs a factor of {cost:.3f} on average."]
     if results["controls"]:  # else the windows are too short
@@ -338,11 +334,9 @@ def swap_table(swap):
     return table("", list(row), rows)
 
 
-def held_table(results):
+def value_table(results):
     perplexity = results["perplexity"]
     columns = ["unpruned", "own module", "no module", "others, mean", "others, worst"]
-    if "pruned" in perplexity:
-        columns.append("pruning only")
     rows = {}
     for domain, row in results["swap"].items():
         others = [ppl for name, ppl in row.items() if name != domain]
@@ -353,8 +347,6 @@ def held_table(results):
             np.mean(others),
             max(others),
         ]
-        if "pruned" in perplexity:
-            cells.append(perplexity["pruned"][domain])
         rows[domain] = [f"{cell:.2f}" for cell in cells]
     return table("", columns, rows)
 
@@ -375,8 +367,10 @@ def router_and_ledger(results):
     if "unsure_other_languages" in router:
         line += f"; unsure on {router['unsure_other_languages']:.1%} of {router['other_windows']} windows"
         line += " in other languages"
-    physical = f"{results['sparsity']['physical']:.4f} physical (parameters gone / all)"
+    count = results["settings"]["count"]
+    physical = f"{results['sparsity']['physical']:.4f} physical (parameters removed / all)"
     paper = f"{results['sparsity']['paper']:.4f} by the paper's count (closed channels x fan-in / all)"
+    expected = f"When the gates stopped learning they had reached {results['sparsity']['expected']:.4f} in expectation"
     sizes = results["ledger"]
     shown = {}
     for name in ("removed", "one_module", "all_modules"):
@@ -384,7 +378,8 @@ def router_and_ledger(results):
     removed = f"Of {sizes['total']:,} parameters {shown['removed']}) were removed; "
     share = f", {sizes['one_module_share']:.0%} of what was removed" if sizes["removed"] else ""
     one = f"one module has {shown['one_module']}{share}); "
-    return [f"{line}.", f"Sparsity: {physical}, {paper}.", f"{removed}{one}all modules {shown['all_modules']})."]
+    sparsity = f"Sparsity: {physical}, {paper}. {expected} ({count}); the final mask closes the rest by rank."
+    return [f"{line}.", sparsity, f"{removed}{one}all modules {shown['all_modules']})."]
 
 
 def layers_table(layers):
@@ -398,29 +393,9 @@ def layers_table(layers):
 
 
 def report_again(args):
-    """All tables again; --beside: those that were saved, and the perplexity of a pruning-only run in them."""
+    """All tables again."""
     with held(args.run, args.device):
-        if args.beside is None:
-            evaluate(args.run, device=args.device)
-        else:
-            put_beside(args.run, args.beside)
-
-
-def put_beside(folder, beside):
-    """The perplexity of the pruning-only run `beside` joins the tables of the run in `folder`."""
-    results = saved_results(folder)
-    other = saved_results(beside)["perplexity"]
-    with as_saved(f"results.json of {folder} or of {beside}"):
-        unpruned = results["perplexity"]["unpruned"]
-        # It has no modules, and its unpruned model has the same perplexity on each domain: so it is the same text, too.
-        same = not other["koff"] and unpruned.keys() == other["unpruned"].keys()
-        for domain, ppl in unpruned.items() if same else ():
-            same = same and abs(other["unpruned"][domain] / ppl - 1) <= 1e-3
-        if not same:
-            raise BadInput(f"{beside} is no pruning-only run of {folder}'s model and text; train it: --no-memory.")
-        results["perplexity"]["pruned"] = {domain: other["backbone"][domain] for domain in unpruned}
-        text = report(results)
-    save(folder, {"report.md": text, "results.json": results})
+        evaluate(args.run, device=args.device)
 
 
 def compare(args):
@@ -453,8 +428,7 @@ def parse(argv):
             one.add_argument("--device", default="auto", help="cpu or cuda; auto: cuda where there is one [auto]")
         return one.add_argument
 
-    option = command("report", report_again, "evaluate a finished run again")
-    option("--beside", type=Path, help="only add this pruning-only run to the saved tables")
+    command("report", report_again, "evaluate a finished run again")
 
     option = command("perplexity", other_texts, "of texts that the run was not trained on, whole")
     option("texts", type=Path, nargs="+", metavar="TEXT", help="a .txt, a .jsonl or a folder of them")
@@ -494,9 +468,6 @@ def parse(argv):
     option("--out", type=Path, help="folder to make [RUN/export/hf or peft, and -MODULE if named]")
 
     command("modules", list_modules, "list the modules of a run", device=False)
-    option = command("rename", rename_module, "give a module another name", device=False)
-    option("module")
-    option("name", help="its new name")
     option = command("remove", remove_module, "delete a module", device=False)
     option("module")
 
@@ -525,6 +496,7 @@ def plot_run(args):
 
 def main(argv=None):
     args = parse(argv)
+    fast.enable()
     stopped = "the same command begins again"
     if args.work is bench:
         stopped = "the same command continues"

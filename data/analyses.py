@@ -103,7 +103,7 @@ def lape_report(args):
         save_file({"counts": counts, "tokens": tokens}, path, {"domains": json.dumps(list(domains))})
 
     entropy, specific = lape(counts, tokens)
-    first = gates.first
+    first = gates.first_block
     results = {
         "domains": {},
         "specific": specific.any(0).sum().item(),

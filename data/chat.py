@@ -36,12 +36,12 @@ def encode(run, text, bos=False):
 
 
 def pick_module(run, text, name=None):
-    """(module {block: Memory}, a line that says which it is and why): the module `name`, or the router's choice.
+    """(memories, a line that names their domain and the reason): the module `name`, or the router's choice.
 
-    The module is None where the router is unsure, and in a run without modules: then the backbone answers alone.
+    The memories are None if the router is unsure, and in a run without modules: then the backbone answers alone.
     """
     if name:
-        return run.module(name), name
+        return run.memories(name), name
     if not run.names:
         return None, "none in this run"
     ids = np.array(encode(run, text))
@@ -51,11 +51,11 @@ def pick_module(run, text, name=None):
         return None, f"none, the router is unsure ({best} would be the first choice)"
     if routed not in run.names:  # its file was left behind
         return None, f"none, the router's choice is {routed} ({probability:.1%}), which is not here"
-    return run.module(routed), f"{routed}, the router's choice ({probability:.1%})"
+    return run.memories(routed), f"{routed}, the router's choice ({probability:.1%})"
 
 
-def stream(run, text, module, args):
-    """Yield what the model writes after `text`, piece by piece. `args`: how many tokens, and how they are sampled.
+def stream(run, text, memories, args):
+    """Yield the model's continuation of `text`, piece by piece. `args`: number of tokens, and how they are sampled.
 
     Raises BadInput for a text without tokens, or with more than the model's context has.
     """
@@ -67,7 +67,7 @@ def stream(run, text, module, args):
     decoder = getincrementaldecoder("utf-8")("replace")
     try:
         for token in generate(
-            run.backbone, tokens, args.tokens, vocabulary, eos, args.temperature, args.top_p, module, generator
+            run.backbone, tokens, args.tokens, vocabulary, eos, args.temperature, args.top_p, memories, generator
         ):
             if token.item() not in eos:
                 yield decoder.decode(run.tokenizer.decode_bytes([token.item()]))
@@ -103,8 +103,8 @@ def continue_text(args):
     # Every prompt of the file is looked at before the first is answered: a bad line is told at once.
     prompts = read_prompts(Path(args.prompt[1:]), run, args.tokens) if from_file else [args.prompt]
     for prompt in prompts:
-        module, why = pick_module(run, prompt, args.module)
-        pieces = stream(run, prompt, module, args)
+        memories, why = pick_module(run, prompt, args.module)
+        pieces = stream(run, prompt, memories, args)
         if from_file:
             line = {"prompt": prompt, "module": why, "text": "".join(pieces)}
             print(json.dumps(line, ensure_ascii=False), flush=True)
@@ -150,7 +150,7 @@ def chat(args):
     domains = [*run.names, "auto"]
     name = args.module
     if name:
-        run.module(name)  # a name that is not there is refused now, not after the first question
+        run.memories(name)  # an unknown name is refused now, not after the first question
     messages = []  # [{"role": "user" or "assistant", "content": text}]
     note(f"/domain {'|'.join(domains)}, /reset, /quit")
     while True:
@@ -184,10 +184,10 @@ def answer(run, template, messages, name, args):
     """Print the answer to a conversation [{"role", "content"}], by the module `name` or a routed one; returns it."""
     # The router reads what the user wrote. What the model wrote would only confirm the router's last choice.
     said = "\n".join(message["content"] for message in messages if message["role"] == "user")
-    module, why = pick_module(run, said, name)
+    memories, why = pick_module(run, said, name)
     note(f"module: {why}")
     if template:
         text = template(messages, answer=True)
     else:  # a base model has no template: it continues lines of text
         text = "".join(message["content"] + "\n" for message in messages)
-    return show(stream(run, text, module, args))
+    return show(stream(run, text, memories, args))

@@ -19,7 +19,8 @@ from torch import nn
 
 import koff
 from data import BadInput, atomic, read_tensors
-from data.checkpoint import load, read_config, save_backbone
+from data.checkpoint import load, refuse_other_tensors, save_backbone
+from data.families import read_config
 from data.run import Run
 from data.tables import save
 from model import Memory, Model, matrix_name
@@ -60,24 +61,25 @@ def expand(small, kept):
     return dense.requires_grad_(False)
 
 
-def expand_module(module, kept, config):
-    """The inverse of `koff.materialise_module`: {block: Memory} for the model that `expand` makes."""
-    dense = dict(module)  # a block that has no gates keeps its memory as it is
-    for i in module.keys() & kept.keys():
+def expand_memories(memories, kept, config):
+    """The inverse of `koff.materialise_memories`: {block: Memory} for the model that `expand` makes."""
+    dense = dict(memories)  # a block without gates keeps its memory as it is
+    for i in memories.keys() & kept.keys():
         lora = {}
-        for name, (a, b) in module[i].lora.items():
+        for name, (a, b) in memories[i].lora.items():
             if name == "down":
                 a = with_zeros(a, kept[i]["neuron"], config.intermediate_size, dim=1)
             channels, _ = config.shapes[name]
             lora[name] = (a, with_zeros(b, kept[i][name], channels, dim=0))
-        dense[i] = replace(module[i], lora=lora)
+        dense[i] = replace(memories[i], lora=lora)
     return dense
 
 
 @torch.no_grad()
-def merge(model, module):
+def merge(model, memories):
     """Add the LoRA of {block: Memory} to the weights of `model`: W + B A."""
-    for i, memory in module.items():
+    refuse_other_tensors(memories, "merging would leave it out; use the run itself")
+    for i, memory in memories.items():
         for name, (a, b) in memory.lora.items():
             projection = model.get_submodule(matrix_name(i, name))
             # A new tensor: the old one may belong to another model too, which must stay as it is.
@@ -87,10 +89,10 @@ def merge(model, module):
 # Adapters, as peft writes them ---------------------------------------------------------------------------------------
 
 
-def save_lora(folder, module, rank, base):
+def save_lora(folder, memories, rank, base):
     """Write the LoRA of {block: Memory} as an adapter of kind LORA for the dense model in `base`."""
     tensors = {}
-    for i, memory in module.items():
+    for i, memory in memories.items():
         for name, (a, b) in memory.lora.items():
             matrix = f"base_model.model.model.{matrix_name(i, name)}"
             tensors[f"{matrix}.lora_A.weight"] = a  # [r, fan-in]
@@ -100,15 +102,15 @@ def save_lora(folder, module, rank, base):
         "r": rank,
         "lora_alpha": rank,  # peft multiplies by lora_alpha / r, which is in our B already
         "target_modules": [f"{name}_proj" for name in memory.lora],  # the same in every block
-        "layers_to_transform": list(module),
+        "layers_to_transform": list(memories),
         "layers_pattern": "layers",
     }
     save_adapter(folder, tensors, config, base)
 
 
-def save_cartridge(folder, module, base):
+def save_cartridge(folder, memories, base):
     """Write the keys and values of all blocks as an adapter of kind CARTRIDGE for the dense model in `base`."""
-    pairs = [torch.stack([module[i].keys, module[i].values]) for i in range(len(module))]
+    pairs = [torch.stack([memories[i].keys, memories[i].values]) for i in range(len(memories))]
     memory = torch.stack(pairs)
     L, _, G, M, hd = memory.shape  # blocks, keys and values, heads, tokens, channels
     rows = memory.permute(3, 0, 1, 2, 4).reshape(M, -1)  # one row for each memory token, as peft has it
@@ -152,7 +154,7 @@ def export(args):
     if out.exists():
         raise BadInput(f"{out} is there already; remove it or name another --out.")
     gates, mask = run.gates(run.backbone)
-    kept = koff.kept_channels(mask, run.backbone.config, gates.first, "cpu")
+    kept = koff.kept_channels(mask, run.backbone.config, gates.first_block, "cpu")
     dense = expand(run.backbone, kept)
     with atomic(out) as partial:
         if args.form == "hf":
@@ -169,8 +171,10 @@ def export_dense(folder, run, dense, kept, name):
     lora = None
     if name:
         # Nothing but LoRA: it is all that can be merged, so it is also all that the run may be compared with.
-        lora = {i: Memory(memory.lora) for i, memory in run.module(name).items()}
-        merge(dense, expand_module(lora, kept, dense.config))
+        memories = run.memories(name)
+        refuse_other_tensors(memories, "a checkpoint has no place for it")
+        lora = {i: Memory(memory.lora) for i, memory in memories.items()}
+        merge(dense, expand_memories(lora, kept, dense.config))
     check_logits("the dense model", run, lora, dense)
     # The check was in float32; a checkpoint has the dtype that the pretrained one had.
     dense = dense.to(getattr(torch, dense.config.raw["dtype"]))
@@ -192,16 +196,17 @@ def export_adapters(folder, run, dense, kept, names):
     for name in names:
         if tokens and f"{name}-kv" in names:
             raise BadInput(f"{name}-kv is the name of {name}'s keys and values, too; rename that module first.")
-        module = expand_module(run.module(name), kept, dense.config)
-        check_logits(name, run, run.module(name), dense, module)
+        refuse_other_tensors(run.memories(name), "peft has no place for it")
+        memories = expand_memories(run.memories(name), kept, dense.config)
+        check_logits(name, run, run.memories(name), dense, memories)
         # LoRA and keys and values are an adapter each: peft has no kind that holds both.
         if rank:
-            save_lora(folder / name, module, rank, base)
-        if tokens and len(module) == blocks:
-            save_cartridge(folder / f"{name}-kv", module, base)
+            save_lora(folder / name, memories, rank, base)
+        if tokens and len(memories) == blocks:
+            save_cartridge(folder / f"{name}-kv", memories, base)
         elif tokens:
             # Zero keys for the other blocks would not do: a query attends to them as to any others.
-            there = f"{tokens} keys and values in {len(module)} of {blocks} blocks"
+            there = f"{tokens} keys and values in {len(memories)} of {blocks} blocks"
             print(f"{name}: peft attaches keys and values to all blocks or none; {there} stay here.")
     if not folder.exists():
         raise BadInput(f"{run.folder} has nothing that peft could attach; export hf is all that there is.")
@@ -210,15 +215,15 @@ def export_adapters(folder, run, dense, kept, names):
 # The two checks ------------------------------------------------------------------------------------------------------
 
 
-def check_logits(what, run, module, dense, dense_module=None):
-    """BadInput unless `dense` with `dense_module` has the logits of the run with `module`.
+def check_logits(what, run, memories, dense, dense_memories=None):
+    """BadInput unless `dense` with `dense_memories` has the logits of the run with `memories`.
 
     Both are in float32 and add the same numbers in another order: 1e-4 of the largest logit may differ.
     """
     tokens = torch.randint(run.tokenizer.vocab_size, (2, 64), generator=torch.Generator().manual_seed(0))
-    expected = run.backbone(tokens, module=module)
+    expected = run.backbone(tokens, memories=memories)
     size = expected.abs().max()
-    difference = (dense(tokens, module=dense_module) - expected).abs().max()
+    difference = (dense(tokens, memories=dense_memories) - expected).abs().max()
     if not difference <= 1e-4 * size:  # "not" and "<=": a difference that is NaN is refused as well
         raise BadInput(f"{what} differs from the run by {difference:.2g} in a logit of {size:.2g}; it was not kept.")
 

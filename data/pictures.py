@@ -19,7 +19,7 @@ STYLES = ("ko-", "ks--", "kD:", "k^-.", "kv-", "kx--")  # black; each curve has 
 def draw_curve(axes, x, y, label):
     """One more curve in the axes, over whole numbers x."""
     # A marker at every point would hide the line style of a long curve: they keep this distance, of the diagonal.
-    style = STYLES[len(axes.lines)]
+    style = STYLES[len(axes.lines) % len(STYLES)]
     axes.plot(x, y, style, markerfacecolor="w", markevery=0.05, label=label)
     axes.locator_params(axis="x", integer=True)
     axes.legend()
@@ -35,11 +35,17 @@ def draw_layers(figure, results):
 
 
 def draw_curves(figure, log):
-    """What train.py logged, over the steps: the loss, sparsity by both counts, lambda."""
-    names = {"loss": "loss", "physical": "sparsity, physical", "paper": "sparsity, paper", "lambda": "lambda"}
-    log = [entry for entry in log if "loss" in entry]  # other lines tell of memories that were solved
+    """The log of train.py over the steps: the loss of each domain, sparsity by both counts, lambda."""
+    names = {"physical": "sparsity, physical", "paper": "sparsity, paper", "lambda": "lambda"}
+    log = [entry for entry in log if "loss" in entry]  # other lines tell of solved modules
+    domains = {}
+    for entry in log:  # runs of an earlier version do not name the domain
+        domains.setdefault(entry.get("domain", "loss"), []).append(entry)
+    axes = figure.add_subplot(1, 4, 1, xlabel="step", ylabel="loss")
+    for domain, entries in domains.items():
+        draw_curve(axes, [entry["step"] for entry in entries], [entry["loss"] for entry in entries], domain)
     steps = [entry["step"] for entry in log]
-    for place, (name, label) in enumerate(names.items(), 1):
+    for place, (name, label) in enumerate(names.items(), 2):
         axes = figure.add_subplot(1, 4, place, xlabel="step")
         draw_curve(axes, steps, [entry[name] for entry in log], label)
 
@@ -48,7 +54,7 @@ def draw_swap(figure, results):
     """Perplexity over the unpruned model's: a row for each text, a column for each model without and with a module."""
     perplexity = results["perplexity"]
     swap = results["swap"]  # {domain: {module: perplexity}}
-    variants = [name for name in ("unpruned", "backbone", "pruned") if name in perplexity]
+    variants = ["unpruned", "backbone"]
     first = len(variants)  # column of the first module
     # One row of ratios after the other, as the report has them.
     rows = []

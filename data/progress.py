@@ -1,19 +1,19 @@
-"""The progress of a training: its curves on disk, and signals between two steps."""
+"""A training on its way: its curves and checkpoints on the disk, its line on the screen, signals between two steps."""
 
 import contextlib
 import json
 import math
+import sys
+import time
+import zipfile
 
-from data import BadInput, atomic, on_signals
+import torch
+from tqdm import tqdm
 
+from data import BadInput, atomic, on_signals, out_of_memory
+from data.life import check_same
 
-@contextlib.contextmanager
-def stop_signals():
-    """Yield a list of the signals that came, see `on_signals`: the loop ends after its step, never in the middle."""
-    # A signal handler may run between any two lines: it only leaves a mark, and the loop looks for it.
-    came = []
-    with on_signals(lambda number, _: came.append(number)):
-        yield came
+# The curves: log.jsonl -----------------------------------------------------------------------------------------------
 
 
 def read_log(path):
@@ -28,9 +28,9 @@ def read_log(path):
 
 
 class Log:
-    """The curves of a run: a line of JSON every ten steps in log.jsonl."""
+    """A line of JSON every ten steps, and one for each solved module."""
 
-    def __init__(self, out, start, solved=()):
+    def __init__(self, out, start, solved):
         """Go on before step `start`, with the modules of the domains `solved`."""
         self.path = out / "log.jsonl"
         entries = read_log(self.path) if self.path.exists() else []
@@ -40,37 +40,190 @@ class Log:
                 if entry["step"] < start or entry.get("solved") in solved:
                     file.write(json.dumps(entry) + "\n")
 
-    def check(self, step, domain, trainer, loss):
-        """BadInput if the loss of a step is no number any more: from there nothing can be learnt."""
-        value = loss.item()
-        if not math.isfinite(value):
-            s = trainer.s
-            rates = f"--lora-rate {s.lora_rate:g}, --gate-rate {s.gate_rate:g} or --kv-rate {s.kv_rate:g}"
-            where = f"the loss is {value} at step {step}, on {domain}"
-            raise BadInput(f"{where}; lower {rates}, and say --fresh. The checkpoint is from before.")
-
-    def write(self, step, domain, trainer, loss):
-        """Add the numbers of a step; returns them as the progress line shows them.
-
-        Each `.item()` waits until a GPU has got that far.
-        """
-        self.check(step, domain, trainer, loss)
-        line = {
-            "step": step,
-            "loss": loss.item(),
-            "physical": trainer.gates.sparsity(trainer.mask, "physical").item(),
-            "paper": trainer.gates.sparsity(trainer.mask, "paper").item(),
-            "lambda": trainer.penalty.multipliers[0].item(),
-        }
+    def write(self, **entry):
         with open(self.path, "a") as file:
-            file.write(json.dumps(line) + "\n")
-        return f"loss {line['loss']:.3f}, sparsity {line['physical']:.3f} physical, {line['paper']:.3f} paper"
+            file.write(json.dumps(entry) + "\n")
 
-    def write_solved(self, step, domain, explained):
-        """Add a line for a memory that was solved; returns it as the screen shows it. See `koff.solve_memories`."""
+
+# Checkpoints ---------------------------------------------------------------------------------------------------------
+
+
+def state_of(part):
+    """The state of a module, an optimizer or another part of a run. An optimizer's groups follow from the settings."""
+    state = part.state_dict()
+    return state["state"] if isinstance(part, torch.optim.Optimizer) else state
+
+
+def restore(part, state):
+    """Undo `state_of`. Raises an exception, of any kind, for the state of another kind of run."""
+    if not isinstance(part, torch.optim.Optimizer):
+        part.load_state_dict(state)
+        return
+    part.load_state_dict({**part.state_dict(), "state": state})
+    for p, means in part.state.items():
+        for name in ("exp_avg", "exp_avg_sq"):
+            if means and means[name].shape != p.shape:
+                raise ValueError(f"a tensor of shape {list(means[name].shape)} is not {list(p.shape)}")
+
+
+def load_checkpoint(path, trainer, inputs, folder):
+    """Restore the trainer from a checkpoint. Returns (first step to do, solved domains, seconds so far)."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            if torn := file.testzip():  # torch writes checksums, and does not read them
+                raise ValueError(f"{torn} has another checksum")
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        before = saved["inputs"]
+        for name in {**before, **inputs}:
+            check_same(folder, name, before.get(name), inputs.get(name))
+        parts = trainer.parts()
+        if saved["parts"].keys() != parts.keys():
+            raise ValueError("it has other parts")
+        for name, part in parts.items():
+            restore(part, saved["parts"][name])
+        if type(saved["step"]) is not int or not 0 <= saved["step"] <= trainer.s.steps:
+            raise ValueError(f"{saved['step']!r} is not one of {trainer.s.steps} steps")
+        return saved["step"], [str(domain) for domain in saved["solved"]], float(saved["seconds"])
+    except Exception as error:  # a torn file fails in many ways
+        if isinstance(error, BadInput) or out_of_memory(error):
+            raise
+        reason = str(error).partition("\n")[0] or repr(error)
+        said = f"{path} is damaged, or of another version ({reason})"
+        raise BadInput(f"{said}; remove it, and the training begins again.") from None
+
+
+# Between two steps ---------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """Yield a list of the signals that came, see `on_signals`. The loop looks at it between two steps."""
+    # A signal handler may run between any two lines, so it only leaves a mark.
+    came = []
+    with on_signals(lambda number, _: came.append(number)):
+        yield came
+
+
+class Progress:
+    """with Progress(trainer, text, out, begun) as progress: the run in the folder `out` starts, or goes on.
+
+    `begun` is when it began, by `time.perf_counter`; pauses are taken out. After Ctrl-C, SIGTERM or SIGHUP a checkpoint
+    is saved, and KeyboardInterrupt raised.
+    """
+
+    def __init__(self, trainer, text, out, begun):
+        self.trainer = trainer
+        self.text = text
+        self.out = out
+        self.begun = begun
+        self.start = 0  # the first step to do
+        self.solved = []  # domains whose module has its closed form
+        s = trainer.s
+        self.last = s.steps if s.memory else s.gate_steps  # without modules nothing learns under the final mask
+        self.retention = None  # the last loss on general text that is not logged yet
+
+    def __enter__(self):
+        path = self.out / "checkpoint.pt"
+        self.trainer.s.to_file(self.out / "settings.json")
+        if path.exists():
+            found = load_checkpoint(path, self.trainer, self.text.inputs, self.out)
+            self.start, self.solved, seconds = found
+            self.begun -= seconds
+            self.trainer.read_contexts(self.text.train)
+            print(f"continuing {self.out} at step {self.start}")
+        else:
+            self.trainer.initialise(self.text.train)
+        self.log = Log(self.out, self.start, self.solved)
+        self.resumed = time.perf_counter()
+        self.open = contextlib.ExitStack()
+        self.signals = self.open.enter_context(stop_signals())
+        self.bar = self.open.enter_context(tqdm(total=self.last, initial=self.start, desc=self.out.name))
+        return self
+
+    def __exit__(self, kind, error, trace):
+        self.open.close()
+        if kind is None and self.signals:  # one came while the last checkpoint was saved
+            raise KeyboardInterrupt(self.signals[0])
+
+    def steps(self, start, stop):
+        """The steps from `start` to `stop` - 1 that are still to be done."""
+        return range(max(start, self.start), min(stop, self.last))
+
+    def unsolved(self):
+        """The domains whose module has no closed form yet, though the settings ask for one."""
+        return [domain for domain in self.trainer.domains if self.trainer.s.solves and domain not in self.solved]
+
+    def after_step(self, index, domain, loss, retention=None):
+        """Log step `index` and its losses, scalars on the device; save a checkpoint when it is time."""
+        s = self.trainer.s
+        done = index + 1
+        self.bar.update()
+        if retention is not None:
+            self.retention = retention
+        if index % 10 == 0:  # reading numbers makes a GPU wait, so not at every step
+            line = self.write_losses(index, domain, loss)
+            speed = s.batch * s.seq_len * (done - self.start) / (time.perf_counter() - self.resumed)
+            self.bar.set_postfix_str(f"{line}, {speed:,.0f} tokens/s", refresh=False)
+        stop = list(self.signals)  # asked once: a signal can come at any moment
+        if stop or done % s.save_every == 0 or done == self.last:
+            self.check(index, domain, loss)  # a checkpoint is worth keeping only if the loss is a number
+            self.save(done)
+        if stop:
+            self.interrupt(f"step {done}")
+
+    def after_solving(self, domain, explained):
+        """Log a solved module; save a checkpoint after the last one. explained: see `solve_memories`."""
+        self.solved.append(domain)
         shares = {block: share.item() for block, share in explained.items()}
-        with open(self.path, "a") as file:
-            file.write(json.dumps({"step": step, "solved": domain, "explained": shares}) + "\n")
+        self.log.write(step=self.trainer.s.gate_steps, solved=domain, explained=shares)
         percent = ", ".join(f"{share:.0%}" for share in shares.values())
         where = f"after blocks {min(shares)} to {max(shares)}, on the text that it was solved on"
-        return f"solved {domain}: explains {percent} of what is missing {where}"
+        tqdm.write(f"solved {domain}: explains {percent} of what is missing {where}")
+        if self.signals or not self.unsolved():  # with a real model it took minutes
+            self.save(self.trainer.s.gate_steps)
+        if self.signals:
+            self.interrupt(f"{domain} was solved")
+
+    def interrupt(self, moment):
+        self.bar.close()
+        print(f"stopped after {moment}", file=sys.stderr)
+        raise KeyboardInterrupt(self.signals[0])
+
+    def check(self, index, domain, loss):
+        """BadInput if the loss of a step is no finite number: from there nothing can be learnt."""
+        value = loss.item()
+        if not math.isfinite(value):
+            s = self.trainer.s
+            rates = f"--lora-rate {s.lora_rate:g}, --gate-rate {s.gate_rate:g} or --kv-rate {s.kv_rate:g}"
+            where = f"the loss is {value} at step {index}, on {domain}"
+            raise BadInput(f"{where}; lower {rates}, and say --fresh. The checkpoint is from before.")
+
+    def write_losses(self, index, domain, loss):
+        """Log the numbers of a step; return them as the progress line shows them. Each `.item()` waits for the GPU."""
+        self.check(index, domain, loss)
+        trainer = self.trainer
+        entry = {
+            "step": index,
+            "domain": domain,
+            "loss": loss.item(),
+            "retention": None if self.retention is None else self.retention.item(),
+            "physical": trainer.gates.sparsity(trainer.mask, "physical").item(),
+            "paper": trainer.gates.sparsity(trainer.mask, "paper").item(),
+            "lambda": trainer.penalty.multiplier.item(),
+            "rates": trainer.rates(domain),
+        }
+        self.retention = None
+        self.log.write(**entry)
+        return f"loss {entry['loss']:.3f}, sparsity {entry['physical']:.3f} physical, {entry['paper']:.3f} paper"
+
+    def save(self, step):
+        """Save all that the run needs to go on with step number `step`, bit for bit."""
+        saved = {
+            "parts": {name: state_of(part) for name, part in self.trainer.parts().items()},
+            "step": step,
+            "solved": self.solved,
+            "seconds": time.perf_counter() - self.begun,
+            "inputs": self.text.inputs,
+        }
+        with atomic(self.out / "checkpoint.pt") as partial:
+            torch.save(saved, partial)

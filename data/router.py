@@ -23,7 +23,7 @@ class Router:
     weight     [domains, 2 HALF]: log-probability of each n-gram bucket
     threshold  [domains]: the lowest score that is trusted
     keys       {domain: key of the text (`Split.key`) that it was trained on}
-    paths      {domain: its text}, of domains that came later, or under another name than their text has
+    paths      {domain: its text}, of domains that came later
 
     The score of a text is its mean log-probability per n-gram under a domain. It is a likelihood, so that text unlike
     every domain scores low under all of them: the router is then unsure.
@@ -61,13 +61,6 @@ class Router:
     def knows(self, name):
         """Is there a domain of this name? For some disks French is french."""
         return name.lower() in [domain.lower() for domain in self.domains]
-
-    def rename(self, old, new, path):
-        """Another name for a domain, whose text stays at `path`."""
-        self.domains[self.domains.index(old)] = new
-        self.keys[new] = self.keys.pop(old)
-        self.paths.pop(old, None)
-        self.paths[new] = path
 
     def remove(self, name):
         """Forget a domain; the others stay as they are."""

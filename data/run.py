@@ -1,39 +1,31 @@
-"""A run's folder, and the way into it.
+"""A run's folder seen from outside: what a training needs before it starts, and a finished run to look at.
 
-Opening a run always takes the same way: settings -> the model's folder -> config.json and what has to fit it -> text
--> weights. `train.py` puts a Trainer on top (`open_run`). What looks at a finished run begins with `Run` or
-`open_finished`.
+Opening always takes the same way: settings -> the model's folder -> config.json and whatever has to fit it -> text ->
+weights. `open_training` is for train.py; whatever looks at a finished run begins with `Run` or `open_finished`.
 """
 
 import contextlib
 import math
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 
-import koff
-from data import BadInput, discard, discard_all, only_process, read_tensors
+from data import BadInput, only_process
 from data.chat_template import ChatTemplate
-from data.checkpoint import (
-    BESIDE,
-    SINGLE,
-    check_backbone,
-    digest,
-    load,
-    load_gates,
-    load_module,
-    possible_sizes,
-    read_config,
-)
-from data.corpus import Split, domains_in, find_domains, load_text, passages
+from data.checkpoint import check_backbone, digest, load, load_gates, load_module, possible_sizes, same_model
+from data.corpus import Split, domains_in, find_domains, load_text
+from data.families import read_config
 from data.hub import model_folder
+from data.life import check_same, is_saved, tidy
 from data.router import Router
 from data.settings import Settings, flag
+from data.solve import check_solvable
 from data.tokenizer import Tokenizer
+from model import Model
 
 # The machine ---------------------------------------------------------------------------------------------------------
 
@@ -81,9 +73,12 @@ def fitting_gates(s, config):
         if wanted > config.num_hidden_layers:
             have = f"{s.model} has {config.num_hidden_layers} blocks"
             raise BadInput(f"{flag(name)} is {wanted}, but {have}; give fewer.")
-    first_gated, _, _ = s.first_blocks(config.num_hidden_layers)
     with possible_sizes(s.model):
-        gates = koff.Gates(config, first_gated, s.granularity, gated=s.gated)
+        gates = s.new_gates(config)
+    if s.solves:
+        with torch.device("meta"):
+            module = s.new_module(config)
+        check_solvable(config, module.by_block(torch.float32))
     if s.granularity == "neuron" and s.multiple > config.intermediate_size:
         raise BadInput(f"--multiple is {s.multiple}, but a block has {config.intermediate_size} neurons; give less.")
     # The most that could be removed: every gate closed.
@@ -97,8 +92,8 @@ def fitting_gates(s, config):
 
 @dataclass
 class Text:
-    """What a run trains on. train {domain: ids}; general: ids for retention, or None; splits {domain: what was read};
-    inputs {what: its hash}: a run goes on only with the same."""
+    """What a run trains on. train {domain: ids}; general: ids for retention, or None; splits {domain: `Split`};
+    inputs {input: its hash}: a run goes on only with the same."""
 
     train: dict[str, np.ndarray]
     general: np.ndarray | None = None
@@ -146,9 +141,9 @@ def read_training_text(s, reader, paths=None):
 
     text = Text({})
     for name, path in paths.items():
-        split = reader.read(path, math.ceil(training / s.text), heldout)
+        split = reader.read(path, math.ceil(training / s.text_share), heldout)
         text.splits[name] = split
-        text.train[name] = split.train[: int(len(split.train) * s.text)]
+        text.train[name] = split.train[: int(len(split.train) * s.text_share)]
     if s.retention == "domains":
         text.general = np.concatenate(list(text.train.values()))
     elif s.retention:
@@ -160,68 +155,41 @@ def read_training_text(s, reader, paths=None):
     return text
 
 
-def check_same(folder, what, before, now):
-    """BadInput unless the hash of `what` is now as it was before, when the run in the folder began."""
-    if before != now:
-        raise BadInput(f"{folder} began with another {what}; bring that back, or train anew (--fresh).")
+@dataclass
+class Opened:
+    """What a training needs. `folder`: that of the pretrained model."""
+
+    model: Model
+    text: Text
+    folder: Path
 
 
-def finished(s, out, fresh=False):
-    """Is the run `s` in `out` complete? BadInput if the folder holds something else."""
-    ours = out / "settings.json"
-    if Path(s.data).resolve() in out.resolve().parents:
-        raise BadInput(f"{out} lies within the text in {s.data}; name another folder with --out.")
-    if not ours.exists():
-        # Names with a dot are not looked at: a lock, a cache.
-        if out.exists() and (not out.is_dir() or any(out.glob("[!.]*"))):
-            raise BadInput(f"{out} holds something that is not a run; name another folder with --out.")
-        return False
-    old = Settings.from_file(ours)
-    if fresh:
-        return False
-    # The same command finds its own run again; any other would mix two runs in one folder.
-    stopped = (out / "checkpoint.pt").exists()
-    for name, value in asdict(s).items():
-        moved = stopped and name in ("model", "data")  # the checkpoint knows them by their hash, wherever they are
-        if getattr(old, name) != value and not moved:
-            raise BadInput(f"{out} holds another run ({flag(name)} differs); name another --out, or say --fresh.")
-    return not stopped and (out / "results.json").exists() and (out / "router.safetensors").exists()
+def open_training(s, out, paths=None):
+    """Check everything that a run needs, before anything is written. `paths`: see `read_training_text`."""
+    if str(out) != str(out).encode(errors="replace").decode():
+        raise BadInput(f"--out {out} is not UTF-8, which safetensors needs; give another name.")
+    # The order matters: cheap checks come first, gigabytes of weights come last.
+    fitting_gates(s, read_config(model_folder(s.model, weights=False)))
+    device = pick_device(s.device)
+    folder = model_folder(s.model)
+    config = read_config(folder)  # once more: the id that ends a turn is in a file that comes with the weights
+    text = read_training_text(s, TextReader(folder, config, out), paths)
+    text.inputs["model"] = digest(folder)
+    model = load(folder, pick_dtype(s.dtype, device), device)
+    check_predicts(s, model, text)
+    # Everything is in order. The first files to be written are the cached token ids: the next run need not tokenise.
+    for split in text.splits.values():
+        split.store()
+    return Opened(model, text, folder)
 
 
-# All that is written about a run by train.py and report, which hold it,
-HELD = [
-    "checkpoint.pt", "log.jsonl", "gates.safetensors", "router.safetensors", "results.json", "report.md",
-    "later/*/settings.json", "later/*/checkpoint.pt", "later/*/log.jsonl",
-    "backbone/config.json", *[f"backbone/{name}" for name in (SINGLE, *BESIDE)],
-]  # fmt: skip
-# and by lape, probes and plot. (A benchmark and an export know their run.)
-WRITTEN = [
-    *HELD, "lape.safetensors", "lape.json", "lape.md", "probes.json", "probes.md",
-    "layers.png", "swap.png", "curves.png", "lape.png",
-]  # fmt: skip
-
-
-def half_written(names):
-    """The temporary names of `atomic` for some files."""
-    parts = [name.rpartition("/") for name in names]
-    return [f"{folder}{slash}.{name}.????????.part" for folder, slash, name in parts]
-
-
-def tidy(out):
-    """Remove what processes that held a run and were killed had half-written. The folder is held by this one now."""
-    discard_all(out, half_written([*HELD, "settings.json", "modules/*.safetensors"]))
-
-
-def erase(out, s):
-    """Remove an old run from its folder, where the run `s` begins. What else the folder holds stays."""
-    # These make it a run. Whenever the process is killed, what is left is taken for a run that has not begun.
-    discard_all(out, ["results.json", "router.safetensors", "checkpoint.pt"])
-    s.to_file(out / "settings.json")
-    discard_all(out, [*WRITTEN, *half_written(WRITTEN)])
-    for path in out.glob("modules/*.safetensors"):
-        with contextlib.suppress(BadInput):
-            if "backbone" in read_tensors(path)[1]:  # a module of ours
-                discard(path)
+@torch.no_grad()
+def check_predicts(s, model, text):
+    """BadInput for a model that predicts NaN, though all of its weights are numbers."""
+    ids = next(iter(text.train.values()))[: s.seq_len].astype(np.int64)
+    tokens = torch.from_numpy(ids).to(model.head.device)
+    if not model(tokens[None]).isfinite().all():
+        raise BadInput(f"{s.model} predicts NaN; download it again, or say --dtype float32.")
 
 
 # After it ------------------------------------------------------------------------------------------------------------
@@ -230,13 +198,13 @@ def erase(out, s):
 class Run:
     """A saved run, as its folder has it: settings, backbone, modules, router. Only `gates` needs the pretrained model.
 
-    run = Run("out/handbook"); run.backbone(tokens, module=run.module("french")) -> logits [B, T, V]
+    run = Run("out/handbook"); run.backbone(tokens, memories=run.memories("french")) -> logits [B, T, V]
     """
 
     def __init__(self, folder, device="auto", dtype=None):
         self.folder = Path(folder)
         self.settings = Settings.from_file(self.folder / "settings.json")
-        if not (self.folder / "router.safetensors").exists():  # the last part that train.py saves
+        if not is_saved(self.folder):
             raise BadInput(f"{self.folder} is not finished; continue it with the train.py command that began it.")
         self.device = pick_device(device)
         # What was saved in bfloat16 is computed in float32 where that is faster.
@@ -244,7 +212,7 @@ class Run:
         self.tokenizer = Tokenizer.from_folder(self.folder / "backbone")
         self.router = Router.load(self.folder / "router.safetensors")
         self.names = [name for name in self.router.domains if self.module_path(name).exists()]
-        self.loaded = {}  # modules, once they were asked for
+        self.loaded = {}  # memories, once they were asked for
 
     @cached_property
     def config(self):
@@ -258,7 +226,7 @@ class Run:
     def module_path(self, name):
         return self.folder / "modules" / f"{name}.safetensors"
 
-    def module(self, name):
+    def memories(self, name):
         """{block: `Memory`} of one domain, to be given to the backbone."""
         if name not in self.names:
             raise BadInput(f"{self.folder} has no module {name!r}; it has {', '.join(self.names) or 'none'}.")
@@ -269,46 +237,45 @@ class Run:
     @property
     def modules(self):
         """{domain: {block: `Memory`}}, all of them."""
-        return {name: self.module(name) for name in self.names}
+        return {name: self.memories(name) for name in self.names}
 
     def gates(self, base):
         """The learnt gates, and the final mask {name: bool [N, channels]}."""
-        s = self.settings
-        first_gated, _, _ = s.first_blocks(len(base.layers))
-        gates = koff.Gates(base.config, first_gated, s.granularity, s.beta_end or s.beta, s.gated)
+        gates = self.settings.new_gates(base.config)
+        gates.beta = self.settings.beta_end or self.settings.beta
         return gates, load_gates(self.folder / "gates.safetensors", gates)
 
 
 @contextlib.contextmanager
 def held(folder, device="auto"):
     """Yield the `Run` in a folder, which no other process changes meanwhile; BadInput if one is about to."""
-    Run(folder, device)  # a lock is no thing to leave in a folder that has no run
+    Run(folder, device)  # BadInput before a lock file is left in a folder without a run
     with only_process(Path(folder)):
         tidy(Path(folder))
-        yield Run(folder, device)  # what may have changed until now is read again
+        yield Run(folder, device)  # read again: another process may have changed it until now
 
 
 def open_finished(folder, device="auto"):
-    """What an evaluation looks at: the run, its unpruned model, its text {domain: Split}. BadInput where the model or a
-    text is another than in training: what was held out could have been trained on."""
+    """(run, its unpruned model, its text {domain: Split}), for an evaluation.
+
+    BadInput if model or text differ from those in training: held-out text could have been trained on.
+    """
     run = Run(folder, device)
     text = texts_of(run)
     return run, unpruned_model(run), text
 
 
 def unpruned_model(run):
-    """The model that a run began with; BadInput where its folder holds another one now."""
+    """The model that a run began with; BadInput if its folder holds another one now."""
     pretrained = model_folder(run.settings.model)
-    check_same(run.folder, "model", run.config.raw.get("koff_model"), digest(pretrained))
+    check_model(run, pretrained)
     return load(pretrained, run.dtype, run.device)
 
 
-def starting_context(model, ids, s, first):
-    """{block: `Memory`} from block `first` on, what the KV memory of a domain starts from: the best of the passages of
-    its training text, ids. (With --kv-init normal it starts from noise; then this is for comparison only.)"""
-    device = model.head.device
-    tried, judged = [torch.from_numpy(tokens).to(device) for tokens in passages(ids, s.kv_passages, s.kv_tokens)]
-    return koff.best_context(model, tried, judged, first)
+def check_model(run, folder):
+    """BadInput unless the folder holds the model that a run began with."""
+    if not same_model(folder, run.config.raw.get("koff_model")):
+        raise BadInput(f"{run.folder} began with another model; bring that back, or train anew (--fresh).")
 
 
 def check_complete(run):

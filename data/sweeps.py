@@ -7,10 +7,11 @@ import re
 from dataclasses import dataclass, field
 
 from data import BadInput, only_process
-from data.checkpoint import read_config
 from data.corpus import find_domains
+from data.families import read_config
 from data.hub import model_folder
-from data.run import erase, finished, fitting_gates
+from data.life import erase, finished
+from data.run import fitting_gates
 from data.settings import Settings
 from data.tables import save, side_by_side, together
 from koff import GATED
@@ -30,7 +31,7 @@ def each(setting, *values, **more):
     return {f"{name} {value}": {setting: value, **more} for value in values}
 
 
-PRUNING = dict(memory=False, fix_mask=0.0)  # gates that learn to the last step: the stronger baseline
+PRUNING = dict(memory=False, gate_share=1.0)  # gates that learn to the last step: the stronger baseline
 
 # The paper's table of ablations, and more: each row leaves something out.
 ABLATIONS = {
@@ -38,14 +39,14 @@ ABLATIONS = {
     "KV of text": dict(steps=0, solve_tokens=0),
     "LoRA, solved": dict(steps=0, kv_tokens=0),
     "LoRA + KV, solved": dict(steps=0),
-    "LoRA + KV, solved under the learned mask": dict(order="prune-first", fix_mask=0.0),
+    "LoRA + KV, solved under the learned mask": dict(order="prune-first", gate_share=1.0),
     "LoRA, trained": dict(solve_tokens=0, kv_tokens=0),
     "KV, trained": dict(rank=0),
     "LoRA + KV, trained": dict(solve_tokens=0),
     "LoRA, both": dict(kv_tokens=0),
     "LoRA + KV, both": {},
     "the same, teacher has not read the text": dict(teacher_context=False),
-    "the same, mask not learned": dict(gate_rate=0.0, fix_mask=0.99, ramp=0.01),  # the gates' start decides it
+    "the same, mask not learned": dict(gate_rate=0.0, gate_share=0.01, ramp=0.01),  # the gates' start decides it
     "the same, prune first, recover afterwards": dict(order="prune-first"),
     "the same, with retention": dict(retention="domains", retention_every=1),
 }
@@ -73,7 +74,8 @@ SWEEPS = {
         | {"upper four blocks": dict(blocks=4, rank=60, alpha=60.0)}
         | {"LoRA on down only": dict(lora="down", rank=150, alpha=150.0)}
         | each("beta", 2.0)
-        | each("objective", "next-token", "blend")
+        | each("objective", "next-token", "blend", "kl-renormalise", "kl-drop")
+        | {"target at once": dict(ramp=0.0)}
         | each("constraint", "hinge", "lagrangian")
         | each("gated", "kv", "qkv", sparsity=0.02)
         | each("gated", "kv+mlp+o")
@@ -81,20 +83,19 @@ SWEEPS = {
         | each("gate_init", "constant")
         | each("kv_init", "normal")
         | each("kv_passages", 8)
-        | each("tail", "renormalise", "drop")
     ),
     # How many steps a set of gates takes to its target, under a constant lambda.
     "convergence": Sweep(
         each("gated", *GATED, sparsity=0.02),
         common=dict(
-            constraint="hinge", penalty=60.0, scaled=False, gate_init="constant", granularity="projection",
-            fix_mask=0.0, solve_tokens=0,
+            constraint="hinge", ramp=0.0, penalty=60.0, gate_init="constant", granularity="projection",
+            gate_share=1.0, solve_tokens=0,
         ),
     ),
     "domains": Sweep(each("domains", "1", "2", "3", "4", "5", "6")),
-    "text": Sweep(each("text", 0.1, 0.25, 0.5, 1.0)),
-    "retention": Sweep(INTERVALS, common=dict(retention="domains", fix_mask=0.0)),
-    "lambda": Sweep(each("penalty", 15.0, 40.0, 60.0, 80.0, 120.0), common=dict(scaled=False, constraint="hinge")),
+    "text": Sweep(each("text_share", 0.1, 0.25, 0.5, 1.0)),
+    "retention": Sweep(INTERVALS, common=dict(retention="domains", gate_share=1.0)),
+    "lambda": Sweep(each("penalty", 15.0, 40.0, 60.0, 80.0, 120.0), common=dict(constraint="hinge", ramp=0.0)),
 }  # fmt: skip
 
 

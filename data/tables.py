@@ -13,6 +13,7 @@ import numpy as np
 from data import BadInput, atomic
 from data.checkpoint import tensors_of
 from data.progress import read_log
+from data.settings import Settings
 
 
 def spread(values):
@@ -89,11 +90,12 @@ def settled(log, results):
 
     None if they never had while they learnt. Later steps do not count: then the mask is fixed, and nothing closes.
     """
-    settings = results["settings"]
-    count = settings["count"]  # "physical" or "paper": the sparsity that the run aimed at
-    learnt = settings["steps"] * (1 - settings["fix_mask"])
+    settings = Settings.from_saved(results["settings"])
+    count = settings.count  # "physical" or "paper": the sparsity that the run aimed at
     for entry in read_log(log):
-        if entry["step"] < learnt and entry.get(count, 0) >= 0.95 * results["sparsity"][count]:  # else it is no step's
+        if (
+            entry["step"] < settings.gate_steps and entry.get(count, 0) >= 0.95 * results["sparsity"][count]
+        ):  # else it is no step's
             return entry["step"]
     return None
 

@@ -1,0 +1,124 @@
+"""A run's folder from the first file to the last: is it this run's, is it complete, what goes when it begins anew."""
+
+import contextlib
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+import koff
+from data import BadInput, discard, discard_all, only_process, read_tensors
+from data.checkpoint import BESIDE, SINGLE, save_backbone, save_gates, save_module
+from data.router import Router
+from data.settings import Settings, flag
+
+
+def check_same(folder, what, before, now):
+    """BadInput unless the hash of an input is the same as when the run in the folder began."""
+    if before != now:
+        raise BadInput(f"{folder} began with another {what}; bring that back, or train anew (--fresh).")
+
+
+def is_stopped(out):
+    """Does the folder hold a training that was stopped?"""
+    return (out / "checkpoint.pt").exists()
+
+
+def is_saved(out):
+    """Does the folder hold a run whose training is over? The router is the last part to be saved."""
+    return (out / "router.safetensors").exists()
+
+
+def finished(s, out, fresh=False):
+    """Is the run `s` in `out` complete, with its report? BadInput if the folder holds something else."""
+    ours = out / "settings.json"
+    if Path(s.data).resolve() in out.resolve().parents:
+        raise BadInput(f"{out} lies within the text in {s.data}; name another folder with --out.")
+    if not ours.exists():
+        # Names with a dot do not count: a lock, a cache.
+        if out.exists() and (not out.is_dir() or any(out.glob("[!.]*"))):
+            raise BadInput(f"{out} holds something that is not a run; name another folder with --out.")
+        return False
+    old = Settings.from_file(ours)
+    if fresh:
+        return False
+    # The same command finds its own run again; any other would mix two runs in one folder.
+    for name, value in asdict(s).items():
+        moved = is_stopped(out) and name in ("model", "data")  # the checkpoint has their hashes, wherever they are now
+        if getattr(old, name) != value and not moved:
+            raise BadInput(f"{out} holds another run ({flag(name)} differs); name another --out, or say --fresh.")
+    return not is_stopped(out) and is_saved(out) and (out / "results.json").exists()
+
+
+@contextlib.contextmanager
+def training_in(out, s, fresh):
+    """Hold the folder in which the run `s` begins or goes on. Yields False if the run is finished already."""
+    out.mkdir(parents=True, exist_ok=True)
+    with only_process(out):
+        if finished(s, out, fresh):  # another process may have ended it meanwhile
+            yield False
+            return
+        tidy(out)
+        if fresh:  # nothing of an old run goes before the new one is known to work
+            erase(out, s)
+        yield True
+        discard(out / "checkpoint.pt")  # its optimizer state is larger than everything else
+
+
+# Files that train.py and report write about a run; they hold it meanwhile.
+HELD = [
+    "checkpoint.pt", "log.jsonl", "gates.safetensors", "router.safetensors", "results.json", "report.md",
+    "later/*/settings.json", "later/*/checkpoint.pt", "later/*/log.jsonl",
+    "backbone/config.json", *[f"backbone/{name}" for name in (SINGLE, *BESIDE)],
+]  # fmt: skip
+# And those of lape, probes and plot. (Benchmarks and exports know their run.)
+WRITTEN = [
+    *HELD, "lape.safetensors", "lape.json", "lape.md", "probes.json", "probes.md",
+    "layers.png", "swap.png", "curves.png", "lape.png",
+]  # fmt: skip
+
+
+def half_written(names):
+    """The temporary names of `atomic` for some files."""
+    parts = [name.rpartition("/") for name in names]
+    return [f"{folder}{slash}.{name}.????????.part" for folder, slash, name in parts]
+
+
+def tidy(out):
+    """Remove half-written files of killed processes. The folder is held, so no living process writes them."""
+    discard_all(out, half_written([*HELD, "settings.json", "modules/*.safetensors"]))
+
+
+def erase(out, s):
+    """Remove an old run from the folder where the run `s` begins. Other files in the folder stay."""
+    # These make it a run. Whenever the process is killed, the rest counts as a run that has not begun.
+    discard_all(out, ["results.json", "router.safetensors", "checkpoint.pt"])
+    s.to_file(out / "settings.json")
+    discard_all(out, [*WRITTEN, *half_written(WRITTEN)])
+    for path in out.glob("modules/*.safetensors"):
+        with contextlib.suppress(BadInput):
+            if "backbone" in read_tensors(path)[1]:  # a module of ours
+                discard(path)
+
+
+# Saving --------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def save_run(trainer, text, pretrained, out):
+    """Write backbone, gates, modules and router of a trained run. `pretrained`: the folder of its model."""
+    about = {"koff_model": text.inputs["model"], "koff_domains": len(text.train)}
+    fingerprint = save_backbone(out / "backbone", trainer.student, pretrained, **about)
+    save_gates(out / "gates.safetensors", trainer.gates, trainer.mask)
+    save_modules(trainer, out, fingerprint)
+    router = Router()
+    for name, ids in text.train.items():
+        router.add(name, ids, text.splits[name].key)
+    router.save(out / "router.safetensors")
+
+
+@torch.no_grad()
+def save_modules(trainer, out, fingerprint):
+    for domain in trainer.modules:
+        memories = koff.materialise_memories(trainer.memories(domain), trainer.kept)
+        save_module(out / "modules" / f"{domain}.safetensors", memories, fingerprint)
