@@ -5,7 +5,7 @@ python eval.py perplexity out/handbook news.txt                     of any other
 python eval.py compare out/handbook out/seed1                       one table of several runs
 python eval.py lape out/handbook                                    are neurons of one language those that are closed?
 python eval.py probes out/handbook                                  how far the backbone's hidden states moved
-python eval.py bench out/smollm2-12 mmlu --rows DIR                 benchmarks: the unpruned model, backbone, modules
+python eval.py bench out/handbook koff_mmlu --rows DIR              benchmarks: the unpruned model, backbone, modules
 python eval.py plot out/handbook                                    pictures of what train.py, report and lape saved
 python eval.py generate out/handbook "Der Kernel" --module german   one module by name; without --module: routed
 python eval.py chat out/handbook                                    a conversation; /domain changes the module
@@ -28,17 +28,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import BadInput, benchmarks, fast, run_script
+from data import BadInput, fast, run_script
 from data.analyses import lape_report, probes
 from data.chat import chat, continue_text
 from data.corpus import lines_of, windows
 from data.export import export
-from data.harness import harness
+from data.harness import bench
 from data.modules import list_modules, remove_module
 from data.objectives import token_losses
 from data.pictures import plot
 from data.run import Run, TextReader, check_complete, held, open_finished, unpruned_model
-from data.scoring import bench
 from data.settings import ROOT
 from data.starts import starting_context
 from data.tables import as_saved, ledger, ratios, save, saved_results, side_by_side, table, together
@@ -441,16 +440,13 @@ def parse(argv):
     option = command("probes", probes, "hidden states of the backbone alone against those of the unpruned model")
     option("--texts", type=int, default=5000, help="held-out windows of 50 tokens a domain [5000]")
 
-    option = command("bench", bench, "measure a run, or a pretrained model's folder, on a benchmark")
-    option("task", help=f"{', '.join(benchmarks.TASKS)}; with --harness any task of lm-evaluation-harness")
-    option("--harness", action="store_true", help="through lm-evaluation-harness (pip install lm_eval)")
-    option("--include", type=Path, help="with --harness: folder of further task yamls")
-    option("--rows", help="file or folder of rows in the Hub's columns (data/prepare.py); needed without --harness")
+    option = command("bench", bench, "measure a run, or a pretrained model's folder, by lm-evaluation-harness")
+    option("task", help="one of the harness, or of ours: koff_mmlu, koff_arc, koff_bbl, koff_pairs")
+    option("--rows", help="file or folder with the questions of our tasks (data/prepare.py benchmarks)")
+    option("--include", type=Path, help="folder of further task yamls")
     option("--on", nargs="+", metavar="WHAT", help="unpruned, backbone, routed or names of modules [the first three]")
-    option("--limit", type=int, help="questions of each subject [all]")
-    option("--subjects", nargs="+", default=[], metavar="NAME", help="MMLU subjects or BBL tasks [all]")
-    option("--shots", type=int, help="examples before a question [5 for mmlu, else 0; with --harness the task's own]")
-    option("--fresh", action="store_true", help="begin again, whatever RUN/bench/*.jsonl holds")
+    option("--limit", type=int, help="questions of a task [all]")
+    option("--shots", type=int, help="examples before a question [as the task has them]")
     option("--out", type=Path, help="folder of the results [RUN/bench; out/pretrained/NAME/bench for a model]")
 
     command("plot", plot_run, "draw what a run or sweep has saved (needs matplotlib)", device=False)
@@ -471,14 +467,7 @@ def parse(argv):
     option = command("remove", remove_module, "delete a module", device=False)
     option("module")
 
-    args = parser.parse_args(argv)
-    if args.command == "bench" and args.harness:
-        args.work = harness
-        if args.rows or args.subjects or args.fresh:
-            parser.error("--harness gets its questions by itself, without --rows, --subjects and --fresh")
-    elif args.command == "bench" and not (args.task in benchmarks.TASKS and args.rows):
-        parser.error(f"bench takes {', '.join(benchmarks.TASKS)} with --rows, or any task with --harness")
-    return args
+    return parser.parse_args(argv)
 
 
 def sampling(option, tokens):
@@ -497,10 +486,7 @@ def plot_run(args):
 def main(argv=None):
     args = parse(argv)
     fast.enable()
-    stopped = "the same command begins again"
-    if args.work is bench:
-        stopped = "the same command continues"
-    return run_script("eval.py", lambda: args.work(args), stopped) or 0
+    return run_script("eval.py", lambda: args.work(args), "the same command begins again") or 0
 
 
 if __name__ == "__main__":

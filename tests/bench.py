@@ -5,7 +5,6 @@
     python tests/bench.py --model DIR solve           LoRA on down by least squares, against the number of tokens
     python tests/bench.py --model DIR inference       prefill and decoding: transformers, dense, compact, with a module
     python tests/bench.py --model DIR growth          our step against length, KV tokens, rank, domains, vocabulary
-    python tests/bench.py --model DIR benchmarks --rows DIR    MMLU and ARC questions: the same choices, how fast
 
 Every subject of `step` runs in processes of its own, in turns with the others, those of `inference` in turns in one;
 the fastest round counts, so that all figures of a table are of one time. Memory is the peak of the resident set above
@@ -33,10 +32,8 @@ sys.path.insert(0, str(ROOT))
 
 import koff
 from data import BadInput
-from data.benchmarks import encode, load_items
 from data.checkpoint import load, load_module, read_config, save_module
 from data.run import pick_dtype
-from data.scoring import log_likelihoods, remember
 from data.settings import Settings
 from data.tables import table
 from data.tokenizer import Tokenizer
@@ -324,63 +321,13 @@ def growth(model, rounds):
         print(table(axis, ["s a step", "MB of the step", "MB of the modules and AdamW"], rows))
 
 
-def benchmarks(model, rows):
-    """The same ids through ours and through transformers as one writes it, float32: no shared prefix, one at a time."""
-    from transformers import AutoModelForCausalLM
-
-    tokenizer = Tokenizer.from_folder(model)
-    ours = load(model)
-    peer = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    lines = {}
-
-    def theirs(item):
-        context = item.shared + item.context
-        if max(map(len, item.continuations)) == 1:
-            log_p = peer(torch.tensor([context]), logits_to_keep=1).logits[0, -1].log_softmax(-1)
-            return [log_p[ids[0]].item() for ids in item.continuations]
-        found = []
-        for ids in item.continuations:
-            logits = peer(torch.tensor([context + ids]), logits_to_keep=len(ids) + 1).logits[0, :-1]
-            found.append(logits.log_softmax(-1)[range(len(ids)), ids].sum().item())
-        return found
-
-    for task, each in ("mmlu", 50), ("arc", 100):
-        items = [encode(item, tokenizer, 2048) for item in load_items(task, rows, limit=each)]
-        seconds = np.zeros(2)
-        mine, peers = [], []
-        shared = memory = None
-        for item in tqdm(items, task, leave=False, disable=None):  # in turns: what else runs here meets both
-            begun = time.perf_counter()
-            if item.shared != shared:
-                shared = item.shared
-                memory = remember(ours, shared)
-            scores, _ = log_likelihoods(ours, item.context, item.continuations, memory)
-            mine.append(scores)
-            middle = time.perf_counter()
-            with torch.inference_mode():
-                peers.append(theirs(item))
-            seconds += middle - begun, time.perf_counter() - middle
-        same = [np.argmax(x) == np.argmax(y) for x, y in zip(mine, peers, strict=True)]
-        apart = [i for i, x in enumerate(peers) if np.subtract(*sorted(x)[:-3:-1]) > 1e-3]
-        furthest = max(np.abs(np.subtract(x, y)).max() for x, y in zip(mine, peers, strict=True))
-        lines[task] = [f"{sum(same)} of {len(same)}", f"{sum(same[i] for i in apart)} of {len(apart)}"]
-        lines[task] += [f"{furthest:.0e}", *(f"{x:.0f}" for x in seconds), f"{seconds[1] / seconds[0]:.1f} x"]
-    columns = ["same choice", "where the best two are 1e-3 nats apart", "largest difference in nats"]
-    print("\n**Benchmarks, float32, the same prompts**\n")
-    print(table("", [*columns, "s, ours", "s, transformers", "transformers / ours"], lines))
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sections = {"step": step, "solve": solve, "inference": inference, "growth": growth}
-    parser.add_argument("sections", nargs="*", metavar="section", help=f"of {', '.join(sections)}, benchmarks [all]")
+    parser.add_argument("sections", nargs="*", metavar="section", help=f"of {', '.join(sections)} [all]")
     parser.add_argument("--model", required=True, help="folder of the model")
     parser.add_argument("--rounds", type=int, default=2, help="processes for each subject [2]")
-    parser.add_argument("--rows", help="folder of the rows that `benchmarks` asks; without it, the others are all")
     args = parser.parse_args()
-    if "benchmarks" in args.sections and not args.rows:
-        parser.error("benchmarks needs the --rows that it asks")
-    sections |= {"benchmarks": lambda model, _: benchmarks(model, args.rows)} if args.rows else {}
     if unknown := set(args.sections) - set(sections):
         parser.error(f"there is no section {', '.join(unknown)}; give {', '.join(sections)}")
     try:

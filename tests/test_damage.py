@@ -263,7 +263,6 @@ FILES = {
     "sharded/model.safetensors.index.json": (JSON, [("train.py", "sharded")]),
     "data/french.txt": (TEXT, [NEW]),
     "data/german.jsonl": (TEXT, [NEW]),
-    "rows/arc_challenge_test.jsonl": (TEXT, [("eval.py", "bench")]),
     "runs/.tokens/*french*.npy": (BYTES, [REPORT]),
     "runs/one/settings.json": (JSON, [REPORT, GENERATE]),
     "runs/one/results.json": (JSON, [("eval.py", "compare"), ("eval.py", "beside")]),
@@ -285,7 +284,7 @@ CHECKED = (
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A model, the same in shards, two texts, benchmark rows, a finished run, a stopped one; and a copy of it all."""
+    """A model, the same in shards, two texts, a finished run, a stopped one; and a copy of it all."""
     folder = tmp_path_factory.mktemp("damage") / "world"
     folder.mkdir()
     make_world(folder)
@@ -294,10 +293,6 @@ def whole(tmp_path_factory):
     (folder / "data/german.txt").unlink()
     (folder / "base/generation_config.json").write_text(json.dumps({"eos_token_id": [0, 1], "do_sample": True}))
     in_shards(folder / "base", folder / "sharded")
-    rows = [dict(id=str(i), question=f"What is {i}?", answerKey="B", choices=dict(text=["x", "y z"], label=["A", "B"]))
-            for i in range(5)]  # fmt: skip
-    (folder / "rows").mkdir()
-    (folder / "rows/arc_challenge_test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert train.main(flags(folder)) == 0
     with pytest.MonkeyPatch.context() as patch, ctrl_c_in_step_5(patch):
         assert train.main(flags(folder, out=folder / "runs/stopped")) == 130
@@ -333,7 +328,6 @@ def commands_on(folder):
         "stopped": flags(folder, out=folder / "runs/stopped"),
         "report": ["report", one],
         "generate": ["generate", one, "Der Kernel", "--tokens", "2"],
-        "bench": ["bench", one, "arc", "--rows", folder / "rows", "--out", folder / "bench"],
         "compare": ["compare", one],
         "beside": ["report", one, "--beside", one],
         "export": ["export", one, "peft"],

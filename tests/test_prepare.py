@@ -13,7 +13,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from data import BadInput, benchmarks, prepare
+from data import BadInput, prepare
 from data.corpus import find_domains, load_text, read_documents, split_text
 from data.router import HALF, Router
 from data.tokenizer import Tokenizer
@@ -120,9 +120,10 @@ def test_retention_and_evaluation_sets(hub, tmp_path):
         "mmlu_dev",
         "mmlu_test",
     ]
-    for task, n in ("mmlu", 12), ("arc", 20):
-        items = benchmarks.load_items(task, tmp_path / "rows")
-        assert len(items) == n and all("train" not in item.question for item in items)
+    for name, n in ("mmlu_test", 12), ("mmlu_dev", 5), ("arc_challenge_test", 20):
+        rows = [json.loads(line) for line in (tmp_path / f"rows/{name}.jsonl").read_text().splitlines()]
+        assert len(rows) == n and all(row["question"].startswith(("test", "dev", "which test")) for row in rows)
+        assert all({"question", "choices"} < row.keys() and row.keys() & {"answer", "answerKey"} for row in rows)
 
 
 @pytest.mark.parametrize("recipe", ["topics", "languages"])

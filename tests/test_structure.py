@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LADDER = ("model", "koff", "data", "eval", "train")
-FILES = [*(ROOT / f"{name}.py" for name in LADDER if name != "data"), *sorted((ROOT / "data").glob("*.py"))]
+FILES = [*(ROOT / f"{name}.py" for name in LADDER if name != "data"), *sorted((ROOT / "data").rglob("*.py"))]
 
 
 def name_of(path):

@@ -538,11 +538,6 @@ def test_sampling_that_means_nothing_is_refused(run, capsys, more, sentence):  #
 
 
 def test_what_would_be_ignored_is_refused(capsys):
-    bench = ["bench", "out/run", "mmlu", "--harness"]
-    for more in (["--rows", "rows"], ["--subjects", "law"], ["--fresh"]):
-        with pytest.raises(SystemExit):
-            evaluation.parse([*bench, *more])
-        assert "--harness gets its questions by itself" in capsys.readouterr().err
     for more in (["--sweep", "choices"], ["--add", "dutch.txt"]):
         with pytest.raises(SystemExit):
             train.parse(["--dry-run", *more])

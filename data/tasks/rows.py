@@ -1,0 +1,135 @@
+"""Rows on the disk become the questions of the yamls beside this file, for lm-evaluation-harness.
+
+The harness calls `mmlu`, `arc`, `bbl` or `pairs` with the `rows` that `eval.py bench --rows` names: a file or a folder.
+Every question has a text, choices, and the numbers of the choices that are right.
+"""
+
+import json
+from collections import Counter
+from operator import itemgetter
+from pathlib import Path
+
+from datasets import Dataset
+from lm_eval.api.samplers import ContextSampler
+
+from data import BadInput
+from data.corpus import lines_of, read_text
+
+
+def mmlu(rows, shots, **_):
+    """Each question of mmlu_test*.jsonl, with the first examples of its subject in mmlu_dev*.jsonl."""
+    folder = Path(rows)
+    if folder.is_file():
+        folder = folder.parent
+    solved = {}
+    for example in questions(folder, "mmlu_dev*.jsonl", mmlu_questions):
+        letter = example["choices"][example["answer"][0]]
+        solved.setdefault(example["subject"], []).append(f"{example['question']} {letter}\n\n")
+    asked = questions(rows, "mmlu_test*.jsonl", mmlu_questions)
+    for question in asked:
+        examples = solved.get(question["subject"], [])
+        if len(examples) < shots:
+            raise BadInput(f"{folder} has {len(examples)} examples for {question['subject']}; lower --shots.")
+        question["examples"] = "".join(examples[:shots])
+    return split(asked)
+
+
+def arc(rows, **_):
+    return split(questions(rows, "arc_challenge_test*.jsonl", arc_questions))
+
+
+def bbl(rows, **_):
+    return split(questions(rows, "**/*.json", bbl_questions))
+
+
+def pairs(rows, **_):
+    return split(questions(rows, "*.jsonl", pair_questions))
+
+
+def split(questions):
+    return {"test": Dataset.from_list(questions)}
+
+
+class InDescription(ContextSampler):
+    """Gives the harness no examples: those of koff_mmlu stand in its description."""
+
+    def sample(self, *_, **__):
+        return []
+
+
+# JSON -> questions ---------------------------------------------------------------------------------------------------
+
+
+def mmlu_questions(row):
+    text = row["question"].strip()
+    for letter, choice in zip("ABCD", row["choices"], strict=True):
+        text += f"\n{letter}. {choice}"
+    subject = row["subject"].replace("_", " ")
+    yield {"subject": subject, "question": f"{text}\nAnswer:", "choices": list("ABCD"), "answer": [int(row["answer"])]}
+
+
+def arc_questions(row):
+    choices = row["choices"]
+    right = choices["label"].index(row["answerKey"])
+    yield {"question": f"Question: {row['question']}\nAnswer:", "choices": choices["text"], "answer": [right]}
+
+
+def bbl_questions(file):
+    """The choices stand in the order of the alphabet: in the file the right one may be the first."""
+    for row in file["examples"]:
+        scores = row["target_scores"]
+        choices = sorted(scores)
+        best = max(scores.values())
+        text = f"\nQ: {row['input']}"
+        for choice in choices:
+            text += f"\n  choice: {choice}"
+        right = [i for i, choice in enumerate(choices) if scores[choice] == best]
+        yield {"question": f"{text}\nA: ", "choices": choices, "answer": right}
+
+
+def pair_questions(row):
+    """The bad sentence is the first: of two that are equally likely the harness takes the first."""
+    choices = [row["sentence_bad"], row["sentence_good"]]
+    yield {"subject": str(row["UID"]), "question": "", "choices": choices, "answer": [1]}
+
+
+# Files -> questions --------------------------------------------------------------------------------------------------
+
+
+def questions(rows, pattern, questions_of):
+    """[question] of the file `rows`, or of the files in that folder which the pattern finds.
+
+    First come the first ones of every file and subject, then all second ones, and so on: --limit takes as many of each.
+    questions_of: yields what a line of a .jsonl asks, or a whole .json. BadInput where it cannot.
+    """
+    files = sorted(Path(rows).glob(pattern))
+    if Path(rows).is_file():
+        files = [Path(rows)]
+    found = []
+    count = Counter()
+    for path in files:
+        texts = lines_of(path)
+        if path.suffix == ".json":
+            texts = [(path, read_text(path))]
+        for where, text in texts:
+            try:
+                for question in questions_of(json.loads(text)):
+                    check(question)
+                    group = path, question.get("subject")
+                    found.append({"where": str(where), "number": count[group], **question})
+                    count[group] += 1
+            except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+                raise BadInput(f"{where} is no row of this task ({error!r}); mend or remove it.") from None
+    if not found:
+        source = "python data/prepare.py benchmarks, or github.com/google/BIG-bench"
+        raise BadInput(f"{rows} has no rows in {pattern}; name the folder that has, or get them: {source}.")
+    return sorted(found, key=itemgetter("number"))
+
+
+def check(question):
+    """ValueError or another where a question cannot be answered."""
+    choices = question["choices"]
+    if not all(choice.strip() for choice in choices):
+        raise ValueError("a choice is empty")
+    if not all(i in range(len(choices)) for i in question["answer"]):
+        raise ValueError("the answer is not among the choices")
