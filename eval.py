@@ -10,7 +10,7 @@ python eval.py plot out/handbook                                    pictures of 
 python eval.py generate out/handbook "Der Kernel" --module german   one module by name; without --module: routed
 python eval.py chat out/handbook                                    a conversation; /domain changes the module
 python eval.py export out/handbook hf                               for transformers; peft: one adapter for each module
-python eval.py modules out/handbook                                 its modules; remove deletes one
+python eval.py remove out/handbook french                           one module less
 
 This file measures a finished run: `perplexities`, the swap matrix, router, ledger, report. The other commands are in
 `data/`; the imports say where.
@@ -34,7 +34,7 @@ from data.chat import chat, continue_text
 from data.corpus import lines_of, windows
 from data.export import export
 from data.harness import bench
-from data.modules import list_modules, remove_module
+from data.later import remove
 from data.objectives import token_losses
 from data.pictures import plot
 from data.run import Run, TextReader, check_complete, held, open_finished, unpruned_model
@@ -451,8 +451,8 @@ def parse(argv):
 
     command("plot", plot_run, "draw what a run or sweep has saved (needs matplotlib)", device=False)
 
-    option = command("generate", continue_text, "continue a prompt, or those of a file")
-    option("prompt", help="text, or @FILE: each of its lines, or of a .jsonl each prompt, as JSON")
+    option = command("generate", continue_text, "continue a prompt")
+    option("prompt", help="some text")
     sampling(option, tokens=64)
 
     option = command("chat", chat, "a conversation, whose module can change in the middle")
@@ -463,8 +463,7 @@ def parse(argv):
     option("--module", help="hf: merge its LoRA; peft: only this one")
     option("--out", type=Path, help="folder to make [RUN/export/hf or peft, and -MODULE if named]")
 
-    command("modules", list_modules, "list the modules of a run", device=False)
-    option = command("remove", remove_module, "delete a module", device=False)
+    option = command("remove", remove, "delete a module", device=False)
     option("module")
 
     return parser.parse_args(argv)

@@ -242,10 +242,6 @@ def status_of(name, error):
         less = "a smaller --batch or --seq-len, or --checkpointing; --dry-run says what a training needs"
         print(f"{name}: there is not enough memory; try {less}.", file=sys.stderr)
         return 2
-    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-        reason = str(error).partition("\n")[0]
-        print(f"{name}: torch cannot compile ({reason}); install what it needs, or say no --compile.", file=sys.stderr)
-        return 2
     traceback.print_exception(error)
     print(f"{name}: this is a fault of the program; please report the lines above to its authors.", file=sys.stderr)
     return 1

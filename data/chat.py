@@ -4,17 +4,14 @@ Which module answers? The one that --module names, or else the one that the rout
 is unsure, the backbone answers alone. The text goes to stdout, and who wrote it to stderr.
 """
 
-import json
 import sys
 from codecs import getincrementaldecoder
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from data import BadInput
 from data.chat_template import ChatTemplate
-from data.corpus import lines_of
 from data.run import Run
 from model import generate
 
@@ -92,48 +89,15 @@ def note(text):
     print(f"[{text}]", file=sys.stderr)
 
 
-# Prompts -------------------------------------------------------------------------------------------------------------
-
-
 def continue_text(args):
-    """Continue the prompt `args.prompt` on the screen. "@FILE": every prompt of that file, as a line of JSON."""
+    """Continue the prompt `args.prompt` on the screen."""
     check_sampling(args)
     run = Run(args.run, args.device)
-    from_file = args.prompt.startswith("@")
-    # Every prompt of the file is looked at before the first is answered: a bad line is told at once.
-    prompts = read_prompts(Path(args.prompt[1:]), run, args.tokens) if from_file else [args.prompt]
-    for prompt in prompts:
-        memories, why = pick_module(run, prompt, args.module)
-        pieces = stream(run, prompt, memories, args)
-        if from_file:
-            line = {"prompt": prompt, "module": why, "text": "".join(pieces)}
-            print(json.dumps(line, ensure_ascii=False), flush=True)
-        else:
-            note(f"module: {why}")
-            print(prompt, end="")
-            show(pieces)
-
-
-def read_prompts(path, run, new):
-    """The prompts of a file: its lines, or the "prompt" of each line of a .jsonl. BadInput names a line without one,
-    or with one that is empty or leaves no room for `new` tokens."""
-    memory = run.settings.kv_tokens if run.names else 0
-    room = run.config.max_position_embeddings - memory - len(run.tokenizer.bos) - new
-    prompts = []
-    for where, line in lines_of(path):
-        prompt = line
-        if path.suffix == ".jsonl":
-            try:
-                prompt = json.loads(line)["prompt"]
-            except (ValueError, LookupError, TypeError, RecursionError):
-                prompt = None
-        if not isinstance(prompt, str):
-            raise BadInput(f'{where} has no "prompt" that is a text; mend or remove the line.')
-        length = len(run.tokenizer.encode(prompt))
-        if not 0 < length <= room:
-            raise BadInput(f"{where} has no prompt that fits: {length} tokens, room for 1 to {room}; mend the line.")
-        prompts.append(prompt)
-    return prompts
+    memories, why = pick_module(run, args.prompt, args.module)
+    pieces = stream(run, args.prompt, memories, args)
+    note(f"module: {why}")
+    print(args.prompt, end="")
+    show(pieces)
 
 
 # A conversation ------------------------------------------------------------------------------------------------------

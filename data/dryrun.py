@@ -5,7 +5,7 @@ Its steps run on fake tensors, which have shapes and no numbers, while the bytes
 
 import contextlib
 import weakref
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -62,31 +62,15 @@ class Usage(TorchDispatchMode):
         return self.peak - before
 
 
-@dataclass
-class Needs:
-    """gates, mask: those of the run, closed at random; domains: their number; module, gate_count: parameters of one
-    module and of all gates; always, phases {name: bytes}: what stays, and what each phase needs beside it."""
-
-    gates: koff.Gates
-    mask: dict
-    domains: int
-    module: int
-    gate_count: int
-    always: dict
-    phases: dict
-
-    @property
-    def peak(self):
-        """Bytes, of GPU memory if there is a GPU. Only one phase is at work at a time."""
-        return sum(self.always.values()) + max(self.phases.values())
-
-
 def estimate(s, Trainer, domains=None):
-    """The `Needs` of the run `s`. domains: their number, if not that of its text. `Trainer` is train.py's."""
+    """({what stays in memory: bytes}, {phase of a run: bytes that it needs beside it}) of the run `s`.
+
+    domains: their number, if not that of its text. `Trainer` is train.py's.
+    """
     config = read_config(model_folder(s.model, weights=False))
     gates = fitting_gates(s, config)
-    if domains is None:  # without a folder of text, the fewest that make sense
-        domains = len(find_domains(s.data, s.domains)) if Path(s.data).is_dir() else 2
+    if domains is None:
+        domains = count_domains(s)
     # Nobody knows yet which gates will close: here chance decides.
     torch.manual_seed(s.seed)
     spread_by_rank(gates, {name: torch.rand(a.shape) for name, a in gates.log_alpha.items()})
@@ -109,20 +93,29 @@ def estimate(s, Trainer, domains=None):
         if s.kv_from_text:
             tokens = torch.zeros(s.kv_tokens, dtype=torch.int64)
             trainer.contexts["one"] = text_context(model, tokens, trainer.modules["one"].first_block)
-        contexts = domains * (usage.now - before)
-        phases = measured_phases(s, trainer, usage, mask, kept)
+        always["texts that KV memories start from, as keys and values"] = domains * (usage.now - before)
+        phases = measured_phases(s, trainer, usage, kept)
 
-    gate_count = koff.count_parameters(trainer.gates)
-    module = koff.count_parameters(trainer.modules["one"]) if s.memory else 0
-    on_device = gate_count + module * (1 if s.offload else domains)
+    module = size_of_module(s, config)
+    on_device = koff.count_parameters(gates) + module * (1 if s.offload else domains)
     always["modules and gates, float32"] = 4 * on_device
     always["their AdamW state"] = 8 * on_device if s.steps else 0
-    always["texts that KV memories start from, as keys and values"] = contexts
-    return Needs(gates, mask, domains, module, gate_count, always, phases)
+    return always, phases
 
 
-def measured_phases(s, trainer, usage, mask, kept):
-    """{phase of a run: bytes that it needs above what is always there}."""
+def size_of_module(s, config):
+    """The parameters of one module of the run."""
+    with torch.device("meta"):
+        return koff.count_parameters(s.new_module(config)) if s.memory else 0
+
+
+def count_domains(s):
+    """The number of domains in a run's text; without its folder, the fewest that make sense."""
+    return len(find_domains(s.data, s.domains)) if Path(s.data).is_dir() else 2
+
+
+def measured_phases(s, trainer, usage, kept):
+    """{phase: bytes}, with the trainer's steps on fake tensors."""
     tokens = torch.zeros(s.batch, s.seq_len, dtype=torch.int64)
     phases = {}
     if score := koff.SCORES[s.gate_init]:
@@ -131,37 +124,42 @@ def measured_phases(s, trainer, usage, mask, kept):
         trainer.learn(tokens, "one", 0)  # the first step makes AdamW's state
         phases["a step with sampled gates"] = usage.of(trainer.learn, tokens, "one", 0)
     before = usage.now
-    trainer.mask = mask  # as `Trainer.freeze_mask` does; fake tensors cannot say which channels a mask leaves
+    # As `Trainer.freeze_mask` does, which needs numbers to see which channels a mask leaves.
     trainer.kept = kept
     trainer.student = koff.materialise(trainer.model, kept)
     trainer.attached = s.memory
     student = usage.now - before
+    recover = usage.of(trainer.recover, tokens, "one", 0) if s.memory and s.steps else 0
+    phases["the materialised student, and a step under the final mask"] = student + recover
     if s.solves:
         text = {"one": np.zeros(s.solve_tokens + s.seq_len, dtype=np.int64)}
         phases["the materialised student, and solving"] = student + usage.of(trainer.solve, "one", text)
-    recover = usage.of(trainer.recover, tokens, "one", 0) if s.memory and s.steps else 0
-    phases["the materialised student, and a step under the final mask"] = student + recover
     return phases
 
 
+def peak(always, phases):
+    """Gigabytes that an `estimate` adds up to: only one phase is at work at a time."""
+    return (sum(always.values()) + max(phases.values())) / 1e9
+
+
 def dry_run(s, Trainer):
-    """Print the sizes and the memory of the run `s`, and what would lower it. `Trainer` is train.py's."""
-    needs = estimate(s, Trainer)
-    gates = needs.gates
-    physical = gates.sparsity(needs.mask, "physical").item()
-    paper = gates.sparsity(needs.mask, "paper").item()
-    print(f"{gates.total:,} parameters; gates in {gates.blocks} of {gates.config.num_hidden_layers} blocks")
-    print(f"{needs.module:,} parameters a module, {needs.domains} modules and {needs.gate_count:,} gates to train")
-    print(f"at the target (closed at random): sparsity {physical:.4f} physical, {paper:.4f} by the paper's count")
-    for what, size in (needs.always | needs.phases).items():
+    """Print the sizes and the memory of the run `s`, and which flags would lower it. `Trainer` is train.py's."""
+    config = read_config(model_folder(s.model, weights=False))
+    gates = fitting_gates(s, config)
+    domains = count_domains(s)
+    module = size_of_module(s, config)
+    print(f"{gates.total:,} parameters; {koff.count_parameters(gates):,} gates in {gates.blocks} blocks")
+    print(f"{module:,} parameters a module, {domains} modules")
+    always, phases = estimate(s, Trainer)
+    for what, size in (always | phases).items():
         print(f"{size / 1e9:9.3f} GB  {what}")
-    print(f"{needs.peak / 1e9:9.3f} GB  peak memory: only one of the last {len(needs.phases)} at a time")
-    for knob, size in smaller(s, Trainer, needs.domains, on_gpu=True):
+    print(f"{peak(always, phases):9.3f} GB  peak memory")
+    for knob, size in smaller(s, Trainer, domains, on_gpu=True):
         print(f"{size:9.3f} GB  with {knob}")
 
 
 def smaller(s, Trainer, domains, on_gpu):
-    """[(flag, gigabytes with it)]: settings that lower the peak, one by one."""
+    """[(flags, peak with them)]: settings that lower the peak, one by one."""
     knobs = {}
     for name, least in ("batch", 1), ("seq_len", 16):
         half = getattr(s, name) // 2
@@ -173,7 +171,7 @@ def smaller(s, Trainer, domains, on_gpu):
     found = []
     for knob, less in knobs.items():
         with contextlib.suppress(BadInput):  # it contradicts another setting
-            found.append((knob, estimate(replace(s, **less), Trainer, domains).peak / 1e9))
+            found.append((knob, peak(*estimate(replace(s, **less), Trainer, domains))))
     return found
 
 
@@ -186,9 +184,8 @@ def enough_memory(trainer):
         if not out_of_memory(error):
             raise
         s = replace(trainer.s, dtype=str(trainer.model.head.dtype).removeprefix("torch."))
-        domains = len(trainer.domains)
-        peak = estimate(s, type(trainer), domains).peak / 1e9
-        said = f"there is not enough memory: this takes about {peak:.3g} GB"
-        for knob, size in smaller(s, type(trainer), domains, trainer.device.type == "cuda"):
+        about = type(trainer), len(trainer.domains)
+        said = f"there is not enough memory: this takes about {peak(*estimate(s, *about)):.3g} GB"
+        for knob, size in smaller(s, *about, trainer.device.type == "cuda"):
             said += f", with {knob} {size:.3g}"
         raise BadInput(f"{said}; --dry-run says more.") from None

@@ -10,20 +10,15 @@ import logging
 from dataclasses import replace
 from itertools import groupby
 from operator import itemgetter
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from data import BadInput
-from data.checkpoint import digest
-from data.hub import model_folder
-from data.run import Run, pick_device, pick_dtype, unpruned_model
-from data.settings import ROOT, Settings
+from data.run import Run, unpruned_model
+from data.settings import ROOT
 from data.tables import save
-from data.tokenizer import Tokenizer
 from model import Cache, Memory, generate
 
 BATCH = 16  # options of a question that are read together
@@ -32,35 +27,34 @@ BATCH = 16  # options of a question that are read together
 
 
 @torch.inference_mode()
-def remember(model, ids, module=None):
-    """The module {block: Memory} with which text goes on after `ids`: what they leave in the cache is a KV memory.
+def remember(model, ids, memories=None):
+    """The memories {block: Memory} with which text goes on after `ids`: their keys and values are a KV memory.
 
-    So whatever many texts begin with is read once. The cache begins with the keys and values of `module`.
+    So a common beginning of many texts is read once. The keys and values of the given memories come before it.
     """
     if not ids:
-        return module
+        return memories
     cache = Cache(0)
-    model.hidden(torch.tensor([ids], device=model.head.device), module=module, cache=cache)
+    model.hidden(torch.tensor([ids], device=model.head.device), memories=memories, cache=cache)
     after = {}
     for i, (keys, values) in cache.layers.items():  # each [1, G, M + T, hd]
-        memory = (module or {}).get(i) or Memory()
+        memory = (memories or {}).get(i) or Memory()
         after[i] = replace(memory, keys=keys[0], values=values[0])
     return after
 
 
 @torch.inference_mode()
-def log_likelihoods(model, context, continuations, module=None):
-    """Two lists, with one entry for each of the continuations (ids) behind the context (ids):
-    log p, and whether greedy decoding would write it.
-    """
-    # The context is read once. Each continuation is a row behind it: the last token of the context, which predicts the
-    # first of the continuation, and so on. Nothing sees the padding on the right.
-    memory = remember(model, context[:-1], module)
+def log_likelihoods(model, context, continuations, memories=None):
+    """Two lists, with one entry for each of the continuations (ids) after the context (ids): log p, and whether greedy
+    decoding would write it."""
+    # The context is read once. Each continuation is a row after it: the last token of the context, which predicts the
+    # first token of the continuation, and so on. No token sees the padding on the right.
+    memories = remember(model, context[:-1], memories)
     rows = [torch.tensor([context[-1], *ids[:-1]]) for ids in continuations]
     rows = pad_sequence(rows, batch_first=True).to(model.head.device)  # [N, longest]
     scores = []
     greedy = []
-    for ids, hidden in zip(continuations, model.hidden(rows, module=memory), strict=True):
+    for ids, hidden in zip(continuations, model.hidden(rows, memories=memories), strict=True):
         log_p = model.logits(hidden[: len(ids)]).log_softmax(-1)  # [len(ids), V]
         targets = torch.tensor(ids, device=log_p.device)
         scores.append(log_p.gather(1, targets[:, None]).double().sum().item())
@@ -71,58 +65,31 @@ def log_likelihoods(model, context, continuations, module=None):
 # What is measured ----------------------------------------------------------------------------------------------------
 
 
-class Pretrained:
-    """A pretrained model, seen as a `Run` that has neither backbone nor modules. Its folder is out/pretrained/NAME."""
-
-    def __init__(self, name, folder, device):
-        self.folder = Path("out/pretrained", Path(name).resolve().name)
-        self.settings = Settings(model=str(folder), kv_tokens=0)
-        self.device = pick_device(device)
-        self.dtype = pick_dtype("auto", self.device)
-        self.tokenizer = Tokenizer.from_folder(folder)
-        self.config = SimpleNamespace(raw={"koff_model": digest(folder)})  # as a run's backbone has it
-        self.names = []
-
-
-def open_variants(name, device, wanted=None):
-    """(run, variants of it that are to be measured). `name`: of a run's folder, or of a pretrained model.
-
-    A variant is unpruned, backbone (no module), routed (the router picks one for each context) or a module's name (it
-    reads everything). Without `wanted` it is the first three. BadInput for one that is not there.
-    """
-    folder = model_folder(name)
-    variants = ["unpruned"]
-    if (folder / "config.json").exists():
-        run = Pretrained(name, folder, device)
-    else:
-        run = Run(folder, device)
-        variants.append("backbone")
+def variants_of(run, wanted=None):
+    """The variants of a run to be measured: unpruned, backbone (no module), routed (the router picks one for each
+    context) and the names of modules. Without `wanted` the first three. BadInput for an unknown one."""
+    variants = ["unpruned", "backbone"]
     if run.names:
         variants += ["routed", *run.names]
     for variant in wanted or ():
         if variant not in variants:
-            raise BadInput(f"--on cannot be {variant!r}; {name} has {', '.join(variants)}.")
-    return run, wanted or variants[:3]
+            raise BadInput(f"--on cannot be {variant!r}; {run.folder} has {', '.join(variants)}.")
+    return wanted or variants[:3]
 
 
-def model_of(run, variant):
-    """The `Model` of a variant; what its module adds comes from `module_for`."""
-    return unpruned_model(run) if variant == "unpruned" else run.backbone
-
-
-def module_for(run, variant, ids):
-    """The module with which a variant reads the text `ids`, or None."""
+def memories_for(run, variant, ids):
+    """The memories with which a variant reads the text `ids`, or None."""
     name = variant
     if variant == "routed":
         name = run.router.route(np.array([ids]))[0]
-    return run.module(name) if name in run.names else None
+    return run.memories(name) if name in run.names else None
 
 
 # The harness ---------------------------------------------------------------------------------------------------------
 
 
 class RunModel:
-    """What the harness asks of a model. `bench` joins it with the harness's own TemplateLM, which splits context and
+    """The methods that the harness calls. `bench` joins it with the harness's own TemplateLM, which splits context and
     continuation into ids, and makes our methods those of a model that the harness accepts.
     """
 
@@ -130,13 +97,13 @@ class RunModel:
         super().__init__()
         self.run = run
         self.variant = variant
-        self.model = model_of(run, variant)
+        self.model = unpruned_model(run) if variant == "unpruned" else run.backbone
         # As many tokens as fit beside a module's keys and values.
         self.max_length = self.model.config.max_position_embeddings - run.settings.kv_tokens
 
     @property
     def eot_token_id(self):
-        """What stands before a text that has no context."""
+        """The token before a text without context."""
         return [*self.run.tokenizer.bos, *self.model.config.eos_token_ids, 0][0]
 
     def tok_encode(self, string, add_special_tokens=True, **_):
@@ -153,10 +120,10 @@ class RunModel:
         # The options of a question come one after the other: their context is read once.
         for context, group in groupby(pairs, key=itemgetter(0)):
             options = [option for _, option in group]
-            module = module_for(self.run, self.variant, context)
+            memories = memories_for(self.run, self.variant, context)
             for start in range(0, len(options), BATCH):
                 part = options[start : start + BATCH]
-                answers += zip(*log_likelihoods(self.model, context, part, module), strict=True)
+                answers += zip(*log_likelihoods(self.model, context, part, memories), strict=True)
         return answers
 
     def loglikelihood_rolling(self, requests, **_):
@@ -166,11 +133,11 @@ class RunModel:
         totals = []
         for request in requests:
             ids = self.tok_encode(request.args[0])
-            module = module_for(self.run, self.variant, ids)
+            memories = memories_for(self.run, self.variant, ids)
             total = 0.0
             for window in get_rolling_token_windows(ids, self.eot_token_id, self.max_length, context_len=1):
                 context, continuation = make_disjoint_window(window)
-                scores, _ = log_likelihoods(self.model, context, [continuation], module)
+                scores, _ = log_likelihoods(self.model, context, [continuation], memories)
                 total += scores[0]
             totals.append(total)
         return totals
@@ -190,11 +157,11 @@ class RunModel:
             until = settings["until"]
             steps = min(settings["max_gen_toks"], self.max_length - 1)
             ids = self.tok_encode(context)[steps - self.max_length :]  # its end, with room for what is written
-            module = module_for(self.run, self.variant, ids)
+            memories = memories_for(self.run, self.variant, ids)
             tokens = torch.tensor([ids], device=self.run.device)
             written = []
             # The harness stops at strings, which may end within a token or begin in an earlier one.
-            for token in generate(self.model, tokens, steps, tokenizer.vocab_size, eos, module=module):
+            for token in generate(self.model, tokens, steps, tokenizer.vocab_size, eos, memories=memories):
                 written.append(token.item())
                 if written[-1] in eos or any(stop in tokenizer.decode(written) for stop in until):
                     break
@@ -204,8 +171,9 @@ class RunModel:
 
 
 def bench(args):
-    """Measure a run, or a pretrained model, on a task: the harness's tables on the screen, all that it returns, samples
-    included, in RUN/bench. BadInput without the package, for a task that there is not, and for options that do nothing.
+    """Measure a run on a task: the harness's tables on the screen, and everything that it returns in RUN/bench.
+
+    BadInput without the package, for an unknown task, and for options that would do nothing.
     """
     try:
         from lm_eval import simple_evaluate
@@ -225,7 +193,8 @@ def bench(args):
         raise BadInput("--rows is where a koff_ task has its questions, and no other task; give both or neither.")
     if ours and args.task != "koff_mmlu" and args.shots is not None:
         raise BadInput(f"{args.task} has no examples; leave out --shots.")
-    run, variants = open_variants(args.run, args.device, args.on)
+    run = Run(args.run, args.device)
+    variants = variants_of(run, args.on)
     folders = [str(ROOT / "data/tasks")]
     if args.include:
         folders.append(str(args.include))

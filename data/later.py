@@ -1,4 +1,4 @@
-"""One more domain for a finished run: `python train.py --add dutch.txt --out RUN`.
+"""One more domain for a finished run, or one less: `train.py --add dutch.txt --out RUN`, `eval.py remove RUN dutch`.
 
 The backbone stays as it is. The new module is trained under its final mask, and joins the run as one more file and one
 more row of the router.
@@ -83,3 +83,19 @@ def settings_to_add(run, given):
     # With one domain and no gates, settings that choose domains or concern gates are irrelevant.
     irrelevant = dict(gate_init="constant", gate_share=0.0, ramp=0.0, focus=0, order="joint", retention="")
     return replace(run.settings, **{"steps": steps, **given}, **irrelevant)
+
+
+def remove(args):
+    """Delete the module `args.module` of the run `args.run`."""
+    with held(args.run, "cpu") as run:
+        name = args.module
+        if name not in run.router.domains:
+            run.memories(name)  # BadInput, which lists the modules
+        if run.names == [name]:
+            raise BadInput(f"{name} is the only module of {run.folder}; delete the folder instead.")
+        run.module_path(name).unlink(missing_ok=True)  # it may have been lost before
+        run.router.remove(name)
+        run.router.save(run.folder / "router.safetensors")
+        print(
+            f"{run.folder} holds {', '.join(run.router.domains)}; eval.py report {run.folder} makes its tables again."
+        )

@@ -65,28 +65,18 @@ def training_in(out, s, fresh):
         discard(out / "checkpoint.pt")  # its optimizer state is larger than everything else
 
 
-# Files that train.py and report write about a run; they hold it meanwhile.
-HELD = [
+# Files that are written about a run. (Benchmarks and exports know their run.)
+WRITTEN = [
     "checkpoint.pt", "log.jsonl", "gates.safetensors", "router.safetensors", "results.json", "report.md",
     "later/*/settings.json", "later/*/checkpoint.pt", "later/*/log.jsonl",
-    "backbone/config.json", *[f"backbone/{name}" for name in (SINGLE, *BESIDE)],
+    "backbone/config.json", *[f"backbone/{name}" for name in (SINGLE, *BESIDE)], "lape.safetensors", "lape.json",
+    "lape.md", "probes.json", "probes.md", "layers.png", "swap.png", "curves.png", "lape.png",
 ]  # fmt: skip
-# And those of lape, probes and plot. (Benchmarks and exports know their run.)
-WRITTEN = [
-    *HELD, "lape.safetensors", "lape.json", "lape.md", "probes.json", "probes.md",
-    "layers.png", "swap.png", "curves.png", "lape.png",
-]  # fmt: skip
-
-
-def half_written(names):
-    """The temporary names of `atomic` for some files."""
-    parts = [name.rpartition("/") for name in names]
-    return [f"{folder}{slash}.{name}.????????.part" for folder, slash, name in parts]
 
 
 def tidy(out):
-    """Remove half-written files of killed processes. The folder is held, so no living process writes them."""
-    discard_all(out, half_written([*HELD, "settings.json", "modules/*.safetensors"]))
+    """Remove half-written files of killed processes (see `atomic`). The folder is held: no other training writes."""
+    discard_all(out, [".*.????????.part", "*/.*.????????.part", "later/*/.*.????????.part"])
 
 
 def erase(out, s):
@@ -94,7 +84,7 @@ def erase(out, s):
     # These make it a run. Whenever the process is killed, the rest counts as a run that has not begun.
     discard_all(out, ["results.json", "router.safetensors", "checkpoint.pt"])
     s.to_file(out / "settings.json")
-    discard_all(out, [*WRITTEN, *half_written(WRITTEN)])
+    discard_all(out, WRITTEN)
     for path in out.glob("modules/*.safetensors"):
         with contextlib.suppress(BadInput):
             if "backbone" in read_tensors(path)[1]:  # a module of ours

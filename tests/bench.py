@@ -32,7 +32,8 @@ sys.path.insert(0, str(ROOT))
 
 import koff
 from data import BadInput
-from data.checkpoint import load, load_module, read_config, save_module
+from data.checkpoint import load, load_module, save_module
+from data.families import read_config
 from data.run import pick_dtype
 from data.settings import Settings
 from data.tables import table
@@ -194,7 +195,7 @@ def in_inference(model, rounds, prompt=512, new=128):
 
     def ours(model, memory=None):
         def forward(x, cache):
-            hidden = model.run(model.embed_tokens(x), 0, len(model.layers), module=memory, cache=cache)
+            hidden = model.run(model.embed_tokens(x), 0, len(model.layers), memories=memory, cache=cache)
             return model.logits(hidden[:, -1]).argmax(-1, keepdim=True)
 
         return forward, lambda: Cache(new)
@@ -212,7 +213,7 @@ def in_inference(model, rounds, prompt=512, new=128):
         with torch.no_grad(), tempfile.TemporaryDirectory() as at:
             path, config = Path(at, "one.safetensors"), replace(trainer.model.config, raw={"koff_fingerprint": "here"})
             save_module(
-                path, koff.materialise_module(trainer.memory_module("one").by_block(DTYPE), trainer.kept), "here"
+                path, koff.materialise_memories(trainer.memory_module("one").by_block(DTYPE), trainer.kept), "here"
             )
             memory = load_module(path, config, DTYPE)
             swap = fastest(lambda a=(path, config, DTYPE): load_module(*a), 20)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from data.checkpoint import parse_config
+from data.families import parse_config
 from model import Model
 
 SHAPE = dict(

@@ -21,8 +21,9 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
 from data import BadInput, atomic
-from data.checkpoint import checkpoint_name, parse_config
+from data.checkpoint import checkpoint_name
 from data.corpus import batch, find_domains, load_text, read_documents, split_text, windows
+from data.families import parse_config
 from data.tokenizer import Tokenizer
 from model import Model
 

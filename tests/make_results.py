@@ -247,7 +247,7 @@ def from_runs_and_pruned(folders, pruned, solved):
         )
     others = [saved_results(folder) for folder in pruned]
     for fixed in (True, False):  # a pruned model may learn its gates to the last step: the stronger baseline
-        some = [one for one in others if (one["settings"]["fix_mask"] > 0) == fixed]
+        some = [one for one in others if (one["settings"]["gate_share"] > 0) == fixed]
         if some:
             how = "KOFF's schedule" if fixed else "gates learn to the end"
             size = some[0]["ledger"]["total"] - some[0]["ledger"]["removed"]

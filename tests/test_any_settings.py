@@ -44,7 +44,7 @@ SOME = st.sets(st.sampled_from(sorted(DRAWN)), max_size=6).flatmap(
     lambda names: st.fixed_dictionaries({name: DRAWN[name] for name in sorted(names)})
 )
 SMALL = dict(blocks=2, sparsity=0.05, steps=4, batch=2, seq_len=16, eval_len=16, rank=2, alpha=2.0, kv_tokens=3, top=20,
-             fisher_sequences=4, solve_tokens=64, dtype="float32", fix_mask=0.5)  # fmt: skip
+             fisher_sequences=4, solve_tokens=64, dtype="float32", gate_share=0.5)  # fmt: skip
 
 
 def as_flags(world, chosen):

@@ -94,8 +94,8 @@ def fresh(run, messages, module):
     """Greedy, in one call: the module on the whole conversation."""
     whole = Run(run)
     ids = whole.tokenizer.encode(ChatTemplate(SMOLLM2)(messages, answer=True))
-    attached = whole.module(module)
-    new = decoder.generate(whole.backbone, torch.tensor([ids]), 12, whole.tokenizer.vocab_size, module=attached)
+    attached = whole.memories(module)
+    new = decoder.generate(whole.backbone, torch.tensor([ids]), 12, whole.tokenizer.vocab_size, memories=attached)
     return whole.tokenizer.decode([token.item() for token in new])
 
 
@@ -174,7 +174,7 @@ def test_a_character_is_shown_when_its_last_token_has_come(monkeypatch):
 
 def test_which_module_answers():
     router = SimpleNamespace(route=lambda ids: ["french"], best=lambda ids: ("french", 0.75))
-    run = SimpleNamespace(tokenizer=Bytes(), router=router, names=["french"], module=lambda name: {0: name})
+    run = SimpleNamespace(tokenizer=Bytes(), router=router, names=["french"], memories=lambda name: {0: name})
     assert chat.pick_module(run, "x") == ({0: "french"}, "french, the router's choice (75.0%)")
     assert chat.pick_module(run, "", "german") == ({0: "german"}, "german")
     with pytest.raises(BadInput, match="the prompt is empty"):

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from data import BadInput
-from data.checkpoint import load, read_config
+from data.checkpoint import load
+from data.families import read_config
 from test_model import COMMON, LLAMA3, make
 
 transformers = pytest.importorskip("transformers")

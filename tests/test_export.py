@@ -15,7 +15,8 @@ import eval as evaluation
 import koff
 import train
 from data import export
-from data.checkpoint import load, parse_config
+from data.checkpoint import load
+from data.families import parse_config
 from data.run import Run
 from model import Memory, Model, generate, matrix_name
 from test_train import CONFIG, flags, world  # noqa: F401 (a fixture)
@@ -47,7 +48,7 @@ def masked(where, out):
     base, run = load(where / "base"), Run(out, "cpu", torch.float32)
     gates, mask = run.gates(base)
     z = gates.by_block({name: m.float() for name, m in mask.items()}, torch.float32)
-    return run, lambda tokens, module=None: base(tokens, z=z, module=module)
+    return run, lambda tokens, module=None: base(tokens, z=z, memories=module)
 
 
 def close(a, b):
@@ -233,12 +234,12 @@ def test_expanding_is_the_inverse_of_materialising_bit_for_bit(tiny, kind):
     again = koff.materialise(dense, kept)
     assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in small.state_dict().items())
 
-    module = koff.materialise_module(random_module(model), kept)
+    module = koff.materialise_memories(random_module(model), kept)
     whole = export.expand_module(module, kept, model.config)
     assert [memory.scale for memory in whole.values()] == [2.0, 3.0, 4.0] and whole[0] is module[0]
     assert (whole[1].lora["up"][1][~mask["neuron"][0]] == 0).all()
     assert (whole[2].lora["down"][0][:, ~mask["neuron"][1]] == 0).all()
-    back = koff.materialise_module(whole, kept)
+    back = koff.materialise_memories(whole, kept)
     for i, memory in module.items():
         for name, (a, b) in memory.lora.items():
             assert torch.equal(back[i].lora[name][0], a) and torch.equal(back[i].lora[name][1], b)
@@ -250,7 +251,7 @@ def test_merging_adds_ba_and_leaves_the_run_as_it_is(tiny):
     kept, _ = closed(model)
     small = koff.materialise(model, kept)
     before = {name: tensor.clone() for name, tensor in small.state_dict().items()}
-    whole = export.expand_module(koff.materialise_module(random_module(model), kept), kept, model.config)
+    whole = export.expand_module(koff.materialise_memories(random_module(model), kept), kept, model.config)
     dense, merged = export.expand(small, kept), export.expand(small, kept)
     export.merge(merged, whole)
     for i, memory in whole.items():

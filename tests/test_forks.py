@@ -118,9 +118,9 @@ import torch
 from dataclasses import replace
 from data.run import Run
 run = Run("out/fork", dtype=torch.float32)
-module = run.module("german")
+module = run.memories("german")
 without = {i: replace(memory, scale=None) for i, memory in module.items()}
 tokens = torch.arange(20)[None]
-logits = run.backbone(tokens, module=module)
-print(all(memory.scale is not None for memory in module.values()), bool((run.backbone(tokens, module=without) != logits).any()))
+logits = run.backbone(tokens, memories=module)
+print(all(memory.scale is not None for memory in module.values()), bool((run.backbone(tokens, memories=without) != logits).any()))
 """

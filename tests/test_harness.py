@@ -127,7 +127,7 @@ def found(world, task, variant="unpruned", out="out"):
 
 def plain(model, context, continuation, module=None):
     """log p of the continuation (ids) behind the context (ids), by one pass over both."""
-    logits = model(torch.tensor([context + continuation]), module=module)[0, len(context) - 1 : -1]
+    logits = model(torch.tensor([context + continuation]), memories=module)[0, len(context) - 1 : -1]
     return logits.log_softmax(-1).gather(1, torch.tensor(continuation)[:, None]).sum().item()
 
 
@@ -291,7 +291,7 @@ def test_a_run_is_measured_with_all_its_parts(world, monkeypatch, capsys):
             scores = []
             for prompt, choice in sample["arguments"]:
                 option = tokenizer.encode(prompt + choice, bos=True)[len(contexts[i]) :]
-                scores.append(plain(run.backbone, contexts[i], option, run.module(module) if module else None))
+                scores.append(plain(run.backbone, contexts[i], option, run.memories(module) if module else None))
             assert of[name][i] == pytest.approx(scores, abs=1e-3)
     assert not np.allclose(of["german"], of["backbone"], atol=1e-2)
     assert not np.allclose(of["unpruned"], of["backbone"], atol=1e-2)

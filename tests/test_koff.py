@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import koff
-from data import BadInput, tables
+from data import BadInput, fast, objectives, starts, tables
 from data.checkpoint import load, load_module, save_backbone, save_module
 from data.corpus import passages
 from data.router import Router
@@ -46,7 +46,7 @@ def test_hard_concrete_follows_its_distribution(a, beta):
     u = torch.rand(400_000, dtype=torch.float64)
     log_alpha = torch.tensor(a, dtype=torch.float64)
     z = koff.hard_concrete(log_alpha, beta, u)
-    assert abs((z > 0).double().mean() - koff.p_open(log_alpha, beta)) < 3e-3
+    assert abs((z > 0).double().mean() - koff.probability_open(log_alpha, beta)) < 3e-3
 
     def above(t):  # P(z > t), from the distribution function of the concrete variable (Louizos, Eq. 9)
         s = (t - koff.GAMMA) / (koff.ZETA - koff.GAMMA)
@@ -179,7 +179,7 @@ def test_fisher_score_is_the_squared_gradient_of_each_token(tiny):
             square[name][n, channel] += ((loss[0] - loss[1]) / (2 * step)).square().sum()
     whole, frees = sum(q.sum() for q in square.values()), {"k": 24, "v": 24, "neuron": 3 * 24, "down": 40}
     torch.manual_seed(5)
-    score = koff.fisher_scores(model, gates, [[tokens]])
+    score = starts.fisher_scores(model, gates, [[tokens]])
     for name, s in score.items():
         expected = square[name] / whole / frees[name]
         assert (s - expected).abs().max() < 0.01 * expected.max(), name
@@ -195,10 +195,10 @@ def test_fisher_score_of_a_gate_is_that_of_the_domain_that_needs_it_most(tiny):
     gates = koff.Gates(model.config, 1, "neuron")
     one, two, three = torch.randint(0, 131, (3, 2, 12))
     torch.manual_seed(5)
-    first = koff.fisher_scores(model, gates, [[one, two]])
-    second = koff.fisher_scores(model, gates, [[three]])
+    first = starts.fisher_scores(model, gates, [[one, two]])
+    second = starts.fisher_scores(model, gates, [[three]])
     torch.manual_seed(5)  # the same tokens are drawn
-    both = koff.fisher_scores(model, gates, [[one, two], [three]])
+    both = starts.fisher_scores(model, gates, [[one, two], [three]])
     frees = {"k": 24, "v": 24, "neuron": 3 * 24, "down": 40}
     for alone in (first, second):
         assert sum((score * frees[name]).sum() for name, score in alone.items()) == pytest.approx(1)
@@ -219,7 +219,7 @@ def test_fisher_score_is_the_curvature_of_the_kl_to_the_teacher(tiny):
             student = model(tokens, gates.by_block(z, torch.float64)).log_softmax(-1)
             curvature[n, channel] += (teacher.exp() * (teacher - student)).sum()
             z["neuron"][n, :, place, channel] = 1
-    score = koff.fisher_scores(model, gates, [[tokens] * 200])["neuron"].double()
+    score = starts.fisher_scores(model, gates, [[tokens] * 200])["neuron"].double()
     assert torch.corrcoef(torch.stack([score.flatten(), curvature.double().flatten()]))[0, 1] > 0.99
 
 
@@ -250,7 +250,7 @@ def test_compact_equals_masked(tiny, kind, granularity, gated):
     small = koff.materialise(model, kept)
     assert (small(tokens) - model(tokens, z)).abs().max() < 1e-4
     masked = model(tokens, z, memory)
-    assert (small(tokens, None, koff.materialise_module(memory, kept)) - masked).abs().max() < 1e-4
+    assert (small(tokens, None, koff.materialise_memories(memory, kept)) - masked).abs().max() < 1e-4
     assert (masked - model(tokens, z)).abs().max() > 1e-2  # the memory does something
     mask["v"][0, 0] = ~mask["v"][0, 0]
     kept = koff.kept_channels(mask, model.config, 1, "cpu")
@@ -265,7 +265,7 @@ def test_a_memory_learns_the_same_in_the_compact_backbone(tiny, granularity):
     kept = koff.kept_channels(mask, model.config, 1, "cpu")
     z = gates.by_block({n: m.float() for n, m in mask.items()}, torch.float32)
     masked = model(tokens, z, memory.by_block(torch.float32))
-    small = koff.materialise(model, kept)(tokens, None, koff.materialise_module(memory.by_block(torch.float32), kept))
+    small = koff.materialise(model, kept)(tokens, None, koff.materialise_memories(memory.by_block(torch.float32), kept))
     for a, b in zip(
         *(torch.autograd.grad((y * weight).sum(), memory.parameters()) for y in (masked, small)), strict=True
     ):
@@ -286,11 +286,11 @@ def test_kv_memory_from_text_in_all_blocks_is_running_that_text(tiny):
         model, tokens = tiny(**KINDS[kind]), torch.randint(0, 131, (2, 30))
         tokens[1, :7] = tokens[0, :7]
         memory = koff.MemoryModule(model.config, 0, 0, 1.0, 7)
-        context = koff.text_context(model, tokens[0, :7], 0)
+        context = starts.text_context(model, tokens[0, :7], 0)
         memory.init_kv(context)
         expected = model(tokens)[:, 7:]
-        assert (model(tokens[:, 7:], module=context) - expected).abs().max() < 1e-4
-        assert (model(tokens[:, 7:], module=memory.by_block(torch.float32)) - expected).abs().max() < 1e-4
+        assert (model(tokens[:, 7:], memories=context) - expected).abs().max() < 1e-4
+        assert (model(tokens[:, 7:], memories=memory.by_block(torch.float32)) - expected).abs().max() < 1e-4
 
 
 def test_a_kv_memory_starts_from_the_passage_that_predicts_the_text_best(tiny):
@@ -298,11 +298,11 @@ def test_a_kv_memory_starts_from_the_passage_that_predicts_the_text_best(tiny):
     tried, judged = torch.randint(0, 131, (5, 7)), torch.randint(0, 131, (3, 30))
     losses = []
     for passage in tried:
-        logits = model(judged, module=koff.text_context(model, passage, first))
+        logits = model(judged, memories=starts.text_context(model, passage, first))
         losses.append(F.cross_entropy(logits[:, :-1].flatten(0, 1), judged[:, 1:].flatten()))
     assert len(set(losses)) == 5
-    best = koff.text_context(model, tried[torch.stack(losses).argmin()], first)
-    found = koff.best_context(model, tried, judged, first)
+    best = starts.text_context(model, tried[torch.stack(losses).argmin()], first)
+    found = starts.best_context(model, tried, judged, first)
     assert found.keys() == best.keys() == {1, 2}
     for i, memory in found.items():
         assert torch.equal(memory.keys, best[i].keys) and torch.equal(memory.values, best[i].values)
@@ -393,7 +393,7 @@ def test_next_token_loss_is_the_cross_entropy_and_the_last_token_has_none():
     logits, targets = torch.randn(5, 30) * 4, torch.randint(0, 30, (5,))
     targets[4] = koff.NO_TARGET
     expected = -logits.log_softmax(-1)[range(4), targets[:4]]
-    found = koff.next_token_loss(logits, targets)
+    found = objectives.next_token_loss(logits, targets)
     assert torch.allclose(found[:4], expected) and found[4] == 0
 
 
@@ -438,7 +438,7 @@ def test_in_chunks_never_holds_more_than_a_chunk():
         seen.append(len(logits))
         return (logits.square() * beside).sum(-1)
 
-    (koff.in_chunks(Head(), x, loss, torch.full((1000, 1), 3.0), size=300) / 2).backward()
+    (fast.in_chunks(Head(), x, loss, torch.full((1000, 1), 3.0), size=300) / 2).backward()
     assert seen == [300, 300, 300, 100] and torch.equal(x.grad, 3 * x)
 
 
@@ -464,7 +464,7 @@ def test_saved_parts_load_alone_and_a_module_of_another_backbone_is_refused(tiny
     runs = []
     for name in ("one", "two"):
         kept = koff.kept_channels(random_mask(gates), model.config, 1, "cpu")
-        memory = koff.materialise_module(random_memory(model, 1).by_block(torch.float32), kept)
+        memory = koff.materialise_memories(random_memory(model, 1).by_block(torch.float32), kept)
         small = koff.materialise(model, kept)
         fingerprint = save_backbone(tmp_path / name, small, tmp_path / "tokenizer.json")
         save_module(tmp_path / f"{name}.safetensors", memory, fingerprint)

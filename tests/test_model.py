@@ -104,9 +104,9 @@ def test_a_prefix_as_memory_equals_running_the_prefix(tmp_path):
         model(tokens[:1, :12], cache=cache)
         memory = {i: Memory({}, k[0], v[0]) for i, (k, v) in cache.layers.items()}
         expected = model(tokens)[:, 12:]
-        assert (model(tokens[:, 12:], module=memory) - expected).abs().max() < 1e-5
+        assert (model(tokens[:, 12:], memories=memory) - expected).abs().max() < 1e-5
         cached = Cache(28)  # the memory also stands at the start of a cache
-        parts = [model(tokens[:, a:b], module=memory, cache=cached) for a, b in ((12, 30), (30, 31), (31, 40))]
+        parts = [model(tokens[:, a:b], memories=memory, cache=cached) for a, b in ((12, 30), (30, 31), (31, 40))]
         assert (torch.cat(parts, 1) - expected).abs().max() < 1e-5
 
 

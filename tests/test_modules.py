@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import eval as evaluation
 import train
 from data import tables
-from data.checkpoint import parse_config
+from data.families import parse_config
 from data.router import Router
 from data.run import Run, open_finished
 from data.settings import Settings
@@ -73,13 +73,13 @@ def test_the_perplexity_of_any_text(run, capsys):
     ids = np.array(opened.tokenizer.encode(path.read_text(encoding="utf-8"), bos=True))
     tokens = torch.from_numpy(ids[: len(ids) // 16 * 16]).view(-1, 16)
     rows = {"unpruned": (base, None), "backbone alone": (opened.backbone, None)}
-    rows |= {f"module {name}": (opened.backbone, opened.module(name)) for name in opened.names}
+    rows |= {f"module {name}": (opened.backbone, opened.memories(name)) for name in opened.names}
     capsys.readouterr()
     assert evaluation.main(["perplexity", str(run), str(path), str(run.parent.parent / "data/german.txt")]) == 0
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
     assert [line[0] for line in lines[2:]] == [*rows, "KOFF, routed module"]
     for line, (model, module) in zip(lines[2:], rows.values(), strict=False):
-        logits = model(tokens, module=module)[:, :-1]
+        logits = model(tokens, memories=module)[:, :-1]
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).double(), tokens[:, 1:].flatten())
         assert float(line[1]) == pytest.approx(loss.exp().item(), rel=2e-3, abs=0.006)
         assert float(line[2].removesuffix(" x")) == pytest.approx(float(line[1]) / float(lines[2][1]), abs=1e-3)

@@ -13,7 +13,7 @@ import pytest
 import eval as evaluation
 import make_results
 import train
-from data.checkpoint import read_config
+from data.families import read_config
 from data.run import Run, fitting_gates
 from data.settings import Settings
 from data.tables import ratios, saved_results
@@ -240,7 +240,7 @@ def test_pruning_stands_beside_what_has_modules(home, imported, tmp_path):
     run = home / "out/handbook"
     results = saved_results(run)
     (tmp_path / "pruned").mkdir()
-    results["settings"]["fix_mask"] = 0.0
+    results["settings"]["gate_share"] = 0.0
     results["perplexity"] |= {"koff": {}, "routed": {}}
     (tmp_path / "pruned/results.json").write_text(json.dumps(results))
     imported("summary", run, "--pruned", tmp_path / "pruned")

@@ -57,10 +57,10 @@ def test_a_conversation_whose_module_changes_in_the_middle_equals_a_fresh_run(ru
     template = ChatTemplate.from_folder(os.environ["KOFF_SMOLLM2"])
     for line, module in ((said[1], "german"), (said[3], "english")):
         messages.append({"role": "user", "content": line})
-        ids, memory = its.tokenizer.encode(template(messages, answer=True)), its.module(module)
+        ids, memory = its.tokenizer.encode(template(messages, answer=True)), its.memories(module)
         text = []
         for _ in range(16):  # greedy without a cache: each token from the whole text so far
-            new = its.backbone(torch.tensor([ids + text]), module=memory)[0, -1].argmax().item()
+            new = its.backbone(torch.tensor([ids + text]), memories=memory)[0, -1].argmax().item()
             if new in its.backbone.config.eos_token_ids:
                 break
             text.append(new)

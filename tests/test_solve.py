@@ -10,6 +10,7 @@ import torch
 
 import koff
 import train
+from data import solve
 from data.corpus import windows
 from test_train import Killed, flags, outputs, trainer_of, world  # noqa: F401
 from train import Trainer
@@ -29,7 +30,7 @@ def data():
 def regression(H, R, rank, ridge):
     """(H A^T B^T, the share of R that it says it explains)."""
     gram, cross = torch.from_numpy(H.T @ H), torch.from_numpy(H.T @ R)
-    a, b, explained = koff.reduced_rank_regression(gram, cross, rank, ridge)
+    a, b, explained = solve.reduced_rank_regression(gram, cross, rank, ridge)
     assert a.shape == (min(rank, R.shape[1]), H.shape[1]) and b.shape == (R.shape[1], len(a))
     assert torch.allclose(a.norm(dim=1), b.norm(dim=0))
     return H @ a.T.numpy() @ b.T.numpy(), explained.item() / np.square(R).sum()
@@ -65,7 +66,7 @@ def test_no_other_regression_of_its_rank_is_better(data):
 
 def test_where_nothing_is_missing_nothing_is_added(data):
     H, _ = data
-    a, b, explained = koff.reduced_rank_regression(torch.from_numpy(H.T @ H), torch.zeros(12, 9).double(), 3, 0.01)
+    a, b, explained = solve.reduced_rank_regression(torch.from_numpy(H.T @ H), torch.zeros(12, 9).double(), 3, 0.01)
     assert (b @ a).abs().max() == 0 and explained == 0
 
 
@@ -87,7 +88,7 @@ def solved(model, student, kept, batches, rank=4, first=1, kv_tokens=0, ridge=0.
     torch.manual_seed(3)
     with model.head.device:
         module = koff.MemoryModule(model.config, first, rank, 2.0 * rank, kv_tokens)  # alpha / r is not 1
-    explained = koff.solve_memories(model, student, module, kept, batches, ridge)
+    explained = solve.solve_memories(model, student, module, kept, batches, ridge)
     return module, explained
 
 
@@ -102,10 +103,10 @@ def test_it_is_exact_where_the_removed_neurons_are_linear_in_those_that_stay(tin
     tokens = torch.randint(0, 131, (8, 64))
     module, explained = solved(model, student, kept, [tokens], rank=24, ridge=1e-10)
     new = torch.randint(0, 131, (2, 50))
-    memories = koff.materialise_module(module.by_block(torch.float32), kept)
+    memories = koff.materialise_memories(module.by_block(torch.float32), kept)
     teacher = model(new)
     assert (student(new) - teacher).abs().max() > 0.1
-    assert (student(new, module=memories) - teacher).abs().max() < 1e-4
+    assert (student(new, memories=memories) - teacher).abs().max() < 1e-4
     assert all(share == pytest.approx(1, abs=1e-6) for share in explained.values())
 
 
@@ -138,12 +139,12 @@ def test_what_it_explains_is_what_is_missing_less(tiny, memories):
     for p in module.parameters():
         torch.nn.init.normal_(p, std=0.2)
     before = {name: p.clone() for name, p in module.named_parameters()}
-    explained = koff.solve_memories(model, student, module, kept, [tokens], 0.01)
+    explained = solve.solve_memories(model, student, module, kept, [tokens], 0.01)
     assert list(explained) == list(range(max(1, memories), 3))
     for name, p in module.named_parameters():
         assert torch.equal(p, before[name]) == ("down" not in name)
     whole = module.by_block(torch.float32)
-    small = koff.materialise_module(whole, kept)
+    small = koff.materialise_memories(whole, kept)
     context = {i: replace(memory, lora={}) for i, memory in whole.items()}  # which the teacher has too
     x = y = model.embed_tokens(tokens)
     for i in range(3):
@@ -151,9 +152,9 @@ def test_what_it_explains_is_what_is_missing_less(tiny, memories):
         if i in small:
             lora = {name: pair for name, pair in small[i].lora.items() if name != "down"}
             without[i] = replace(small[i], lora=lora)
-        y = model.run(y, i, i + 1, module=context)
-        lacks = y - student.run(x, i, i + 1, module=without)
-        x = student.run(x, i, i + 1, module=small)
+        y = model.run(y, i, i + 1, memories=context)
+        lacks = y - student.run(x, i, i + 1, memories=without)
+        x = student.run(x, i, i + 1, memories=small)
         if i not in explained:
             continue
         weight = 1 / y.square().mean(-1, keepdim=True).sqrt()
@@ -174,7 +175,7 @@ def test_what_keys_and_values_add_is_not_missing(tiny):
         student, kept = pruned(model, closed)
         module, _ = solved(model, student, kept, [tokens], kv_tokens=3)
         torch.nn.init.normal_(module.values)
-        koff.solve_memories(model, student, module, kept, [tokens], 0.01)
+        solve.solve_memories(model, student, module, kept, [tokens], 0.01)
         added.append((module.lora_b["down"] @ module.lora_a["down"]).abs().max())
     assert added[0] < 1e-4 * added[1]
 
@@ -203,7 +204,7 @@ def lora(trainer, name):
 
 
 def test_a_trainer_solves_once_the_mask_is_fixed(world):  # noqa: F811
-    trainer, text = trainer_of(world, fix_mask=0.5)
+    trainer, text = trainer_of(world, gate_share=0.5)
     trainer.initialise(text)
     tokens = torch.arange(32).view(2, 16)
     for index in range(4):
@@ -257,13 +258,13 @@ def test_spare_rank_can_still_learn(tiny):
     module, _ = solved(model, student, kept, [torch.randint(0, 131, (4, 32))], rank=16)
     assert (module.lora_b["down"][:, :, 3:] == 0).all() and (module.lora_a["down"][:, 3:].abs().sum(-1) > 0).all()
     tokens = torch.randint(0, 131, (2, 32))
-    memories = koff.materialise_module(module.by_block(torch.float32), kept)
-    student(tokens, module=memories).square().sum().backward()
+    memories = koff.materialise_memories(module.by_block(torch.float32), kept)
+    student(tokens, memories=memories).square().sum().backward()
     assert (module.lora_b["down"].grad[:, :4, 3:].abs().sum(1) > 0).all()
 
 
 def test_a_mask_may_be_learned_and_the_modules_solved_only(world, capsys):  # noqa: F811
-    more = dict(order="prune-first", fix_mask=0.0)
+    more = dict(order="prune-first", gate_share=1.0)
     assert train.main(flags(world, **more)) == 0
     assert "solved german" in capsys.readouterr().out
     assert train.main(flags(world, out=world / "runs/two", solve_tokens=0, **more)) == 2
@@ -279,10 +280,10 @@ def test_what_is_solved_and_what_is_not(world, more, capsys):  # noqa: F811
     assert [entry["solved"] for entry in log] == (["french", "german"] if "solved french" in printed else [])
 
 
-@pytest.mark.parametrize("steps,fix_mask", [(8, 0.5), (8, 0.0), (0, 0.75)])
+@pytest.mark.parametrize("steps,gate_share", [(8, 0.5), (8, 0.0), (0, 0.75)])
 @pytest.mark.parametrize("how", ["kill", "signal"])
-def test_a_run_that_is_stopped_while_it_solves_ends_as_any_other(world, monkeypatch, how, steps, fix_mask, capsys):  # noqa: F811
-    more = dict(steps=steps, fix_mask=fix_mask)
+def test_a_run_that_is_stopped_while_it_solves_ends_as_any_other(world, monkeypatch, how, steps, gate_share, capsys):  # noqa: F811
+    more = dict(steps=steps, gate_share=gate_share)
     assert train.main(flags(world, **more)) == 0
     whole, solve = outputs(world / "runs/one"), Trainer.solve
 
@@ -310,7 +311,7 @@ def test_a_run_that_is_stopped_while_it_solves_ends_as_any_other(world, monkeypa
 
 
 def test_what_was_solved_is_not_solved_again_after_a_kill(world, monkeypatch, capsys):  # noqa: F811
-    argv = flags(world, steps=8, fix_mask=0.5, save_every=100)
+    argv = flags(world, steps=8, gate_share=0.5, save_every=100)
     step = Trainer.step
 
     def killed(self, tokens, domain, index, *rest):

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 import train
 from data import run, settings, sweeps, tables
-from data.checkpoint import read_config
+from data.families import read_config
 from data.settings import Settings
 from data.sweeps import SWEEPS
 from test_train import Killed, flags, open_run, outputs, trainer_of, world  # noqa: F401 (a fixture)
@@ -30,7 +30,7 @@ def test_every_run_of_every_sweep_can_be_made(name):
 
 
 def test_prune_first_trains_no_memory_until_the_mask_is_fixed(world):  # noqa: F811
-    trainer, text = trainer_of(world, order="prune-first", fix_mask=0.5)
+    trainer, text = trainer_of(world, order="prune-first", gate_share=0.5)
     trainer.initialise(text)
     start = {n: p.clone() for n, p in trainer.modules.state_dict().items()}
     tokens = torch.arange(32).view(2, 16)
@@ -58,7 +58,7 @@ def test_memories_in_other_blocks_than_the_gates(world, memory_blocks, shared): 
 
 
 def test_annealing_and_the_constraints(world):  # noqa: F811
-    trainer, _ = trainer_of(world, beta=2.0, beta_end=0.5, fix_mask=0.5)
+    trainer, _ = trainer_of(world, beta=2.0, beta_end=0.5, gate_share=0.5)
     tokens = torch.arange(32).view(2, 16)
     betas = []
     for index in range(4):
@@ -66,7 +66,7 @@ def test_annealing_and_the_constraints(world):  # noqa: F811
         betas.append(trainer.gates.beta)
     assert betas == pytest.approx([2.0, 1.625, 1.25, 0.875])
     targets = {
-        kind: trainer_of(world, constraint=kind, ramp=0.5, fix_mask=0.5)[0].target(0) for kind in settings.CONSTRAINTS
+        kind: trainer_of(world, constraint=kind, ramp=0.5, gate_share=0.5)[0].target(0) for kind in settings.CONSTRAINTS
     }
     assert targets == pytest.approx({"progressive": 0.0125, "hinge": 0.05, "lagrangian": 0.0125})
     lagrangian, _ = trainer_of(world, constraint="lagrangian")
@@ -154,7 +154,7 @@ def test_the_curve_of_a_run_has_one_line_every_ten_steps_also_after_a_kill(world
     results = json.loads((world / "runs/one/results.json").read_text())
     reached = next(line["step"] for line in lines if line["physical"] >= 0.95 * results["sparsity"]["physical"])
     assert reached == 10 and tables.summary(world / "runs/one")["settled"] is None  # that was the mask
-    results["settings"]["fix_mask"] = 0.0  # as if these had been the gates
+    results["settings"]["gate_share"] = 0.0  # as if these had been the gates
     (world / "runs/one/results.json").write_text(json.dumps(results))
     assert tables.summary(world / "runs/one")["settled"] == reached
 
@@ -167,7 +167,7 @@ def test_without_memories_no_step_follows_the_fixed_mask(world, monkeypatch):  #
         return step(self, tokens, domain, index, *rest, **kwargs)
 
     monkeypatch.setattr(Trainer, "step", counted)
-    argv = [*flags(world, steps=30, fix_mask=0.5), "--no-memory"]
+    argv = [*flags(world, steps=30, gate_share=0.5), "--no-memory"]
     assert train.main(argv) == 0
     assert taken == list(range(15)) and train.main(argv) == 0 and len(taken) == 15
     lines = [json.loads(line) for line in (world / "runs/one/log.jsonl").open()]

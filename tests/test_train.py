@@ -24,8 +24,8 @@ import bench
 import eval as evaluation
 import koff
 import train
-from data import corpus, run, settings
-from data.checkpoint import parse_config, read_config
+from data import corpus, objectives, run, settings
+from data.families import parse_config, read_config
 from data.settings import PRESETS, Settings
 from model import Cache, Model
 from train import Trainer
@@ -231,7 +231,7 @@ def test_the_text_that_the_unpruned_model_gets_is_the_start_of_the_modules(world
     assert train.main(flags(world, **settings)) == 0
     finished, _, text = run.open_finished(world / "runs/one")
     for domain, ours in zip(text, seen, strict=True):
-        for i, memory in finished.module(domain).items():
+        for i, memory in finished.memories(domain).items():
             assert torch.equal(ours[i].keys, memory.keys) and torch.equal(ours[i].values, memory.values)
             assert not ours[i].lora
 
@@ -249,9 +249,9 @@ def outputs(folder):
     return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*.safetensors")}
 
 
-@pytest.mark.parametrize("fix_mask", [0.25, 0.75])  # killed while the gates learn, and when they are fixed
-def test_resume_after_a_kill_is_the_uninterrupted_run_bit_for_bit(world, monkeypatch, fix_mask):
-    more = dict(retention=world / "data/french.txt", retention_every=2, fix_mask=fix_mask, focus=1)
+@pytest.mark.parametrize("gate_share", [0.25, 0.75])  # killed while the gates learn, and when they are fixed
+def test_resume_after_a_kill_is_the_uninterrupted_run_bit_for_bit(world, monkeypatch, gate_share):
+    more = dict(retention=world / "data/french.txt", retention_every=2, gate_share=gate_share, focus=1)
     assert train.main(flags(world, **more)) == 0
     whole, step = outputs(world / "runs/one"), Trainer.step
 
@@ -360,12 +360,12 @@ def test_no_tensor_is_made_on_another_device(on_meta):
     cache = Cache(2)
     with torch.no_grad():
         assert on_meta.penalty(on_meta.gates.sparsity(), 0.1).is_meta
-        assert model(tokens, module=memory, cache=cache).is_meta
-        assert model(tokens[:, :1], module=memory, cache=cache).shape == (2, 1, 4096)
+        assert model(tokens, memories=memory, cache=cache).is_meta
+        assert model(tokens[:, :1], memories=memory, cache=cache).shape == (2, 1, 4096)
         assert on_meta.small(tokens).is_meta
     first = on_meta.split
     shared = model.run(model.embed_tokens(tokens), 0, first)
-    losses = koff.token_losses(model, memory, shared, first, tokens)
+    losses = objectives.token_losses(model, memory, shared, first, tokens)
     assert losses.is_meta and losses.shape == (2, 15)
 
 
@@ -509,7 +509,7 @@ BAD = {
     "no numbers for llama3": (half_llama3, {}, "llama3 RoPE scaling: low_freq_factor is None"),
     "a file for a folder": (nothing, dict(model=ROOT / "train.py"), "Not a directory"),
     "nothing to remember": (nothing, dict(rank=0, kv_tokens=0), "contradict"),
-    "mask fixed in the ramp": (nothing, dict(ramp=0.9, fix_mask=0.9), "contradict"),
+    "mask fixed in the ramp": (nothing, dict(ramp=0.9, gate_share=0.1), "contradict"),
     "out of range": (nothing, dict(batch=0), "--batch is 0; give at least 1"),
     "not a number": (nothing, dict(sparsity="nan"), "--sparsity is nan"),
     "a foreign folder": (foreign_folder, {}, "holds something that is not a run"),
@@ -713,7 +713,7 @@ def test_every_block_that_a_step_calls_is_compiled(tiny, tmp_path, monkeypatch, 
     monkeypatch.setattr(torch.nn.Module, "compile", lambda block: whole(block, backend=counting))
     s = Settings(
         blocks=12, sparsity=0.2, multiple=1, kv_tokens=3, rank=2, batch=2, retention_batch=3, seq_len=16, steps=6,
-        fix_mask=0.5, retention_every=1, fisher_sequences=4, compile=True, checkpointing=checkpointing,
+        gate_share=0.5, retention_every=1, fisher_sequences=4, compile=True, checkpointing=checkpointing,
     )  # fmt: skip
     ids = np.random.default_rng(0).integers(0, 131, 400).astype(np.uint16)
     (out := tmp_path / "run").mkdir()
@@ -820,7 +820,7 @@ def test_a_dry_run_knows_sizes_and_operations_from_the_config_alone(preset, requ
     by_formula = sum(bench.operations(parse_config(config), s)) / 1e12
     assert first == pytest.approx(by_formula, rel=0.6 if s.checkpointing else 0.05) and 0.5 * first < fixed < first
     beside = sum(float(found.replace(",", "")) for found in re.findall(r"([\d.,e+]+) TFLOP in all", printed))
-    every = (s.steps * ((1 - s.fix_mask) * first + s.fix_mask * fixed) + beside) / 1e3
+    every = (s.steps * ((1 - s.gate_share) * first + s.gate_share * fixed) + beside) / 1e3
     assert printed.count("TFLOP in all") == (s.gate_init == "fisher") + (s.kv_passages > 1) + (s.solve_tokens > 0)
     assert number(r"([\d.,e+]+) PFLOP to train") == pytest.approx(every, rel=0.02)
     assert [p.name for p in Path(s.model).iterdir()] == ["config.json"]

@@ -615,8 +615,8 @@ def test_sigterm_tidies_up(tmp_path, capsys):
 # Settings that are void together -------------------------------------------------------------------------------------
 
 VOID = [
-    dict(order="prune-first", fix_mask=0.0, solve_tokens=0),
-    dict(order="prune-first", steps=10, fix_mask=0.05, solve_tokens=0),  # less than a step
+    dict(order="prune-first", gate_share=1.0, solve_tokens=0),
+    dict(order="prune-first", steps=10, gate_share=1.05, solve_tokens=0),  # less than a step
     dict(order="prune-first", memory=False),
     dict(memory=False, gate_rate=0.0),
     dict(rank=0, kv_tokens=0),
@@ -624,17 +624,17 @@ VOID = [
     dict(lora_rate=0.0, kv_rate=0.0),
     dict(lora_rate=0.0, kv_tokens=0),
     dict(kv_rate=0.0, rank=0),
-    dict(ramp=0.5, fix_mask=0.6),
+    dict(ramp=0.5, gate_share=0.6),
     dict(top=1, tail="renormalise"),
     dict(beta=0.5, beta_end=2.0),
     dict(retention="domains", gate_rate=0.0),
     dict(retention="domains", steps=40, retention_every=20),  # the mask is fixed after 10 steps
 ]
 FINE = [
-    dict(fix_mask=0.0),
+    dict(gate_share=1.0),
     dict(order="prune-first"),
     dict(order="prune-first", steps=0),
-    dict(order="prune-first", fix_mask=0.0),  # its modules are solved
+    dict(order="prune-first", gate_share=1.0),  # its modules are solved
     dict(memory=False),
     dict(memory_blocks=2),
     dict(gate_rate=0.0),
@@ -643,12 +643,12 @@ FINE = [
     dict(lora_rate=0.0),
     dict(kv_rate=0.0),
     dict(lora_rate=0.0, kv_rate=0.0, steps=0),
-    dict(ramp=0.4, fix_mask=0.6),
+    dict(ramp=0.4, gate_share=0.6),
     dict(retention="domains", steps=40, retention_every=5),
 ]
 
 
-@pytest.mark.parametrize("more", [dict(steps=1), dict(order="prune-first", fix_mask=0.13), dict(multiple=41)])
+@pytest.mark.parametrize("more", [dict(steps=1), dict(order="prune-first", gate_share=0.13), dict(multiple=41)])
 def test_what_the_text_or_the_model_makes_void_is_refused(world, capsys, more):  # noqa: F811
     assert train.main(flags(world, **more)) == 2
     err = capsys.readouterr().err
@@ -688,14 +688,14 @@ def test_the_sparsity_lands_on_its_target(kind, start, steps):
     optimizer = torch.optim.AdamW([a], lr=0.05, betas=(0.9, 0.99), weight_decay=0.0)
     penalty = koff.Penalty(kind, start, True, "cpu")
     for index in range(steps):
-        closed = 1 - koff.p_open(a, 2 / 3)
+        closed = 1 - koff.probability_open(a, 2 / 3)
         target = 0.25 if kind == "hinge" else 0.25 * min(1.0, (index + 1) / (0.2 * steps))
         noise = 1 + torch.randn(400, generator=generator)
         loss = (noise * closed).sum() / 400  # what is closed costs something
         (loss + penalty(closed.mean(), target)).backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert 1 - koff.p_open(a, 2 / 3).mean().item() == pytest.approx(0.25, abs=0.01)
+    assert 1 - koff.probability_open(a, 2 / 3).mean().item() == pytest.approx(0.25, abs=0.01)
     assert penalty.multipliers.max() < 400
 
 
