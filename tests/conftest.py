@@ -1,10 +1,14 @@
 """Tiny random models, the same for every test."""
 
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for so little work threads cost more than they give, a hundredfold
+
 import pytest
 import torch
 
 from data.families import parse_config
-from model import Model
+from model import Attention, Model, attend
 
 SHAPE = dict(
     model_type="llama", vocab_size=131, hidden_size=24, intermediate_size=40, num_hidden_layers=3,
@@ -24,3 +28,9 @@ def random_model(**more):
 @pytest.fixture
 def tiny():
     return random_model
+
+
+@pytest.fixture(autouse=True)
+def plain_attention(monkeypatch):
+    """Every test begins with the attention of model.py. (train.py and eval.py, called in a test, replace it.)"""
+    monkeypatch.setattr(Attention, "attend", staticmethod(attend))

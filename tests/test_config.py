@@ -1,4 +1,4 @@
-"""Some 150 variants of config.json beside transformers, on tiny random models: its numbers, or one sentence.
+"""Some 170 variants of config.json beside transformers, on tiny random models: its numbers, or one sentence.
 
 equal       both load it: the same logits, and the same gradient for a step of training
 refused     neither loads it
@@ -14,14 +14,14 @@ import torch.nn.functional as F
 
 from data import BadInput
 from data.checkpoint import load
-from data.families import read_config
-from test_model import COMMON, LLAMA3, make
+from data.families import FAMILIES, parse_config, read_config
+from test_model import LLAMA3, NO, make
 
 transformers = pytest.importorskip("transformers")
 
-ALL = ("llama", "qwen2", "qwen3")
-LLAMA, QWEN2, QWEN3, QWEN = ALL[:1], ALL[1:2], ALL[2:], ALL[1:]
-NO = "<no such key>"
+ALL = ("llama", "qwen2", "qwen3", "mistral", "olmo2")
+LLAMA, QWEN2, QWEN3, MISTRAL, OLMO2 = [(kind,) for kind in ALL]
+QWEN = QWEN2 + QWEN3
 
 
 def scaled(**more):
@@ -45,7 +45,8 @@ NESTED = {"full_attention": {"rope_type": "default", "rope_theta": 3e4}}
 VARIANTS = [
     # What is left out, null or of another kind.
     (ALL, {}, "equal"),
-    (ALL, {"max_position_embeddings": NO}, "equal"),
+    (LLAMA + QWEN + OLMO2, {"max_position_embeddings": NO}, "equal"),
+    (MISTRAL, {"max_position_embeddings": NO, "sliding_window": None}, "equal"),
     (ALL, {"max_position_embeddings": 10}, "equal"),
     (ALL, {"max_position_embeddings": None}, "refused"),
     (ALL, {"max_position_embeddings": "512"}, "refused"),
@@ -58,16 +59,18 @@ VARIANTS = [
     (ALL, {"tie_word_embeddings": NO}, "refused"),  # not tied, then, and this file has one matrix only
     (ALL, {"tie_word_embeddings": None}, "refused"),
     (ALL, {"tie_word_embeddings": 1}, "refused"),
-    (LLAMA + QWEN3, {"attention_bias": NO}, "equal"),
-    (LLAMA + QWEN3, {"attention_bias": None}, "refused"),
-    (LLAMA + QWEN3, {"attention_bias": True}, "refused"),  # the file has no biases
+    (LLAMA + QWEN3 + OLMO2, {"attention_bias": NO}, "equal"),
+    (LLAMA + QWEN3 + OLMO2, {"attention_bias": None}, "refused"),
+    (LLAMA + QWEN3 + OLMO2, {"attention_bias": True}, "refused"),  # the file has no biases
     (QWEN2, {"attention_bias": False}, "equal"),
-    (QWEN2, {"attention_bias": None}, "equal"),
+    (QWEN2 + MISTRAL, {"attention_bias": None}, "equal"),
+    (MISTRAL, {"attention_bias": True}, "equal"),
     (LLAMA, {"mlp_bias": NO}, "equal"),
     (LLAMA, {"mlp_bias": None}, "refused"),
     (LLAMA, {"mlp_bias": True}, "refused"),
-    (QWEN, {"mlp_bias": True}, "equal"),
-    (QWEN, {"mlp_bias": "x"}, "equal"),
+    (QWEN + MISTRAL + OLMO2, {"mlp_bias": True}, "equal"),
+    (QWEN + MISTRAL + OLMO2, {"mlp_bias": "x"}, "equal"),
+    (ALL, {"qk_norm": "x", "use_qk_norm": False, "post_norm": False, "norm_after": True}, "equal"),  # of the family
     (ALL, {"hidden_act": NO}, "equal"),
     (ALL, {"hidden_act": "swish"}, "equal"),
     (ALL, {"hidden_act": None}, "refused"),
@@ -94,7 +97,8 @@ VARIANTS = [
     (ALL, {"num_key_value_heads": NO}, "refused"),
     (ALL, {"head_dim": 12}, "refused"),
     (ALL, {"head_dim": "16"}, "refused"),
-    (QWEN, {"head_dim": None}, "refused"),
+    (QWEN + MISTRAL + OLMO2, {"head_dim": None}, "refused"),
+    (MISTRAL + OLMO2, {"head_dim": NO}, "refused"),  # 48 / 6, then
     (QWEN2, {"head_dim": NO}, "equal"),
     # RoPE in the new spelling and in the old one, and both at once: the older one counts.
     (ALL, {"rope_parameters": NO}, "equal"),
@@ -161,7 +165,18 @@ VARIANTS = [
     (QWEN, window(3, width="8"), "refused"),
     (QWEN, {"use_sliding_window": None}, "refused"),
     (QWEN, {"max_window_layers": 1.5}, "refused"),
-    (LLAMA, {"sliding_window": 8, "use_sliding_window": True}, "equal"),  # a Llama has none
+    (LLAMA + OLMO2, {"sliding_window": 8, "use_sliding_window": True}, "equal"),  # these have none
+    (MISTRAL, {"sliding_window": None}, "equal"),
+    (MISTRAL, {"sliding_window": NO}, "equal"),  # 4096, then
+    (MISTRAL, {"sliding_window": NO, "max_position_embeddings": 4096}, "equal"),
+    (MISTRAL, {"sliding_window": NO, "max_position_embeddings": 4097}, "not here"),
+    (MISTRAL, {"sliding_window": 512}, "equal"),  # as long as the context
+    (MISTRAL, {"sliding_window": 511}, "not here"),
+    (MISTRAL, {"sliding_window": 8}, "not here"),
+    (MISTRAL, {"sliding_window": 8, "use_sliding_window": False, "max_window_layers": 3}, "not here"),  # Qwen's
+    (MISTRAL, {"sliding_window": 8, "layer_types": FULL}, "not here"),
+    (MISTRAL, {"sliding_window": "8"}, "refused"),
+    (MISTRAL, {"sliding_window": 8.0}, "refused"),
     (ALL, {"layer_types": FULL}, "equal"),
     (ALL, {"layer_types": []}, "refused"),
     (ALL, {"layer_types": FULL[1:]}, "refused"),
@@ -176,15 +191,9 @@ VARIANTS = [
     (ALL, {"eos_token_id": True}, "refused"),
     (ALL, {"eos_token_id": [[3]]}, "refused"),
     (ALL, {"eos_token_id": 10**30}, "not here"),
-    (ALL, {"bos_token_id": "x"}, "refused"),
-    (ALL, {"pad_token_id": 1.5}, "refused"),
     (ALL, {"use_cache": False}, "equal"),
-    (ALL, {"use_cache": None}, "refused"),
-    (ALL, {"initializer_range": None}, "refused"),
     (ALL, {"attention_dropout": 0.1}, "equal"),
-    (ALL, {"attention_dropout": "x"}, "refused"),
     (LLAMA, {"pretraining_tp": 2}, "equal"),
-    (LLAMA, {"pretraining_tp": "x"}, "refused"),
     (ALL, {"dtype": NO, "torch_dtype": "bfloat16"}, "equal"),
     (ALL, {"dtype": NO}, "equal"),
     (ALL, {"architectures": None}, "equal"),
@@ -198,19 +207,21 @@ VARIANTS = [
 
 # The same with models of other shapes: what they are made with, then what is written into their config.json.
 SHAPES = [
-    (ALL, {"num_key_value_heads": 6}, {"num_key_value_heads": None}, "equal"),
-    (LLAMA, {"num_key_value_heads": 6}, {"num_key_value_heads": NO}, "equal"),
-    (QWEN, {"num_key_value_heads": 6}, {"num_key_value_heads": NO}, "refused"),  # 32
-    (LLAMA, {"head_dim": 8}, {"head_dim": NO}, "equal"),
-    (LLAMA, {"head_dim": 8}, {"head_dim": None}, "equal"),
+    (LLAMA + QWEN + OLMO2, {"num_key_value_heads": 6}, {"num_key_value_heads": None}, "equal"),
+    (LLAMA + OLMO2, {"num_key_value_heads": 6}, {"num_key_value_heads": NO}, "equal"),
+    (QWEN + MISTRAL, {"num_key_value_heads": 6}, {"num_key_value_heads": NO}, "refused"),  # 32, and 8
+    (MISTRAL, {"num_attention_heads": 8, "num_key_value_heads": 8}, {"num_key_value_heads": NO}, "equal"),
+    (LLAMA + MISTRAL + OLMO2, {"head_dim": 8}, {"head_dim": NO}, "equal"),
+    (LLAMA + MISTRAL, {"head_dim": 8}, {"head_dim": None}, "equal"),
+    (OLMO2, {"head_dim": 8}, {"head_dim": None}, "refused"),
     (QWEN3, {"head_dim": 128}, {"head_dim": NO}, "equal"),
     (QWEN3, {"head_dim": 128}, {"head_dim": None}, "refused"),
-    (QWEN, {"hidden_size": 46, "head_dim": 8}, {}, "equal"),
+    (QWEN + MISTRAL + OLMO2, {"hidden_size": 46, "head_dim": 8}, {}, "equal"),
     (LLAMA, {"head_dim": 20}, {"num_attention_heads": 30, "num_key_value_heads": 10, "head_dim": 4}, "refused"),
-    (QWEN2, {"head_dim": 20}, {"num_attention_heads": 30, "num_key_value_heads": 10, "head_dim": 4}, "equal"),
+    (QWEN2 + MISTRAL, {"head_dim": 20}, {"num_attention_heads": 30, "num_key_value_heads": 10, "head_dim": 4}, "equal"),
     (ALL, {"tied": False}, {"tie_word_embeddings": NO}, "equal"),
     (ALL, {"tied": False}, {"tie_word_embeddings": True}, "not here"),  # it has two different matrices
-    (LLAMA + QWEN3, {"attention_bias": True}, {}, "equal"),
+    (LLAMA + QWEN3 + OLMO2, {"attention_bias": True}, {}, "equal"),
     (LLAMA, {"mlp_bias": True}, {}, "equal"),
 ]  # fmt: skip
 
@@ -236,7 +247,7 @@ def made(tmp_path_factory):
         key = kind + json.dumps(shape)
         if key not in folders:
             folders[key] = tmp_path_factory.mktemp(kind)
-            make(folders[key], kind, **{"head_dim": 8 if kind == "qwen2" else COMMON["head_dim"], **shape})
+            make(folders[key], kind, **shape)
         return folders[key]
 
     return of
@@ -325,6 +336,21 @@ def test_so_does_an_odd_text(tmp_path, made, end):
 def test_what_is_no_config_is_refused(tmp_path, made, text):
     write(tmp_path, made("llama"), text)
     assert verdict(tmp_path) == "refused"
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_what_a_config_leaves_out_is_as_in_the_class_of_transformers(kind):
+    sizes = dict(
+        vocab_size=97, hidden_size=256, intermediate_size=80, num_hidden_layers=3, num_attention_heads=64,
+        sliding_window=None,
+    )  # fmt: skip
+    ours, theirs = parse_config({"model_type": kind, **sizes}), transformers.CONFIG_MAPPING[kind](**sizes)
+    for name in ("num_key_value_heads", "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings"):
+        assert getattr(ours, name) == getattr(theirs, name), name
+    assert ours.head_dim == getattr(theirs, "head_dim", 256 // 64)
+    assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
+    assert ours.o_bias == getattr(theirs, "attention_bias", False)
+    assert ours.mlp_bias == getattr(theirs, "mlp_bias", False)
 
 
 # Where transformers would be of no help: it takes hours, or does not know the field.

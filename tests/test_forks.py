@@ -1,4 +1,4 @@
-"""The three forks of the README: its own lines, on a copy of the repository, and nothing else breaks there."""
+"""The forks of README.md and data/FORKS.md: their own lines, on a copy of the repository, and nothing else breaks there."""
 
 import re
 import shutil
@@ -10,107 +10,128 @@ import pytest
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
-SHORT = [
-    "--preset",
-    "quick",
-    "--steps",
-    "12",
-    "--fisher-sequences",
-    "6",
-    "--eval-windows",
-    "1",
-    "--save-every",
-    "100",
-    "--out",
-    "out/fork",
-]
+SHORT = (
+    "--preset quick --steps 12 --gate-share 0.5 --domains 2 --batch 2 --seq-len 64 --fisher-sequences 4 "
+    "--solve-tokens 1024 --eval-windows 1 --eval-len 64 --save-every 100 --out out/fork"
+)
+
+
+def section_of(title):
+    """The text of a section of the two documents."""
+    text = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "data/FORKS.md"))
+    return re.split(r"\n##+ ", re.split(rf"\n##+ {title}\n", text)[1])[0]
 
 
 def blocks_of(title, language):
-    """The code blocks of a README section."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    section = readme.split(f"### {title}\n")[1].split("\n## ")[0].split("\n### ")[0]
-    return re.findall(rf"```{language}\n(.*?)```", section, re.DOTALL)
+    """The code blocks of a section."""
+    return re.findall(rf"```{language}\n(.*?)```", section_of(title), re.DOTALL)
+
+
+def flags_of(title):
+    """The flags of the command that a section names."""
+    return re.search(r"`python train.py ([^`]*)`", section_of(title))[1].split()
 
 
 @pytest.fixture
 def copy(tmp_path):
-    """The repository, less what a run does not need."""
+    """The repository, without what a run does not need."""
     skip = shutil.ignore_patterns(".git", "out", "results", "__pycache__", ".*_cache", ".venv")
     shutil.copytree(ROOT, tmp_path / "fork", ignore=skip)
     return tmp_path / "fork"
 
 
-def run(copy, *command):
+def run(copy, *command, status=0):
     done = subprocess.run([sys.executable, *command], cwd=copy, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def append(copy, title):
-    """Put a section's only block of Python at the end of koff.py; returns how many lines it has."""
-    (code,) = blocks_of(title, "python")
-    with open(copy / "koff.py", "a", encoding="utf-8") as file:
-        file.write("\n\n" + code)
-    return len(code.splitlines())
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stdout + done.stderr
 
 
 def apply(copy, title):
-    """Apply a section's diff, whose places are found by their text; returns (files, added lines)."""
-    (diff,) = blocks_of(title, "diff")
-    files, added = set(), 0
-    for hunk in diff.split("--- ")[1:]:
-        name, *lines = hunk.rstrip("\n").split("\n")
-        before = "".join(line[1:] + "\n" for line in lines if line[0] in " -")
-        after = "".join(line[1:] + "\n" for line in lines if line[0] in " +")
-        text = (copy / name).read_text(encoding="utf-8")
-        assert text.count(before) == 1, f"{name} has not one place for {before!r}"
-        (copy / name).write_text(text.replace(before, after), encoding="utf-8")
-        files.add(name)
-        added += sum(line[0] == "+" for line in lines)
-    return files, added
+    """Apply a section's diffs, whose places are found by their text, and append its Python to koff.py; returns the
+    number of added lines."""
+    added = 0
+    for diff in blocks_of(title, "diff"):
+        for hunk in diff.split("--- ")[1:]:
+            name, *lines = hunk.rstrip("\n").split("\n")
+            before = "".join(line[1:] + "\n" for line in lines if line[0] in " -")
+            after = "".join(line[1:] + "\n" for line in lines if line[0] in " +")
+            text = (copy / name).read_text(encoding="utf-8")
+            assert text.count(before) == 1, f"{name} has not one place for {before!r}"
+            (copy / name).write_text(text.replace(before, after), encoding="utf-8")
+            added += sum(line[0] == "+" for line in lines)
+    (code,) = blocks_of(title, "python")
+    with open(copy / "koff.py", "a", encoding="utf-8") as file:
+        file.write("\n\n" + code)
+    return added + len(code.splitlines())
+
+
+def train(copy, title, *more):
+    return run(copy, "train.py", *SHORT.split(), *flags_of(title), *more)
 
 
 def test_a_loss_of_your_own(copy):
-    assert append(copy, "A loss of your own") <= 25
-    report = run(copy, "train.py", *SHORT, "--objective", "reverse-kl")
-    assert "KOFF, matching module" in report
+    title = "A loss of your own"
+    assert apply(copy, title) <= 25
+    assert "KOFF, matching module" in train(copy, title)
 
 
-def test_a_score_of_your_own_decides_what_closes_and_is_matched_by_name(copy):
-    assert append(copy, "A score of your own for the gates' start") <= 25
-    run(copy, "train.py", *SHORT, "--gate-init", "magnitude")
-    ours = load_file(copy / "out/fork/gates.safetensors")
-    run(copy, "train.py", *SHORT, "--fresh")
-    fisher = load_file(copy / "out/fork/gates.safetensors")
-    assert ours.keys() == fisher.keys() and any((ours[name] != fisher[name]).any() for name in ours)
-    assert run(copy, "-c", MATCHED) == "True\n"
+def test_gates_of_another_kind_reach_the_target_and_are_0_or_1(copy):
+    title = "Gates of another kind"
+    assert apply(copy, title) <= 25
+    assert re.search(r"Sparsity: 0\.250\d physical", train(copy, title))
+    assert "unpruned" in run(copy, "eval.py", "report", "out/fork")  # the gates of a saved run are of its family
+    expected = run(copy, "-c", BERNOULLI)
+    assert expected == "[0.0, 1.0] True\n"
 
 
-MATCHED = """
+BERNOULLI = """
 import torch, koff
-from data.checkpoint import load
-model = load("data/base")
-gates = koff.Gates(model.config, 2)
-scores = koff.SCORES["magnitude"](model, gates, [])
-shuffled = {name: scores[name] for name in sorted(scores, reverse=True)}
-found = []
-for some in (scores, shuffled):
-    gates.start_from(some)
-    found.append({name: a.detach().clone() for name, a in gates.log_alpha.items()})
-print(all(torch.equal(found[0][name], found[1][name]) for name in scores))
+from model import Config
+from data.families import read_config
+gates = koff.Gates(read_config("data/base"), 0, family="straight-through", start=0.0)
+z = gates.sample(torch.float32)[0]["k"]
+z.sum().backward()
+print(sorted(set(z.tolist())), bool((gates.log_alpha["k"].grad[0] > 0).all()))
 """
 
 
-def test_a_memory_of_another_kind_is_trained_saved_and_loaded(copy):
-    files, added = apply(copy, "A memory of another kind")
-    assert len(files) <= 3 and added <= 25
-    run(copy, "train.py", *SHORT)
-    module = load_file(copy / "out/fork/modules/german.safetensors")
+def test_a_score_of_your_own_decides_what_closes_and_is_matched_by_name(copy):
+    title = "A score of your own for the gates' start"
+    assert apply(copy, title) <= 25
+    train(copy, title)
+    gates = load_file(copy / "out/fork/gates.safetensors")
+    closed = gates["mask.neuron"] == 0
+    run(copy, "train.py", *SHORT.split(), "--out", "out/other")
+    assert not closed.equal(load_file(copy / "out/other/gates.safetensors")["mask.neuron"] == 0)
+    assert "invalid choice: 'magnitud'" in run(copy, "train.py", "--gate-init", "magnitud", status=2)
+
+
+def test_a_memory_with_one_more_tensor_is_trained_saved_and_loaded_and_no_export_leaves_it_out(copy):
+    title = "A memory with one more tensor"
+    assert apply(copy, title) <= 30
+    train(copy, title)
+    module = load_file(copy / "out/fork/modules/french.safetensors")
     scales = [tensor for name, tensor in module.items() if name.endswith(".scale")]
     assert len(scales) == 6 and all((scale != 1).any() for scale in scales)  # it has learnt
-    assert run(copy, "-c", LOADED) == "True True\n"
-    run(copy, "-m", "pytest", "-q", "tests/test_koff.py")
+    assert run(copy, "-c", LOADED.format(field="scale")) == "True True\n"
+    refused = run(copy, "eval.py", "export", "out/fork", "hf", "--module", "french", status=2)
+    assert "the memories have a tensor 'scale'" in refused
+    refused = run(copy, "eval.py", "export", "out/fork", "peft", "--module", "french", status=2)
+    assert "peft has no place for it" in refused
+    assert not (copy / "out/fork/export").exists() or not any((copy / "out/fork/export").iterdir())
+    refused = run(copy, "train.py", *SHORT.split(), "--memory-kind", "scaled", "--out", "out/solved", status=2)
+    assert "say --solve-tokens 0" in refused and not (copy / "out/solved").exists()
+
+
+def test_ia3_is_trained_saved_cut_and_loaded(copy):
+    title = "A memory of another kind: IA3"
+    assert apply(copy, title) <= 40
+    assert "one module has" in train(copy, title)
+    module = load_file(copy / "out/fork/modules/french.safetensors")
+    assert {name.split(".")[-1] for name in module} == {"k_scale", "v_scale", "neuron_scale"}
+    assert all((scale != 0).any() for scale in module.values())
+    assert run(copy, "-c", LOADED.format(field="neuron_scale")) == "True True\n"
+    run(copy, "-m", "pytest", "-q", "tests/test_koff.py", "-k", "compact or learns_the_same or whole_block")
 
 
 LOADED = """
@@ -118,9 +139,10 @@ import torch
 from dataclasses import replace
 from data.run import Run
 run = Run("out/fork", dtype=torch.float32)
-module = run.memories("german")
-without = {i: replace(memory, scale=None) for i, memory in module.items()}
+memories = run.memories("french")
+without = {{i: replace(memory, {field}=None) for i, memory in memories.items()}}
 tokens = torch.arange(20)[None]
-logits = run.backbone(tokens, memories=module)
-print(all(memory.scale is not None for memory in module.values()), bool((run.backbone(tokens, memories=without) != logits).any()))
+logits = run.backbone(tokens, memories=memories)
+has = all(memory.{field} is not None for memory in memories.values())
+print(has, bool((run.backbone(tokens, memories=without) != logits).any()))
 """

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from data import BadInput
 from data.checkpoint import load
-from model import Cache, attend, earlier_mask, generate
+from model import Cache, Memory, attend, causal_mask, generate
 
 transformers = pytest.importorskip("transformers")
 
@@ -21,13 +21,15 @@ COMMON = dict(
 LLAMA3 = dict(
     rope_type="llama3", factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
 )
+NO = "<no such key>"
 
 
 def make(folder, kind, tied=True, sharded=False, old_rope=False, **more):
     """Write a random model with transformers; norms and biases are random too. Returns it."""
     torch.manual_seed(0)
-    name = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[kind]
-    config = getattr(transformers, f"{name}Config")(**{**COMMON, "tie_word_embeddings": tied, **more})
+    name = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "mistral": "Mistral", "olmo2": "Olmo2"}[kind]
+    shape = {**COMMON, "head_dim": 8} if kind == "qwen2" else COMMON  # its class takes hidden / heads
+    config = getattr(transformers, f"{name}Config")(**{**shape, "tie_word_embeddings": tied, **more})
     model = getattr(transformers, f"{name}ForCausalLM")(config).float().eval()
     with torch.no_grad():
         for p in model.parameters():
@@ -52,23 +54,32 @@ CASES = {
     "qwen2": dict(kind="qwen2", tied=False, sharded=True),
     "qwen3": dict(kind="qwen3"),
     "qwen3-untied-old-keys": dict(kind="qwen3", tied=False, old_rope=True),
-}
+    "mistral": dict(kind="mistral", sliding_window=None),
+    "mistral-window-at-the-context": dict(kind="mistral", sliding_window=512, tied=False),
+    "mistral-window-above": dict(kind="mistral", sliding_window=4096, old_rope=True, sharded=True),
+    "mistral-awkward": dict(
+        kind="mistral", sliding_window=None, hidden_size=46, num_attention_heads=9, num_key_value_heads=3, head_dim=10
+    ),
+    "olmo2": dict(kind="olmo2"),
+    "olmo2-untied-biases": dict(kind="olmo2", tied=False, attention_bias=True, sharded=True),
+    "olmo2-awkward": dict(
+        kind="olmo2", hidden_size=54, intermediate_size=77, num_attention_heads=9, num_key_value_heads=3,
+        attention_bias=True, old_rope=True,
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_logits_equal_transformers(tmp_path, case):
-    options = dict(CASES[case])
-    if options["kind"] == "qwen2":
-        options["head_dim"] = 8  # Qwen2 of transformers takes hidden / heads
-    peer = make(tmp_path, **options)
-    if options.get("sharded"):
+    peer = make(tmp_path, **CASES[case])
+    if CASES[case].get("sharded"):
         assert (tmp_path / "model.safetensors.index.json").exists()
     tokens = torch.randint(0, 97, (2, 130))
     with torch.no_grad():
         assert (load(tmp_path)(tokens) - peer(tokens).logits).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "olmo2"])
 def test_cached_decoding_equals_the_whole_text(tmp_path, kind):
     make(tmp_path, kind)
     model, tokens = load(tmp_path), torch.randint(0, 97, (2, 20))
@@ -94,9 +105,7 @@ def test_generate_stops_at_any_eos_and_never_samples_padding(tmp_path):
 
 
 def test_a_prefix_as_memory_equals_running_the_prefix(tmp_path):
-    from model import Memory
-
-    for kind in ("llama", "qwen3"):
+    for kind in ("llama", "qwen3", "olmo2"):
         make(tmp_path / kind, kind)
         model, tokens = load(tmp_path / kind), torch.randint(0, 97, (2, 40))
         tokens[1, :12] = tokens[0, :12]
@@ -115,52 +124,14 @@ def test_row_t_sees_what_it_may(T, S):
     """Against softmax(Q K^T / sqrt(hd)) V written out, with its gradient, for query heads that share keys."""
     q, k, v = (torch.randn(2, *n, 16, requires_grad=True) for n in ((6, T), (2, S), (2, S)))
     visible = torch.arange(S) <= torch.arange(T)[:, None] + S - T  # row t sees the first S - T + t + 1 keys
-    keys, values = (x.repeat_interleave(3, dim=1) for x in (k, v))  # query head h reads key-value head h G // H
+    keys, values = (x.repeat_interleave(3, dim=1) for x in (k, v))  # query head h reads key-value head h // (H / G)
     scores = (q @ keys.mT / 4).masked_fill(~visible, -torch.inf)
-    expected, ours, grad = (
-        scores.softmax(-1) @ values,
-        attend(q, k, v, earlier_mask(T, S, 3, q)),
-        torch.randn(2, 6, T, 16),
-    )
+    expected = scores.softmax(-1) @ values
+    ours = attend(q, k, v, causal_mask(T, S, like=q))
     assert (ours - expected).abs().max() < 1e-5
-    for a, b in zip(*(torch.autograd.grad(y, (q, k, v), grad) for y in (ours, expected)), strict=True):
+    weight = torch.randn(2, 6, T, 16)
+    for a, b in zip(*(torch.autograd.grad(y, (q, k, v), weight) for y in (ours, expected)), strict=True):
         assert (a - b).abs().max() < 1e-4
-
-
-def test_attention_takes_the_layout_of_a_gpu_kernel(monkeypatch):
-    """CUDA's memory-efficient kernel returns [B, T, H, hd] seen as [B, H, T, hd]."""
-    sdpa = torch.nn.functional.scaled_dot_product_attention
-    q, k, v = (torch.randn(2, n, t, 16) for n, t in ((6, 5), (2, 12), (2, 12)))
-    expected = attend(q, k, v, earlier_mask(5, 12, 3, q))
-    turned = lambda *a, **kw: sdpa(*a, **kw).transpose(1, 2).contiguous().transpose(1, 2)  # noqa: E731
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", turned)
-    assert torch.equal(attend(q, k, v, earlier_mask(5, 12, 3, q)), expected)
-
-
-class OnCuda(torch.Tensor):
-    """A tensor of the CPU that says it is CUDA's."""
-
-    is_cuda = True
-
-
-@pytest.mark.parametrize("kind,dtype,heads", [
-    (torch.Tensor, torch.float32, 2), (OnCuda, torch.bfloat16, 2), (OnCuda, torch.float32, 6)])  # fmt: skip
-def test_float32_on_cuda_gets_keys_for_each_head(monkeypatch, kind, dtype, heads):
-    sdpa = torch.nn.functional.scaled_dot_product_attention
-    q, k, v = (torch.randn(2, n, 7, 16, dtype=dtype, requires_grad=True) for n in (6, 2, 2))
-    expected = sdpa(q, k, v, is_causal=True, enable_gqa=True)
-    seen = []
-
-    def spy(q, k, v, **options):
-        seen.append((k.shape[1], v.shape[1], options["enable_gqa"]))
-        return sdpa(q, k, v, **options)
-
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
-    ours = attend(q.as_subclass(kind), k, v, None)
-    assert seen == [(heads, heads, heads == 2)]
-    assert torch.allclose(ours, expected, atol=1e-6)
-    for x, y in zip(*(torch.autograd.grad(y.sum(), (q, k, v)) for y in (ours, expected)), strict=True):
-        assert torch.allclose(x, y, atol=1e-5)
 
 
 REFUSED = [
@@ -205,6 +176,20 @@ def test_what_is_not_implemented_is_refused_by_name(tmp_path, change, message):
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(BadInput, match=message):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("context,window", [(512, 511), (512, 8), (4097, NO), (131_072, 4096)])
+def test_mistral_with_a_window_that_hides_something_is_refused(tmp_path, context, window):
+    """A missing window is one of 4096 tokens."""
+    make(tmp_path, "mistral", sliding_window=None)
+    path = tmp_path / "config.json"
+    raw = json.loads(path.read_text()) | {"max_position_embeddings": context, "sliding_window": window}
+    path.write_text(json.dumps({key: value for key, value in raw.items() if value != NO}))
+    with pytest.raises(BadInput) as said:
+        load(tmp_path)
+    assert str(said.value) == f"{path}: sliding-window attention is not implemented; choose a model without it."
+    path.write_text(json.dumps({**raw, "sliding_window": context}))
+    load(tmp_path)
 
 
 def test_damaged_checkpoints(tmp_path):

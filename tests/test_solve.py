@@ -2,18 +2,24 @@
 
 import json
 import signal
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import koff
 import train
-from data import solve
+from data import BadInput, solve
 from data.corpus import windows
-from test_train import Killed, flags, outputs, trainer_of, world  # noqa: F401
+from data.families import parse_config
+from model import Memory, Model
+from test_koff import KINDS
+from test_train import CONFIG, Killed, flags, freeze, in_step, killed, outputs, trainer_of, world  # noqa: F401
 from train import Trainer
+
+SOLVED = [kind for kind in KINDS if kind != "olmo2"]  # OLMo 2 has a norm behind down
 
 # The regression -----------------------------------------------------------------------------------------------------
 
@@ -75,7 +81,7 @@ def test_where_nothing_is_missing_nothing_is_added(data):
 
 def pruned(model, closed, first=1, **more):
     """(student, kept) of a tiny model whose neurons `closed` are gone in the blocks from `first` on."""
-    gates = koff.Gates(model.config, first)
+    gates = koff.Gates(model.config, first, "neuron")
     mask = {name: torch.ones(a.shape, dtype=torch.bool) for name, a in gates.log_alpha.items()}
     mask["neuron"][:, closed] = False
     for name, rows in more.items():
@@ -92,13 +98,17 @@ def solved(model, student, kept, batches, rank=4, first=1, kv_tokens=0, ridge=0.
     return module, explained
 
 
-def test_it_is_exact_where_the_removed_neurons_are_linear_in_those_that_stay(tiny):
+@pytest.mark.parametrize("kind", SOLVED)
+def test_it_is_exact_where_the_removed_neurons_are_linear_in_those_that_stay(tiny, kind):
     """Every second neuron is a multiple of the one before: without it, down can say the same of that one alone."""
-    model = tiny()
+    model = tiny(**KINDS[kind])
     closed = torch.arange(1, 40, 2)
+    factor = torch.linspace(-2, 2, 20)[:, None]
     for block in model.layers:
-        block.mlp.gate_proj.weight[closed] = block.mlp.gate_proj.weight[closed - 1]
-        block.mlp.up_proj.weight[closed] = block.mlp.up_proj.weight[closed - 1] * torch.linspace(-2, 2, 20)[:, None]
+        for projection, multiple in ((block.mlp.gate_proj, 1), (block.mlp.up_proj, factor)):
+            for p in projection.parameters():  # the matrix, and its bias where there is one
+                rows = p.view(40, -1)
+                rows[closed] = multiple * rows[closed - 1]
     student, kept = pruned(model, closed)
     tokens = torch.randint(0, 131, (8, 64))
     module, explained = solved(model, student, kept, [tokens], rank=24, ridge=1e-10)
@@ -128,10 +138,11 @@ def test_batches_are_only_a_way_to_save_memory(tiny):
     assert whole.abs().max() > 0 and all(0 < share < 1 for share in explained.values())
 
 
+@pytest.mark.parametrize("kind", SOLVED)
 @pytest.mark.parametrize("memories", [0, 1, 2])  # all blocks, as many as have gates, fewer
-def test_what_it_explains_is_what_is_missing_less(tiny, memories):
+def test_what_it_explains_is_what_is_missing_less(tiny, kind, memories):
     """Block by block: |R|^2 falls by the share that it says, all that it must not touch stays as it was."""
-    model = tiny()
+    model = tiny(**KINDS[kind])
     student, kept = pruned(model, torch.arange(20, 40), v=[3], down=[0, 5])
     tokens = torch.randint(0, 131, (6, 40))
     torch.manual_seed(3)
@@ -196,45 +207,107 @@ def test_it_stays_on_its_device_and_asks_for_no_number(tiny, dtype):
         solved(model, student, {i: {**index, "neuron": index["gate"]} for i in (1, 2)}, [tokens])
 
 
+# What has no closed form --------------------------------------------------------------------------------------------
+
+
+def make_olmo2(folder):
+    """The model of the tests' world as an OLMo 2."""
+    config = {**CONFIG, "model_type": "olmo2"}
+    torch.manual_seed(0)
+    parameters = Model(parse_config(config)).named_parameters()
+    state = {f"model.{name}": torch.randn(p.shape) * 0.2 + (p.ndim == 1) for name, p in parameters}
+    save_file(state, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_where_a_norm_follows_down_a_run_says_to_leave_it_out(world, tiny, capsys):  # noqa: F811
+    make_olmo2(world / "base")
+    assert train.main(flags(world)) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "olmo2 has a norm behind down" in said and "say --solve-tokens 0" in said
+    assert not (world / "runs").exists()
+    for more in (dict(solve_tokens=0), dict(rank=0)):  # nothing is to be solved
+        assert train.main(flags(world, out=world / "runs" / min(more), **more)) == 0
+    model = tiny(**KINDS["olmo2"])
+    student, kept = pruned(model, [7])
+    with pytest.raises(BadInput, match="olmo2 has a norm"):
+        solved(model, student, kept, [torch.randint(0, 131, (2, 16))])
+
+
+@dataclass
+class Shifted(Memory):
+    """A memory with something that the closed form knows nothing of."""
+
+    shift: torch.Tensor | None = None
+
+
+class ShiftedModule(koff.MemoryModule):
+    def __init__(self, config, *rest):
+        super().__init__(config, *rest)
+        self.shift = torch.nn.Parameter(torch.zeros(self.blocks, config.hidden_size))
+
+    def by_block(self, dtype):
+        blocks = super().by_block(dtype).items()
+        return {i: Shifted(m.lora, m.keys, m.values, self.shift[i - self.first_block].to(dtype)) for i, m in blocks}
+
+
+def test_a_memory_with_another_tensor_is_not_solved_for(world, monkeypatch, capsys):  # noqa: F811
+    monkeypatch.setitem(koff.MEMORIES, "shifted", ShiftedModule)
+    assert train.main(flags(world, memory_kind="shifted")) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "have a tensor 'shift'" in said and "say --solve-tokens 0" in said
+    assert not (world / "runs").exists()
+    with pytest.raises(BadInput, match="'shift'"):
+        solve.check_solvable(parse_config(CONFIG), {0: Memory(), 1: Shifted(shift=torch.zeros(24))})
+    solve.check_solvable(parse_config(CONFIG), {0: Memory(), 1: Shifted()})  # a field without a tensor is none
+
+
 # In a run -----------------------------------------------------------------------------------------------------------
 
 
 def lora(trainer, name):
-    return [getattr(module, "lora_" + part)[name].clone() for module in trainer.modules for part in "ab"]
+    modules = trainer.modules.values()
+    return [getattr(module, "lora_" + part)[name].clone() for module in modules for part in "ab"]
 
 
-def test_a_trainer_solves_once_the_mask_is_fixed(world):  # noqa: F811
+def test_a_trainer_solves_once_the_mask_is_final(world):  # noqa: F811
     trainer, text = trainer_of(world, gate_share=0.5)
     trainer.initialise(text)
     tokens = torch.arange(32).view(2, 16)
     for index in range(4):
-        trainer.start_step(index)
-        assert trainer.unsolved() == []
-        trainer.step(tokens, "german", index)
-    trainer.start_step(4)
-    assert trainer.unsolved() == ["french", "german"]
+        trainer.learn(tokens, "german", index)
+    freeze(trainer)
     before, others = lora(trainer, "down"), lora(trainer, "up")
-    trainer.solve("french", text["french"])
-    trainer.solve("german", text["german"])
-    assert trainer.unsolved() == []
-    assert not any(map(torch.equal, before, lora(trainer, "down"))) and all(
-        map(torch.equal, others, lora(trainer, "up"))
-    )
+    trainer.solve("french", text)
+    trainer.solve("german", text)
     moved = lora(trainer, "down")
-    trainer.step(tokens, "german", 4)  # AdamW begins anew with what was solved, and goes on with the rest
-    steps = {name: trainer.optimizer.state[trainer.modules[1].lora_a[name]]["step"].item() for name in ("down", "up")}
-    assert steps == {"down": 1, "up": 5}
+    assert not any(map(torch.equal, before, moved)) and all(map(torch.equal, others, lora(trainer, "up")))
+    trainer.recover(tokens, "german", 4)  # AdamW begins anew with what was solved, and goes on with the rest
+    module, state = trainer.modules["german"], trainer.optimizers["german"].state
+    assert {name: state[module.lora_a[name]]["step"].item() for name in ("down", "up")} == {"down": 1, "up": 5}
     assert not any(map(torch.equal, moved[2:], lora(trainer, "down")[2:]))
+
+
+def test_a_run_solves_between_its_two_kinds_of_steps(world, monkeypatch):  # noqa: F811
+    came = []
+
+    def noted(name, work):
+        return lambda *given: came.append(name) or work(*given)
+
+    for name in ("learn", "solve", "recover"):
+        monkeypatch.setattr(Trainer, name, noted(name, getattr(Trainer, name)))
+    assert train.main(flags(world, gate_share=0.5)) == 0
+    assert came == 4 * ["learn"] + 2 * ["solve"] + 4 * ["recover"]
 
 
 @pytest.mark.parametrize("tokens", [40, 10**6])  # some of the text, all of it
 def test_it_is_solved_on_windows_of_the_whole_text(world, monkeypatch, tokens):  # noqa: F811
     trainer, text = trainer_of(world, solve_tokens=tokens, solve_ridge=0.25, steps=0)
-    trainer.start_step(0)
-    monkeypatch.setattr(train, "SOLVE_AT_ONCE", 48)
-    monkeypatch.setattr(koff, "solve_memories", lambda *given: given)
-    model, student, module, kept, batches, ridge = trainer.solve("french", text["french"])
-    assert (model, student, module) == (trainer.model, trainer.student, trainer.modules[0])
+    freeze(trainer)
+    monkeypatch.setattr(solve, "AT_ONCE", 48)
+    monkeypatch.setattr(solve, "solve_memories", lambda *given: given)
+    model, student, module, kept, batches, ridge = trainer.solve("french", text)
+    assert (model, student, module) == (trainer.model, trainer.student, trainer.modules["french"])
     assert kept is trainer.kept and ridge == 0.25
     expected = windows(text["french"], 16, 3 if tokens == 40 else None)
     assert torch.equal(torch.cat(batches), torch.from_numpy(expected)) and len(batches[0]) == 3
@@ -246,7 +319,7 @@ def test_the_size_of_a_module_does_not_change_the_mask(world):  # noqa: F811
     for more in (dict(rank=2), dict(rank=4, lora="down"), dict(kv_tokens=0)):
         trainer, text = trainer_of(world, steps=0, **more)
         trainer.initialise(text)
-        masks.append(trainer.gates.final_mask(0.05, "physical"))
+        masks.append(trainer.gates.final_mask(0.05))
     for mask in masks[1:]:
         assert all(torch.equal(mask[name], masks[0][name]) for name in mask)
 
@@ -268,7 +341,7 @@ def test_a_mask_may_be_learned_and_the_modules_solved_only(world, capsys):  # no
     assert train.main(flags(world, **more)) == 0
     assert "solved german" in capsys.readouterr().out
     assert train.main(flags(world, out=world / "runs/two", solve_tokens=0, **more)) == 2
-    assert "leaves no step for the memories" in capsys.readouterr().err
+    assert "the memories get no step to learn in" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("more", [dict(rank=0), dict(solve_tokens=0), dict(memory_blocks=1), dict(lora="down")])
@@ -283,16 +356,16 @@ def test_what_is_solved_and_what_is_not(world, more, capsys):  # noqa: F811
 @pytest.mark.parametrize("steps,gate_share", [(8, 0.5), (8, 0.0), (0, 0.75)])
 @pytest.mark.parametrize("how", ["kill", "signal"])
 def test_a_run_that_is_stopped_while_it_solves_ends_as_any_other(world, monkeypatch, how, steps, gate_share, capsys):  # noqa: F811
-    more = dict(steps=steps, gate_share=gate_share)
+    more = dict(steps=steps, gate_share=gate_share, ramp=0.0)
     assert train.main(flags(world, **more)) == 0
-    whole, solve = outputs(world / "runs/one"), Trainer.solve
+    whole, solve_one = outputs(world / "runs/one"), Trainer.solve
 
-    def interrupted(self, domain, ids):
+    def interrupted(self, domain, text):
         if domain == "german" and how == "kill":
             raise Killed
         if domain == "french" and how == "signal":
             signal.raise_signal(signal.SIGTERM)
-        return solve(self, domain, ids)
+        return solve_one(self, domain, text)
 
     monkeypatch.setattr(Trainer, "solve", interrupted)
     argv = flags(world, out=world / "runs/two", **more)
@@ -302,7 +375,7 @@ def test_a_run_that_is_stopped_while_it_solves_ends_as_any_other(world, monkeypa
     else:
         assert train.main(argv) == 143
         assert "stopped after french was solved" in capsys.readouterr().err
-    monkeypatch.setattr(Trainer, "solve", solve)
+    monkeypatch.setattr(Trainer, "solve", solve_one)
     assert train.main(argv) == 0
     assert (how == "signal") == ("solved french" not in capsys.readouterr().out)
     assert outputs(world / "runs/two") == whole
@@ -312,17 +385,8 @@ def test_a_run_that_is_stopped_while_it_solves_ends_as_any_other(world, monkeypa
 
 def test_what_was_solved_is_not_solved_again_after_a_kill(world, monkeypatch, capsys):  # noqa: F811
     argv = flags(world, steps=8, gate_share=0.5, save_every=100)
-    step = Trainer.step
-
-    def killed(self, tokens, domain, index, *rest):
-        if index == 6:
-            raise Killed
-        return step(self, tokens, domain, index, *rest)
-
-    monkeypatch.setattr(Trainer, "step", killed)
-    with pytest.raises(Killed):
+    with in_step(monkeypatch, 6, killed), pytest.raises(Killed):
         train.main(argv)
-    monkeypatch.setattr(Trainer, "step", step)
     assert "solved german" in capsys.readouterr().out
     assert train.main(argv) == 0
     printed = capsys.readouterr().out
