@@ -1,18 +1,18 @@
-"""Evaluate a finished run, or do something with it.
+"""Evaluate a finished run, or use it.
 
 python eval.py report out/handbook                                  the tables: screen, report.md, results.json
-python eval.py perplexity out/handbook news.txt                     of any other text, with each module
-python eval.py compare out/handbook out/seed1                       one table of several runs
-python eval.py lape out/handbook                                    are neurons of one language those that are closed?
+python eval.py perplexity out/handbook news.txt                     any other text, with each module
+python eval.py compare out/handbook out/seed1                       several runs in one table
+python eval.py lape out/handbook                                    did the mask close language-specific neurons?
 python eval.py probes out/handbook                                  how far the backbone's hidden states moved
-python eval.py bench out/handbook koff_mmlu --rows DIR              benchmarks: the unpruned model, backbone, modules
-python eval.py plot out/handbook                                    pictures of what train.py, report and lape saved
+python eval.py bench out/handbook koff_mmlu --rows DIR              benchmarks: unpruned model, backbone, modules
+python eval.py plot out/handbook                                    pictures of the saved results
 python eval.py generate out/handbook "Der Kernel" --module german   one module by name; without --module: routed
 python eval.py chat out/handbook                                    a conversation; /domain changes the module
-python eval.py export out/handbook hf                               for transformers; peft: one adapter for each module
-python eval.py remove out/handbook french                           one module less
+python eval.py export out/handbook hf                               for transformers; peft: one adapter per module
+python eval.py remove out/handbook french                           deletes a module
 
-This file measures a finished run: `perplexities`, the swap matrix, router, ledger, report. The other commands are in
+This file measures a finished run: perplexities, the swap matrix, router, ledger, report. The other commands are in
 `data/`; the imports say where.
 """
 
@@ -46,22 +46,22 @@ from data.tables import as_saved, ledger, ratios, save, saved_results, side_by_s
 
 
 @torch.no_grad()
-def losses_of(variants, tokens, split, size=8):
-    """{variant: [n, T - 1]}: `token_losses` of every variant (model, memories) on tokens [n, T].
+def losses_of(variants, x, split):
+    """{variant: [n, T - 1]}: `token_losses` of every variant (model, memories) on windows x [n, T].
 
-    `size` windows at once. Blocks below `split` are the same in all variants and run once.
+    The blocks below `split` are the same in all variants and run once.
     """
     parts = {name: [] for name in variants}
-    some_model, _ = next(iter(variants.values()))
-    for part in tokens.split(size):
-        shared = some_model.run(some_model.embed_tokens(part), 0, split)
+    unpruned, _ = variants["unpruned"]
+    for tokens in torch.from_numpy(x).to(unpruned.head.device).split(8):  # eight windows at a time
+        shared = unpruned.run(unpruned.embed_tokens(tokens), 0, split)
         for name, (model, memories) in variants.items():
-            parts[name].append(token_losses(model, memories, shared, split, part))
+            parts[name].append(token_losses(model, memories, shared, split, tokens))
     return {name: torch.cat(parts[name]).cpu().numpy() for name in variants}
 
 
 def variants_of(run, base):
-    """{variant: (model, memories)}: the unpruned model, the backbone alone and with each module of the run."""
+    """{variant: (model, memories)}: the unpruned model, the backbone alone, the backbone with each module."""
     variants = {"unpruned": (base, None), "backbone": (run.backbone, None)}
     for name, memories in run.modules.items():
         variants[f"module {name}"] = (run.backbone, memories)
@@ -70,10 +70,10 @@ def variants_of(run, base):
 
 def perplexities(run, base, text):
     """Three tables: {variant: {domain: perplexity}}, the swap matrix {domain: {module: perplexity}}, and the controls
-    {label: {domain: a ratio of perplexities}}, see `controls`."""
-    # Every variant reads every text, on the same windows: only the model differs.
+    {label: {domain: ratio of perplexities}}, see `controls`."""
+    # All variants read the same windows: only the model differs.
     s = run.settings
-    _, first_memory, split_block = s.first_blocks(len(base.layers))
+    _, first_memory, first_different = s.first_blocks(len(base.layers))
     variants = variants_of(run, base)
     ppl = {"unpruned": {}, "backbone": {}, "koff": {}, "routed": {}}
     swap = {}
@@ -82,14 +82,12 @@ def perplexities(run, base, text):
         x = windows(split.heldout, s.eval_len, s.eval_windows)
         if run.names and s.kv_tokens:
             variants["unpruned, text KV"] = (base, starting_context(base, split.train, s, first_memory))
-        losses = losses_of(variants, torch.from_numpy(x).to(run.device), split_block)
+        losses = losses_of(variants, x, first_different)
         ppl["unpruned"][domain] = perplexity(losses["unpruned"])
         ppl["backbone"][domain] = perplexity(losses["backbone"])
-        if not run.names:  # pruned only: there are no modules to attach
+        if not run.names:  # a pruned model without modules
             continue
-        swap[domain] = {}
-        for name in run.names:
-            swap[domain][name] = perplexity(losses[f"module {name}"])
+        swap[domain] = {name: perplexity(losses[f"module {name}"]) for name in run.names}
         ppl["koff"][domain] = swap[domain][domain]  # with its own module
         losses["own"] = losses[f"module {domain}"]
         losses["routed"] = routed(run, losses, x)
@@ -101,8 +99,8 @@ def perplexities(run, base, text):
 
 
 def routed(run, losses, x):
-    """The losses [n, T - 1] of windows, each with the module that the router picks for it by x [n, any]; with none
-    where it is unsure. losses: those of all variants."""
+    """The losses [n, T - 1] of n windows, each with the module that the router picks from the tokens x [n, any], or of
+    the backbone alone where the router is unsure. losses: those of every variant."""
     picked = []
     for i, name in enumerate(run.router.route(x)):
         variant = f"module {name}" if name in run.names else "backbone"
@@ -111,13 +109,14 @@ def routed(run, losses, x):
 
 
 def controls(losses, M, W):
-    """How much of a domain's result is context: {label: ratio of two perplexities on the same predictions}.
+    """How much of a domain's result is due to context: {label: ratio of two perplexities on the same predictions}.
 
-    A KV memory of M tokens of the domain's text is a context that the unpruned model lacks. Two controls: the unpruned
-    model gets the same context, or each window's first M predictions are left out. In two more, the router sees only a
-    window's first W tokens ("routed early"), and these are not scored. losses {variant: [n, T - 1]}.
+    A KV memory of M tokens of the domain's text is context that the unpruned model lacks. Two controls correct for it:
+    the unpruned model gets the same context, or the first M predictions of each window are left out. In two more, the
+    router sees only the first W tokens of a window ("routed early"), and these are not scored. losses {variant:
+    [n, T - 1]}.
     """
-    pairs = {}  # label: (variant, the first prediction that counts)
+    pairs = {}  # {label: (variant, the first prediction that counts)}
     if M:
         pairs[f"unpruned, with {M} tokens of text as KV memory"] = ("unpruned, text KV", 0)
         pairs[f"KOFF, without the first {M} predictions"] = ("own", M)
@@ -125,16 +124,16 @@ def controls(losses, M, W):
     pairs["KOFF, own module, the same predictions"] = ("own", W - 1)
     ratios = {}
     for label, (variant, start) in pairs.items():
-        if start < losses[variant].shape[1]:  # else the windows are too short
-            unpruned = perplexity(losses["unpruned"][:, start:])
-            ratios[label] = perplexity(losses[variant][:, start:]) / unpruned
+        scored = losses[variant][:, start:]
+        if scored.size:  # otherwise the windows are too short
+            ratios[label] = perplexity(scored) / perplexity(losses["unpruned"][:, start:])
     return ratios
 
 
 def other_texts(args):
-    """Print the perplexity of any text: how does the cut change text of no domain, and how do modules?
+    """Print the perplexity of any texts: what do pruning and modules change on text from no domain?
 
-    Each text gives as many windows as in the report, spread over all of it: nothing is held out.
+    Nothing is held out: the windows are spread over the whole text. Their number is that of the report.
     """
     run = Run(args.run, args.device)
     s = run.settings
@@ -150,27 +149,27 @@ def other_texts(args):
         texts.append(x)
         columns += [path.stem, "ratio"]
     base = unpruned_model(run)
-    _, _, split_block = s.first_blocks(len(base.layers))
+    _, _, first_different = s.first_blocks(len(base.layers))
     variants = variants_of(run, base)
     ppl = {}  # {variant: [perplexity, one per text]}
     for x in texts:
-        losses = losses_of(variants, torch.from_numpy(x).to(run.device), split_block)
+        losses = losses_of(variants, x, first_different)
         if run.names:
             losses["routed"] = routed(run, losses, x)
-        for name, of_variant in losses.items():
-            ppl.setdefault(name, []).append(perplexity(of_variant))
+        for name in losses:
+            ppl.setdefault(name, []).append(perplexity(losses[name]))
     rows = {}
-    for name, of_texts in ppl.items():
-        ratio = np.divide(of_texts, ppl["unpruned"])
+    for name, values in ppl.items():
+        ratio = np.divide(values, ppl["unpruned"])
         cells = []
-        for value, share in zip(of_texts, ratio, strict=True):
+        for value, share in zip(values, ratio, strict=True):
             cells += [f"{value:.2f}", f"{share:.3f} x"]
         rows[LABELS.get(name, name)] = [*cells, f"{ratio.mean():.3f} x"]
     print(table("", [*columns, "mean ratio"], rows))
 
 
 def perplexity(losses):
-    """exp of the mean of losses [n, T], float64: one for each predicted token."""
+    """exp of the mean of losses [n, T], in nats."""
     try:
         return math.exp(losses.mean())
     except OverflowError:  # above 709 nats
@@ -181,42 +180,33 @@ def perplexity(losses):
 
 
 def router_quality(run, text):
-    """Of held-out windows of 50 tokens: accuracy, and the share called unsure; this also of other languages' text."""
+    """Accuracy on held-out windows of 50 tokens, and the share of windows on which the router is unsure."""
+    router = run.router
     right = []
     unsure = []
     for domain, split in text.items():
-        x = windows(split.heldout, run.router.WINDOW)
-        for best in run.router.scores(x).argmax(1):
-            right.append(run.router.domains[best] == domain)
-        for name in run.router.route(x):
-            unsure.append(name is None)
-    quality = {
-        "accuracy": float(np.mean(right)),
-        "unsure": float(np.mean(unsure)),
-        "windows": len(right),
-    }
-    # The default's text has sixteen more translations, which belong to none of its domains.
+        x = windows(split.heldout, router.WINDOW)
+        right += [router.domains[best] == domain for best in router.scores(x).argmax(1)]
+        unsure += [name is None for name in router.route(x)]
+    quality = {"accuracy": float(np.mean(right)), "unsure": float(np.mean(unsure)), "windows": len(right)}
+    # The default text comes with sixteen more translations, which belong to none of its domains.
     if Path(run.settings.data).resolve() == ROOT / "data/handbook":
         unsure = []
         for _, line in lines_of(ROOT / "data/other_languages.jsonl"):
             row = json.loads(line)
-            if run.router.knows(row["language"]):  # it came later
-                continue
-            ids = np.array(run.tokenizer.encode(row["text"]))
-            for name in run.router.route(windows(ids, run.router.WINDOW)):
-                unsure.append(name is None)
+            if not router.knows(row["language"]):  # otherwise it became a domain later
+                x = windows(np.array(run.tokenizer.encode(row["text"])), router.WINDOW)
+                unsure += [name is None for name in router.route(x)]
         quality["unsure_other_languages"] = float(np.mean(unsure))
         quality["other_windows"] = len(unsure)
     return quality
 
 
 def wrong_route_cost(swap):
-    """Geometric mean of what another domain's module does to a perplexity, as a factor of the own module's."""
+    """The factor by which another domain's module raises a perplexity over the own module's, as a geometric mean."""
     factors = []
     for domain, row in swap.items():
-        for name, ppl in row.items():
-            if name != domain:
-                factors.append(ppl / row[domain])
+        factors += [ppl / row[domain] for name, ppl in row.items() if name != domain]
     return math.exp(np.mean(np.log(factors)))
 
 
@@ -226,23 +216,18 @@ def sparsity(run, base):
     "physical" and "paper" are exact, under the final mask. "expected" is the sparsity that the gates had reached in
     expectation when they stopped learning.
     """
-    s = run.settings
     gates, mask = run.gates(base)
     total = {
         "physical": gates.sparsity(mask, "physical").item(),
         "paper": gates.sparsity(mask, "paper").item(),
-        "expected": gates.sparsity(count=s.count).item(),
+        "expected": gates.sparsity(count=run.settings.count).item(),
     }
     layers = {}
     for n in range(gates.blocks):
-        closed = {}
-        for name in gates.log_alpha:
-            is_open = mask[name][n].double()  # [channels]
-            closed[name] = 1 - is_open.mean().item()
+        closed = {name: 1 - is_open[n].double().mean().item() for name, is_open in mask.items()}
         layers[gates.first_block + n] = closed
-    removed = round(total["physical"] * gates.total)
-    sizes = ledger(gates.total, removed, run.modules)
-    # On disk, in the dtype that the run was saved in.
+    sizes = ledger(gates.total, round(total["physical"] * gates.total), run.modules)
+    # Bytes on disk, in the dtype that the run was saved in.
     bytes_each = getattr(torch, run.backbone.config.raw["dtype"]).itemsize
     for name in ("removed", "one_module", "all_modules"):
         sizes[f"{name}_bytes"] = sizes[name] * bytes_each
@@ -250,19 +235,17 @@ def sparsity(run, base):
 
 
 def evaluate(folder, begun=None, device="auto"):
-    """All tables of the run: screen, report.md, results.json. `begun`: when it began, by `time.perf_counter`; None: the
-    saved time stays."""
+    """Show and save all tables of a run: screen, report.md, results.json.
+
+    begun: when the run began, by `time.perf_counter`. Without it, a new report keeps the saved duration.
+    """
     run, base, text = open_finished(folder, device)
     check_complete(run)
-    # A report that is made again keeps the time, which it cannot measure.
-    seconds = 0.0 if begun else saved_seconds(folder)
     ppl, swap, ratios_of = perplexities(run, base, text)
     total, layers, sizes = sparsity(run, base)
     router = router_quality(run, text)
     if len(swap) > 1:
         router["wrong_route_cost"] = wrong_route_cost(swap)
-    if begun:
-        seconds = round(time.perf_counter() - begun, 1)
     results = {
         "perplexity": ppl,
         "swap": swap,
@@ -272,13 +255,13 @@ def evaluate(folder, begun=None, device="auto"):
         "ledger": sizes,
         "layers": layers,
         "settings": asdict(run.settings),
-        "seconds": seconds,
+        "seconds": round(time.perf_counter() - begun, 1) if begun else saved_seconds(folder),
     }
     save(run.folder, {"report.md": report(results), "results.json": results})
 
 
 def saved_seconds(folder):
-    """The seconds that a run took, from its saved results; 0 if there are none, or damaged ones."""
+    """The duration of a run by its saved results; 0 if they are missing or damaged."""
     with contextlib.suppress(BadInput), as_saved(folder):
         return float(saved_results(folder)["seconds"])
     return 0.0
@@ -286,7 +269,7 @@ def saved_seconds(folder):
 
 # The report as text --------------------------------------------------------------------------------------------------
 
-# The report's words for names in results.json.
+# Names in results.json -> names in the report.
 LABELS = {
     "backbone": "backbone alone",
     "koff": "KOFF, matching module",
@@ -295,7 +278,7 @@ LABELS = {
 
 
 def report(results):
-    """results.json as text."""
+    """results.json as text (report.md)."""
     parts = ["## Held-out perplexity", perplexity_table(results)]
     swap = results["swap"]
     if swap:
@@ -304,7 +287,7 @@ def report(results):
         parts += ["## What a module is worth: perplexity with it, with none, with another's", value_table(results)]
         cost = results["router"]["wrong_route_cost"]
         parts += [f"The wrong module costs a factor of {cost:.3f} on average."]
-    if results["controls"]:  # else the windows are too short
+    if results["controls"]:  # otherwise the windows are too short
         parts += ["## Controls: perplexity / unpruned, on the same predictions", controls_table(results)]
     parts += ["## Router and ledger", *router_and_ledger(results)]
     parts += ["## Closed channels per block and projection", layers_table(results["layers"])]
@@ -359,26 +342,26 @@ def controls_table(results):
 
 
 def router_and_ledger(results):
-    """The sentences about router, sparsity and sizes."""
+    """Sentences about the router, the sparsity and the sizes."""
     router = results["router"]
     line = f"Router: accuracy {router['accuracy']:.4f} on {router['windows']} held-out windows of 50 tokens"
     line += f", {router['unsure']:.1%} of them called unsure"
     if "unsure_other_languages" in router:
         line += f"; unsure on {router['unsure_other_languages']:.1%} of {router['other_windows']} windows"
         line += " in other languages"
-    count = results["settings"]["count"]
-    physical = f"{results['sparsity']['physical']:.4f} physical (parameters removed / all)"
-    paper = f"{results['sparsity']['paper']:.4f} by the paper's count (closed channels x fan-in / all)"
-    expected = f"When the gates stopped learning they had reached {results['sparsity']['expected']:.4f} in expectation"
+    removed = results["sparsity"]
+    sparsity = f"Sparsity: {removed['physical']:.4f} physical (parameters removed / all), "
+    sparsity += f"{removed['paper']:.4f} by the paper's count (closed channels x fan-in / all). "
+    sparsity += f"When the gates stopped learning they had reached {removed['expected']:.4f} in expectation "
+    sparsity += f"({results['settings']['count']}); the final mask closes the rest by rank."
     sizes = results["ledger"]
     shown = {}
     for name in ("removed", "one_module", "all_modules"):
         shown[name] = f"{sizes[name]:,} ({sizes[f'{name}_bytes']:,} bytes"
-    removed = f"Of {sizes['total']:,} parameters {shown['removed']}) were removed; "
     share = f", {sizes['one_module_share']:.0%} of what was removed" if sizes["removed"] else ""
-    one = f"one module has {shown['one_module']}{share}); "
-    sparsity = f"Sparsity: {physical}, {paper}. {expected} ({count}); the final mask closes the rest by rank."
-    return [f"{line}.", sparsity, f"{removed}{one}all modules {shown['all_modules']})."]
+    ledger = f"Of {sizes['total']:,} parameters {shown['removed']}) were removed; "
+    ledger += f"one module has {shown['one_module']}{share}); all modules {shown['all_modules']})."
+    return [f"{line}.", sparsity, ledger]
 
 
 def layers_table(layers):
@@ -392,76 +375,72 @@ def layers_table(layers):
 
 
 def report_again(args):
-    """All tables again."""
     with held(args.run, args.device):
         evaluate(args.run, device=args.device)
 
 
 def compare(args):
-    """One row per finished run; seeds of one run get a mean."""
+    """Print a table with one row per finished run, and their mean if they differ only in the seed."""
     rows = {}
     kinds = []
-    for folder in dict.fromkeys(args.runs):  # each once
+    for folder in dict.fromkeys(args.run):  # each once
         rows[str(folder)] = together([folder])
         results = saved_results(folder)
         kinds.append([{**results["settings"], "seed": None}, sorted(results["perplexity"]["unpruned"])])
-    if len(rows) > 1 and kinds.count(kinds[0]) == len(kinds):  # they differ in their seeds only
+    if len(rows) > 1 and kinds.count(kinds[0]) == len(kinds):
         rows["mean +/- std"] = together(list(rows))
     print(side_by_side(rows))
 
 
 def parse(argv):
-    """Command line -> its arguments; `work` among them is the function that does it (see the imports)."""
+    """The arguments of a command line. `work` is the function that carries the command out."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(name, work, text, device=True):
-        """A sub-command on one run; returns the function that adds an option to it."""
+        """Add a command on a run; returns the function that adds an option to it."""
         one = commands.add_parser(name, help=text, description=text)
         one.set_defaults(work=work)
-        if name == "compare":
-            one.add_argument("runs", type=Path, nargs="+")
-        else:
-            one.add_argument("run", type=Path)
+        one.add_argument("run", type=Path, nargs="+" if name == "compare" else None)
         if device:
-            one.add_argument("--device", default="auto", help="cpu or cuda; auto: cuda where there is one [auto]")
+            one.add_argument("--device", default="auto", help="cpu or cuda; auto: cuda if available [auto]")
         return one.add_argument
 
     command("report", report_again, "evaluate a finished run again")
 
-    option = command("perplexity", other_texts, "of texts that the run was not trained on, whole")
+    option = command("perplexity", other_texts, "perplexity of whole texts that the run was not trained on")
     option("texts", type=Path, nargs="+", metavar="TEXT", help="a .txt, a .jsonl or a folder of them")
 
-    command("compare", compare, "one table of several finished runs", device=False)
+    command("compare", compare, "compare several finished runs in one table", device=False)
 
-    option = command("lape", lape_report, "which neurons the mask closed: those of few languages, or those of all?")
-    option("--tokens", type=int, default=100_000, help="of each domain's training text [100000]")
+    option = command("lape", lape_report, "did the mask close neurons of few languages, or neurons of all?")
+    option("--tokens", type=int, default=100_000, help="tokens of each domain's training text [100000]")
 
-    option = command("probes", probes, "hidden states of the backbone alone against those of the unpruned model")
-    option("--texts", type=int, default=5000, help="held-out windows of 50 tokens a domain [5000]")
+    option = command("probes", probes, "compare hidden states of the backbone alone with the unpruned model's")
+    option("--texts", type=int, default=5000, help="held-out windows of 50 tokens per domain [5000]")
 
-    option = command("bench", bench, "measure a run, or a pretrained model's folder, by lm-evaluation-harness")
-    option("task", help="one of the harness, or of ours: koff_mmlu, koff_arc, koff_bbl, koff_pairs")
+    option = command("bench", bench, "benchmark a run with lm-evaluation-harness")
+    option("task", help="a task of the harness, or one of ours: koff_mmlu, koff_arc, koff_bbl, koff_pairs")
     option("--rows", help="file or folder with the questions of our tasks (data/prepare.py benchmarks)")
-    option("--include", type=Path, help="folder of further task yamls")
-    option("--on", nargs="+", metavar="WHAT", help="unpruned, backbone, routed or names of modules [the first three]")
-    option("--limit", type=int, help="questions of a task [all]")
-    option("--shots", type=int, help="examples before a question [as the task has them]")
-    option("--out", type=Path, help="folder of the results [RUN/bench; out/pretrained/NAME/bench for a model]")
+    option("--include", type=Path, help="folder with more task yamls")
+    option("--on", nargs="+", metavar="VARIANT", help="unpruned, backbone, routed or module names [the first three]")
+    option("--limit", type=int, help="number of questions per task [all]")
+    option("--shots", type=int, help="number of examples before a question [the task's own]")
+    option("--out", type=Path, help="folder for the results [RUN/bench]")
 
-    command("plot", plot_run, "draw what a run or sweep has saved (needs matplotlib)", device=False)
+    command("plot", plot, "draw the saved results of a run or a sweep (needs matplotlib)", device=False)
 
     option = command("generate", continue_text, "continue a prompt")
-    option("prompt", help="some text")
+    option("prompt")
     sampling(option, tokens=64)
 
-    option = command("chat", chat, "a conversation, whose module can change in the middle")
+    option = command("chat", chat, "hold a conversation; the module can change in the middle")
     sampling(option, tokens=256)
 
-    option = command("export", export, "write the run as transformers and peft read it", device=False)
-    option("form", choices=("hf", "peft"), help="one dense checkpoint, or one adapter for each module on it")
-    option("--module", help="hf: merge its LoRA; peft: only this one")
-    option("--out", type=Path, help="folder to make [RUN/export/hf or peft, and -MODULE if named]")
+    option = command("export", export, "write the run for transformers and peft", device=False)
+    option("form", choices=("hf", "peft"), help="one dense checkpoint, or one adapter per module for it")
+    option("--module", help="hf: merge the LoRA of this module; peft: export only this module")
+    option("--out", type=Path, help="new folder [RUN/export/FORM or RUN/export/FORM-MODULE]")
 
     option = command("remove", remove, "delete a module", device=False)
     option("module")
@@ -470,22 +449,18 @@ def parse(argv):
 
 
 def sampling(option, tokens):
-    """The options of what generates text."""
-    option("--module", help="domain whose module is attached; without it the router picks")
-    option("--tokens", type=int, default=tokens, help=f"how many to generate [{tokens}]")
+    """Add the options of the commands that generate text."""
+    option("--module", help="domain whose module is attached [the router picks]")
+    option("--tokens", type=int, default=tokens, help=f"number of tokens to generate [{tokens}]")
     option("--temperature", type=float, default=0.0, help="0 is greedy [0]")
-    option("--top-p", type=float, default=1.0, help="nucleus [1]")
+    option("--top-p", type=float, default=1.0, help="nucleus sampling [1]")
     option("--seed", type=int, default=0)
-
-
-def plot_run(args):
-    plot(args.run)
 
 
 def main(argv=None):
     args = parse(argv)
     fast.enable()
-    return run_script("eval.py", lambda: args.work(args), "the same command begins again") or 0
+    return run_script("eval.py", lambda: args.work(args), "the same command begins again")
 
 
 if __name__ == "__main__":

@@ -1,27 +1,28 @@
-"""Knowledge offloading (Galliamov, Choenni, Titov, arXiv 2605.29075): the paper's method and nothing else.
+"""Knowledge offloading (Galliamov, Choenni, Titov, arXiv 2605.29075): the paper's method, and registries for forks.
 
     min over z, {M_d}:  sum_d E_{x in D_d} KL(teacher || student(z, M_d))  +  lambda * Omega(z)                   Eq. 1
-                        + the same KL on general text with a random module attached, for the gates only           Eq. 2
+                        + the same KL on general text with a random module attached; only the gates are updated   Eq. 2
 
 The paper's symbols, and where they are:
 
-    f_theta        the frozen pretrained model, `model.Model`. The teacher is this model without gates and LoRA.
+    f_theta        the frozen pretrained model, `model.Model`. The teacher is this model without gates and module.
+                   (By default it also reads the text from which the KV memory starts: `Trainer.ask_teacher`.)
     z              gates on output channels. They are learned as log alpha (`Gates`) and sampled by `hard_concrete`.
     M_d            the memory module of domain d, `MemoryModule`. Its part in one block is a `model.Memory`.
     dW_d x         LoRA, B A x in `model.Projection`
     K_mem, V_mem   `Memory.keys` and `Memory.values` (Eq. 3)
-    Omega(z)       how far the sparsity (`Gates.sparsity`) is below its target. With its lambda it is `Hinge`.
-    KL             `kl_topk`, on the teacher's K = 100 most likely tokens and on the rest as one more outcome
+    Omega(z)       how far the sparsity (`Gates.sparsity`) is below its target. `Hinge` is lambda times Omega.
+    KL             `kl_topk`, on the teacher's K = 100 most likely tokens and on all others as one more outcome
     s*             the target sparsity, by one of two counts: `removed_paper`, `removed_physical`
     materialise    closed channels leave the matrices: `Gates.final_mask`, `materialise`
 
-What is ours, and what the paper compares itself with, is in `data/` and enters through the registries below:
+Our additions and the paper's alternatives are in `data/`. They enter through the registries below:
 
     data/starts.py       how gates and memories start: Fisher scores, keys and values of a text
-    data/penalties.py    a lambda that adapts, a Lagrangian
-    data/objectives.py   other treatments of the rest, next-token training
+    data/penalties.py    a lambda that adapts (the default), a Lagrangian
+    data/objectives.py   other treatments of the outcomes outside the top K; next-token training
     data/solve.py        LoRA on `down` by least squares, once the mask is final
-    data/fast.py         the same numbers in less time and memory
+    data/fast.py         equivalent functions in less time and memory
 
 Shapes as in `model.py`. N is the number of blocks that a `Gates` or a `MemoryModule` covers.
 """
@@ -36,7 +37,7 @@ from model import Memory, Model, matrix_name
 
 # Gates on output channels: Hard Concrete (Louizos et al. 2018, arXiv 1712.01312) -------------------------------------
 
-GAMMA, ZETA = -0.1, 1.1  # the stretch of the concrete distribution. The paper gives none; these are Louizos'.
+GAMMA, ZETA = -0.1, 1.1  # the stretch of the concrete distribution, from Louizos et al.; the paper gives none
 
 
 def probability_open(log_alpha, beta):
@@ -50,7 +51,8 @@ def hard_concrete(log_alpha, beta, u):
     return (s * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
 
 
-# Registry of gate families: (P(z > 0) for log alpha and beta, z for log alpha, beta and noise).
+# Registry of gate families, {name: (probability, draw)}: probability(log_alpha, beta) is P(z > 0), and
+# draw(log_alpha, beta, u) is z.
 FAMILIES = {"hard-concrete": (probability_open, hard_concrete)}
 
 # The sets of projections that the paper gates and compares; its choice is "kv+mlp".
@@ -61,16 +63,71 @@ GATED = {
     "kv+mlp+o": ("k", "v", "gate", "up", "down", "o"),
 }
 
-# Registry of scores that decide where log alpha starts: (model, gates, texts) -> {name: [N, channels]}. The paper gives
-# none: every gate starts at the same log alpha. `data/starts.py` adds the Fisher score.
+# Registry of scores that decide where log alpha starts: (model, gates, token tensors of each domain) ->
+# {name: [N, channels]}. None: every gate starts at the same log alpha; the paper gives no start. `data/starts.py` adds
+# the Fisher score, the default.
 SCORES = {"constant": None}
+
+
+# Two counts of what is removed. p_open {name: [N, channels]}: P(z > 0), or a 0/1 mask in float64 ----------------------
+
+
+def removed_paper(config, p_open):
+    """Closed channels x fan-in, a scalar. This is our reading of the paper, which does not define its count."""
+    removed = 0
+    for name, p in p_open.items():
+        if name == "neuron":
+            fan_in = 2 * config.hidden_size  # a row of gate and a row of up
+        else:
+            fan_in = config.shapes[name][1]
+        removed = removed + (1 - p).sum() * fan_in
+    return removed
+
+
+def removed_physical(config, p_open):
+    """Parameters missing from the materialised backbone, a scalar.
+
+    For probabilities it is the expected number: gates are independent, so P(both open) is the product of the two.
+    """
+    removed = 0
+    for name, p in p_open.items():
+        if name in ("q", "k", "v", "o"):
+            has_bias = config.o_bias if name == "o" else config.qkv_bias
+            removed = removed + (1 - p).sum() * (config.shapes[name][1] + has_bias)  # a row and its bias
+    if "down" not in p_open:  # the MLP has no gates: in `GATED` gate, up and down come together
+        return removed
+
+    # A neuron lives only if its row of gate *and* its row of up are open.
+    neurons = p_open["neuron"] if "neuron" in p_open else p_open["gate"] * p_open["up"]  # [N, F]
+    down = p_open["down"]  # [N, D]
+    before = len(down) * mlp_size(config, config.intermediate_size, config.hidden_size)
+    after = mlp_size(config, neurons.sum(-1), down.sum(-1))  # [N]
+    return removed + (before - after.sum())
+
+
+def mlp_size(config, neurons, rows):
+    """Parameters of an MLP with that many neurons and rows of down. Both may be numbers or tensors."""
+    size = 2 * config.hidden_size * neurons + neurons * rows  # gate and up, then down
+    if config.mlp_bias:
+        size = size + 2 * neurons + rows
+    return size
+
+
+COUNTS = {"physical": removed_physical, "paper": removed_paper}
+
+
+def count_parameters(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+# The gates of a run --------------------------------------------------------------------------------------------------
 
 
 class Gates(nn.Module):
     """log alpha of every gate in the blocks from `first_block` on: one parameter [N, channels] per gated projection.
 
-    granularity "projection" is the paper's: gate, up and down each have gates of their own. With "neuron" (ours) one
-    gate covers a whole MLP neuron: closing it frees a row of gate, a row of up and a column of down.
+    granularity "projection" is the paper's: gate, up and down each have their own gates. With "neuron" (the default of
+    a run) one gate covers a whole MLP neuron: closing it frees a row of gate, a row of up and a column of down.
     """
 
     def __init__(
@@ -83,14 +140,15 @@ class Gates(nn.Module):
         self.beta = beta
         self.family = family
         self.blocks = config.num_hidden_layers - first_block  # N
-        shared_gate = {"gate": "neuron", "up": "neuron"} if granularity == "neuron" else {}
+        names = GATED[gated]
+        if granularity == "neuron":  # one gate takes the place of "gate" and "up"; k, v and down keep their own
+            names = ["neuron" if name == "gate" else name for name in names if name != "up"]
         log_alpha = {}
-        for name in GATED[gated]:
-            name = shared_gate.get(name, name)
+        for name in names:
             channels = config.intermediate_size if name == "neuron" else config.shapes[name][0]
             log_alpha[name] = torch.full((self.blocks, channels), start)
-        self.log_alpha = nn.ParameterDict(log_alpha)  # it sorts the names of a plain dict
-        with torch.device("meta"):  # shapes without numbers: the parameters of the whole unpruned model
+        self.log_alpha = nn.ParameterDict(log_alpha)  # which sorts the names of a plain dict
+        with torch.device("meta"):  # nothing is allocated there: we only count the unpruned model's parameters
             self.total = count_parameters(Model(config))
 
     def sample(self, dtype, generator=None):
@@ -116,7 +174,7 @@ class Gates(nn.Module):
         return {name: probability(log_alpha, self.beta) for name, log_alpha in self.log_alpha.items()}
 
     def sparsity(self, mask=None, count="physical"):
-        """Share of all parameters removed, by a count of `COUNTS`. Without a mask it is the expected share, which is
+        """The removed share of all parameters, by `COUNTS[count]`. Without a mask it is the expected share, which is
         differentiable; with a 0/1 mask {name: [N, channels]} it is exact."""
         if mask is None:
             p_open = self.p_open()
@@ -126,20 +184,21 @@ class Gates(nn.Module):
 
     @torch.no_grad()
     def final_mask(self, target, count="physical", adjust=None):
-        """{name: bool [N, channels]}, True is open. As few gates close as reach `target`, in order of log alpha.
+        """{name: bool [N, channels]}, True is open. The gates with the lowest log alpha close, in all blocks together:
+        as few as the exact sparsity needs to reach `target`.
 
-        adjust: mask -> mask, applied to every mask that is tried (`round_neurons` in data/fast.py).
+        adjust: mask -> mask, a hook that changes each candidate before it is counted (`data.fast.final_mask`).
         """
         log_alpha = torch.cat([a.float().cpu().flatten() for a in self.log_alpha.values()])
-        order = log_alpha.argsort(stable=True)  # the first to close comes first
+        order = log_alpha.argsort(stable=True)
 
-        def mask_with(closed):  # so many gates are closed
+        def mask_with(closed):  # the first `closed` gates of the order are closed
             is_open = torch.ones(len(order), dtype=torch.bool)
             is_open[order[:closed]] = False
             mask = split_like(is_open, self.log_alpha)
             return adjust(mask) if adjust else mask
 
-        # Closing one more gate never gives parameters back. So halving the interval finds the least sufficient number.
+        # Sparsity never falls when one more gate closes. So bisection finds the smallest sufficient number.
         low = 0
         high = len(order)
         while low < high:
@@ -151,10 +210,6 @@ class Gates(nn.Module):
         return mask_with(low)
 
 
-def count_parameters(module):
-    return sum(p.numel() for p in module.parameters())
-
-
 def split_like(flat, like):
     """Cut a vector over all gates into {name: [N, channels]}, in the shapes and the order of `like`."""
     sizes = [tensor.numel() for tensor in like.values()]
@@ -162,53 +217,6 @@ def split_like(flat, like):
     for (name, tensor), part in zip(like.items(), flat.split(sizes), strict=True):
         parts[name] = part.view(tensor.shape)
     return parts
-
-
-# What is removed, by two counts. p_open {name: [N, channels]}: P(z > 0), or a 0/1 mask in float64 --------------------
-
-
-def removed_paper(config, p_open):
-    """The paper's count, it seems: closed channels x fan-in, a scalar."""
-    removed = 0
-    for name, p in p_open.items():
-        if name == "neuron":
-            fan_in = 2 * config.hidden_size  # of its row of gate and its row of up
-        else:
-            fan_in = config.shapes[name][1]
-        removed = removed + (1 - p).sum() * fan_in
-    return removed
-
-
-def removed_physical(config, p_open):
-    """Parameters missing from the materialised backbone, a scalar.
-
-    Gates are independent. So for probabilities this is the expectation: that of a product is the product of the two.
-    """
-    removed = 0
-    for name, p in p_open.items():
-        if name in ("q", "k", "v", "o"):
-            bias = config.o_bias if name == "o" else config.qkv_bias
-            removed = removed + (1 - p).sum() * (config.shapes[name][1] + bias)  # rows of the matrix, with their bias
-    if "down" not in p_open:  # no gates on the MLP
-        return removed
-
-    # A neuron lives only if its row of gate *and* its row of up are open.
-    neurons = p_open["neuron"] if "neuron" in p_open else p_open["gate"] * p_open["up"]
-    rows = p_open["down"]
-    before = len(rows) * mlp_size(config, config.intermediate_size, config.hidden_size)
-    after = mlp_size(config, neurons.sum(-1), rows.sum(-1))  # [N]
-    return removed + (before - after.sum())
-
-
-def mlp_size(config, neurons, rows):
-    """Parameters of an MLP with that many neurons and rows of down: numbers, or tensors of any shape."""
-    size = 2 * config.hidden_size * neurons + neurons * rows  # gate and up, then down
-    if config.mlp_bias:
-        size = size + 2 * neurons + rows
-    return size
-
-
-COUNTS = {"physical": removed_physical, "paper": removed_paper}
 
 
 class Hinge(nn.Module):
@@ -222,8 +230,9 @@ class Hinge(nn.Module):
         return self.multiplier * (target - sparsity).clamp(min=0)
 
 
-# Registry of penalties: modules made from the first lambda, called with the expected sparsity and its target. Buffers
-# are saved with a checkpoint. `data/penalties.py` has the paper's "auto-scaling" as we read it, and a Lagrangian.
+# Registry of penalties, {name: class}: class(first lambda) is a module, module(expected sparsity, target) the loss.
+# Buffers are saved with a checkpoint, `multiplier` is logged. `data/penalties.py` has the default, a hinge whose lambda
+# adapts.
 PENALTIES = {"hinge": Hinge}
 
 
@@ -244,7 +253,7 @@ class MemoryModule(nn.Module):
         self.scale = alpha / rank if rank else 0.0
         self.lora_a = nn.ParameterDict()
         self.lora_b = nn.ParameterDict()
-        for name in lora if rank else ():
+        for name in lora if rank else ():  # rank 0: no LoRA
             channels, fan_in = config.shapes[name]
             bound = fan_in**-0.5  # Kaiming-uniform with a = sqrt(5), as in peft
             self.lora_a[name] = torch.empty(self.blocks, rank, fan_in).uniform_(-bound, bound)
@@ -257,7 +266,7 @@ class MemoryModule(nn.Module):
             self.values = nn.Parameter(torch.randn(shape) * 0.02)
 
     def parameter_groups(self):
-        """{"lora": [...], "kv": [...]}: every parameter once, under the learning rate that it gets."""
+        """{"lora": [...], "kv": [...]}: all parameters, grouped by learning rate (`Trainer.adamw`)."""
         lora = [*self.lora_a.values(), *self.lora_b.values()]
         kv = [] if self.keys is None else [self.keys, self.values]
         return {"lora": lora, "kv": kv}
@@ -266,7 +275,7 @@ class MemoryModule(nn.Module):
         """{block: `Memory`} in `dtype`, the form that `Model` takes, with gradients to this module."""
         memories = {self.first_block + n: Memory() for n in range(self.blocks)}
         for name in self.lora_a:
-            a = self.lora_a[name].to(dtype).unbind()  # N times [r, fan-in]
+            a = self.lora_a[name].to(dtype).unbind()  # N tensors [r, fan-in]
             b = (self.scale * self.lora_b[name]).to(dtype).unbind()
             for n in range(self.blocks):
                 memories[self.first_block + n].lora[name] = (a[n], b[n])
@@ -279,8 +288,8 @@ class MemoryModule(nn.Module):
         return memories
 
 
-# Registry of kinds of memory: classes made and used like `MemoryModule`. A tensor in a new field of `model.Memory` is
-# saved, loaded and counted like the others.
+# Registry of kinds of memory: classes with the interface of `MemoryModule`. A fork may add a tensor field to
+# `model.Memory`; it is saved, loaded and counted like the others.
 MEMORIES = {"lora+kv": MemoryModule}
 
 
@@ -290,13 +299,13 @@ MEMORIES = {"lora+kv": MemoryModule}
 def top_and_rest(logits, index):
     """log p of the outcomes at `index` [n, K], and of all other outcomes together [n, 1], under logits [n, V].
 
-    The others are summed by themselves: as 1 - (sum of the top), a rest of 1e-9 would be lost to rounding.
+    The others are summed directly: computed as 1 minus the sum of the top, a rest of 1e-9 would vanish in rounding.
     """
     top = logits.gather(-1, index)
     others = logits.scatter(-1, index, float("-inf"))  # a copy without the top
     rest = others.logsumexp(-1, keepdim=True)
-    log_z = torch.logaddexp(top.logsumexp(-1, keepdim=True), rest)  # logsumexp of all logits
-    return top - log_z, rest - log_z
+    log_total = torch.logaddexp(top.logsumexp(-1, keepdim=True), rest)  # logsumexp of all logits
+    return top - log_total, rest - log_total
 
 
 @torch.no_grad()
@@ -308,40 +317,30 @@ def teacher_topk(model, hidden, top=100):
     return index, *top_and_rest(logits, index)
 
 
-def kl_topk(logits, teacher, targets=None):
-    """KL(teacher || student) of each row, [n], for the student's logits [n, V] and a `teacher_topk`.
+def kl_topk(logits, index, log_p, log_p_rest, next_tokens=None):
+    """KL(teacher || student) of each row, [n], for the student's logits [n, V] and the three parts of `teacher_topk`.
 
-    The paper leaves open what becomes of the outcomes outside the top K. Here they are one more outcome on both sides,
-    so that no mass leaks there unseen.
+    The paper does not say how it treats outcomes outside the top K. Here they count as one more outcome for teacher and
+    student, so that mass which moves there is penalised too. (Objectives of other kinds need the next tokens.)
     """
-    index, log_p, log_p_rest = teacher
     log_q, log_q_rest = top_and_rest(logits, index)
     kl = (log_p.exp() * (log_p - log_q)).sum(-1)
     kl_rest = (log_p_rest.exp() * (log_p_rest - log_q_rest)).squeeze(-1)
     return kl + kl_rest
 
 
-# Registry of objectives: (logits [n, V], `teacher_topk`, next tokens [n]) -> [n]. `data/objectives.py` adds to it.
+# Registry of objectives: functions with the arguments of `kl_topk`. `data/objectives.py` has others.
 OBJECTIVES = {"kl": kl_topk}
 
-NO_TARGET = -100  # stands for the unknown token that follows the last one of a sequence
 
+def distill(model, hidden, teacher):
+    """The mean KL per token for the student's hidden states [B, T, D] and a `teacher_topk`; a scalar.
 
-def next_tokens(tokens):
-    """The token that follows each of tokens [B, T], as [B T]."""
-    targets = torch.full_like(tokens, NO_TARGET)
-    targets[:, :-1] = tokens[:, 1:]
-    return targets.flatten()
-
-
-def distill(model, hidden, teacher, tokens, objective=kl_topk):
-    """The objective, mean per token, for the student's hidden states [B, T, D] on tokens [B, T]; a scalar.
-
-    Final norm and output matrix have no gates, so they are those of `model`. Training uses the same function from
-    `data/fast.py`, which never holds more than a few rows of logits.
+    This is the readable form. Training calls an equivalent in `data/fast.py`, which never holds all logits at once.
+    Final norm and output matrix have no gates, so they are those of `model`.
     """
     logits = model.logits(hidden.flatten(0, 1))  # [B T, V]
-    return objective(logits, teacher, next_tokens(tokens)).mean()
+    return kl_topk(logits, *teacher).mean()
 
 
 # Materialising the mask: closed channels leave the matrices ----------------------------------------------------------
@@ -350,7 +349,7 @@ def distill(model, hidden, teacher, tokens, objective=kl_topk):
 def kept_channels(mask, config, first_block, device):
     """{block: {name: int64 [kept]}}: places of the open channels of mask {name: bool [N, channels]}.
 
-    "neuron" equals "gate" and "up", because a neuron needs both.
+    A neuron stays only if its row of gate and its row of up are open; "neuron", "gate" and "up" list the same neurons.
     """
     blocks = config.num_hidden_layers - first_block
     is_open = {}
@@ -368,7 +367,7 @@ def kept_channels(mask, config, first_block, device):
 
 @torch.no_grad()
 def materialise(model, kept):
-    """The physically smaller model of `kept_channels`: its output is that of `model` with the same 0/1 gates."""
+    """`model` cut down to the channels of `kept_channels`: its output is that of `model` with the same 0/1 gates."""
     c = model.config
     state = dict(model.state_dict())
     rows_left = [None] * c.num_hidden_layers
@@ -377,14 +376,16 @@ def materialise(model, kept):
         for name, (channels, _) in c.shapes.items():
             if len(index[name]) == channels:
                 continue
+            # 1. The rows of closed channels go.
             for key in (f"{matrix_name(i, name)}.weight", f"{matrix_name(i, name)}.bias"):
                 if key in state:
                     state[key] = state[key][index[name]]
-            if name not in ("gate", "up"):  # cut neurons are gone for good; other cut channels become zeros
+            # 2. In the output cut channels are zeros, and `kept` says where the open ones go. (Not for neurons: `MLP`.)
+            if name not in ("gate", "up"):
                 state[f"{matrix_name(i, name)}.kept"] = index[name]
         if len(index["neuron"]) < c.intermediate_size:
             down = f"{matrix_name(i, 'down')}.weight"
-            state[down] = state[down][:, index["neuron"]].contiguous()  # without the columns that cut neurons fed
+            state[down] = state[down][:, index["neuron"]].contiguous()  # 3. The columns of cut neurons go.
     with torch.device("meta"):
         small = Model(replace(c, rows_left=tuple(rows_left)))
     small.load_state_dict(state, assign=True)
@@ -392,12 +393,12 @@ def materialise(model, kept):
 
 
 def materialise_memories(memories, kept):
-    """{block: `Memory`} for the model of `materialise`: LoRA loses the rows and columns that its matrix lost.
+    """{block: `Memory`} for the model of `materialise`: LoRA loses the same rows and columns as its matrix.
 
     Differentiable, so that a module can be trained on the smaller model.
     """
     small = dict(memories)
-    for i in memories.keys() & kept.keys():
+    for i in memories.keys() & kept.keys():  # blocks with gates and blocks with memories may differ
         lora = {}
         for name, (a, b) in memories[i].lora.items():
             if name == "down":

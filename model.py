@@ -1,17 +1,17 @@
 """A from-scratch decoder (Llama, Qwen, Mistral, OLMo 2) that knowledge offloading enters in three places.
 
 1. `Projection`: each matrix of a block takes a gate z on its output channels, and a LoRA.
-2. `MLP`: one gate may stand for a whole neuron.
-3. `Attention`: a memory's keys and values stand before those of the text (Eq. 3).
+2. `Attention`: a memory's keys and values stand before those of the text (Eq. 3).
+3. `MLP`: one gate may stand for a whole neuron.
 
 Without gates and memories the model is the pretrained one, the *teacher*. With them it is the *student*. Both use the
-same weights until the mask is frozen. Then `koff.materialise` makes the student a smaller `Model`, which still shares
-every matrix that lost nothing. `data/checkpoint.py` fills a model from a Hugging Face folder.
+same weights until the mask is frozen. Then `koff.materialise` turns the student into a smaller `Model`. The two still
+share every matrix from which nothing was cut. `data/checkpoint.py` fills a model from a Hugging Face folder.
 
 Shapes: B batch, T text tokens, M memory tokens, S = M + T keys, D model width, H query heads, G key-value heads,
-hd head dimension, F MLP neurons, V vocabulary rows, r LoRA rank.
+hd head dimension, F MLP neurons, V vocabulary rows, r LoRA rank. LoRA's two matrices keep their usual names, A and B.
 
-As a name, `gate` is always SwiGLU's matrix. The method's gates are z.
+In identifiers, `gate` always means SwiGLU's matrix. The method's gates are called z.
 """
 
 import math
@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass(frozen=True)
 class Config:
-    """The fields of `config.json`, under its own names. `data/families.py` reads it; no size is guessed here."""
+    """The fields of `config.json`, under its own names. `data/families.py` reads the file."""
 
     model_type: str
     vocab_size: int
@@ -46,9 +46,10 @@ class Config:
     qk_norm: str | None  # "head": each head of q and k by itself (Qwen3); "all": all heads at once (OLMo 2)
     post_norm: bool  # the norms come after attention and MLP, not before (OLMo 2)
     eos_token_ids: tuple[int, ...]
-    # Ours: the number of channels left in each block, {"q", "k", "v", "o", "neuron", "down"}; None: nothing was cut.
+    # Ours: for each block the number of channels left in "q", "k", "v", "o", "down" and "neuron" (rows of gate and of
+    # up, which are cut together), or None if nothing was cut.
     rows_left: tuple[dict | None, ...] = ()
-    raw: dict = field(default_factory=dict, repr=False, compare=False)  # the file itself, saved again with a backbone
+    raw: dict = field(default_factory=dict, repr=False, compare=False)  # config.json as read
 
     @property
     def shapes(self):
@@ -88,8 +89,8 @@ def rope_frequencies(config, device):
     turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)  # within the original context
     low = scaling["low_freq_factor"]
     high = scaling["high_freq_factor"]
-    unchanged = ((turns - low) / (high - low)).clamp(0, 1)  # 1: a fast frequency; 0: a slow one, divided by the factor
-    return unchanged * frequency + (1 - unchanged) * frequency / scaling["factor"]
+    keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1 for fast frequencies, 0 for slow ones
+    return keep * frequency + (1 - keep) * frequency / scaling["factor"]
 
 
 def rope_table(config, start, length, like):
@@ -116,7 +117,7 @@ def rotate(x, rope):
 def causal_mask(T, S, like):
     """Additive mask [T, S], 0 or -inf, for T text tokens over S keys. The first S - T keys precede the text.
 
-    None for a single token, which sees every key.
+    Returns None for a single token, because it sees every key.
     """
     if T == 1:
         return None
@@ -137,7 +138,7 @@ def attend(q, k, v, mask):
 
 @dataclass
 class Memory:
-    """The memory of one domain in one block, in the model's dtype. {block: `Memory`} is called memories.
+    """The memory of one domain in one block, in the model's dtype. A dict {block: `Memory`} is called `memories`.
 
     lora: projection -> (A [r, fan-in], B [rows, r]). B is already scaled by alpha / r.
     keys, values: [G, M, hd], or None without a KV memory. Keys are stored after RoPE, at positions 0 .. M - 1.
@@ -154,7 +155,7 @@ class Memory:
 
 
 class Cache:
-    """Keys and values of the tokens so far, memory tokens included. `room`: tokens that may follow the first call."""
+    """Keys and values of the tokens so far, memory tokens included. `room`: how many tokens may follow the prompt."""
 
     def __init__(self, room):
         self.room = room
@@ -183,7 +184,7 @@ class Cache:
 
 
 class Projection(nn.Module):
-    """y = z * (W x + B A x): one matrix with its gate and its LoRA (first place where the method enters).
+    """y = z * (W x + bias + B A x): one matrix with its gate and its LoRA (first place where the method enters).
 
     After `koff.materialise`, `weight` has only the rows of open channels. `kept` [rows] holds their places among the
     `channels`; the other channels are zero in the output. Without cut channels `kept` is None.
@@ -192,13 +193,16 @@ class Projection(nn.Module):
     def __init__(self, fan_in, channels, bias, rows):
         super().__init__()
         self.channels = channels
-        self.weight = nn.Parameter(torch.empty(rows, fan_in))  # without numbers: a checkpoint brings them
+        self.weight = nn.Parameter(torch.empty(rows, fan_in))  # uninitialised: a checkpoint fills it
         self.bias = nn.Parameter(torch.empty(rows)) if bias else None
         kept = torch.zeros(rows, dtype=torch.int64) if rows < channels else None
         self.register_buffer("kept", kept)
 
     def forward(self, x, z=None, lora=None):
-        """x [B, T, fan-in] -> [B, T, channels]. z broadcasts to [B, T, rows]; lora: (A [r, fan-in], B [rows, r])."""
+        """x [B, T, fan-in] -> [B, T, channels]. lora: (A [r, fan-in], B [rows, r]).
+
+        z: [channels], while no row is cut; or [B, T, channels], a gate for each token (data/starts.py).
+        """
         y = F.linear(x, self.weight, self.bias)  # [B, T, rows]
         if lora is not None:
             a, b = lora
@@ -212,7 +216,7 @@ class Projection(nn.Module):
 
 
 class Attention(nn.Module):
-    attend = staticmethod(attend)  # `data/fast.py` has a form that copies no keys, and puts it here
+    attend = staticmethod(attend)  # `data.fast.enable` replaces it by an equivalent that copies no keys
 
     def __init__(self, c, rows):
         super().__init__()
@@ -247,8 +251,8 @@ class Attention(nn.Module):
         k = rotate(k.transpose(1, 2), rope)  # [B, G, T, hd]
         v = v.view(heads).transpose(1, 2)
 
-        # Third place, Eq. 3: softmax(Q [K_mem; K]^T) [V_mem; V]. The batch shares the memory, which passes no gate.
-        # With a cache the memory enters once, before the first text, and stays there.
+        # Second place, Eq. 3: softmax(Q [K_mem; K]^T) [V_mem; V]. All sequences of a batch share the memory, and no
+        # gate applies to it. With a cache the memory enters once, before the first text, and stays there.
         if memory.length and (cache is None or cache.length(i) == 0):
             keys = memory.keys.expand(B, -1, -1, -1)  # [B, G, M, hd]
             values = memory.values.expand(B, -1, -1, -1)
@@ -265,8 +269,8 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, c, rows):
         super().__init__()
-        # A neuron is a row of gate, a row of up and a column of down. A cut neuron loses all three for good, so gate
-        # and up have no zeros to put back: for them every channel is a row that is left.
+        # A neuron is a row of gate, a row of up and a column of down. A cut neuron loses all three for good. So gate
+        # and up never need `kept`: their channels are simply the neurons that are left.
         neurons = rows["neuron"]
         self.gate_proj = Projection(c.hidden_size, neurons, c.mlp_bias, neurons)
         self.up_proj = Projection(c.hidden_size, neurons, c.mlp_bias, neurons)
@@ -277,12 +281,12 @@ class MLP(nn.Module):
         gate = self.gate_proj(x, z.get("gate"), lora.get("gate"))  # [B, T, F]
         up = self.up_proj(x, z.get("up"), lora.get("up"))  # [B, T, F]
         h = F.silu(gate) * up
-        if "neuron" in z:  # second place: one gate for all three parts of a neuron
+        if "neuron" in z:  # third place: one gate for all three parts of a neuron
             h = h * z["neuron"]
         return self.down_proj(h, z.get("down"), lora.get("down"))
 
 
-# The teacher's: every gate open, no memory.
+# Defaults of `Block.forward`, which make it the teacher.
 NO_GATES = {}
 NO_MEMORY = Memory()
 
@@ -318,7 +322,8 @@ class Block(nn.Module):
 class Model(nn.Module):
     """The decoder. Parameters carry the names of Hugging Face checkpoints, without the leading `model.`.
 
-    The methods take z {block: {name: [channels]}}, the gates, and memories {block: `Memory`}, those of one domain.
+    Arguments of all methods: z {block: {name: [channels]}} are the gates; memories {block: `Memory`} are those of one
+    domain.
     """
 
     def __init__(self, config):
@@ -341,7 +346,9 @@ class Model(nn.Module):
         T = x.shape[1]
         z = z or {}
         memories = memories or {}
-        ropes = {}  # position of the text's first token -> RoPE table of the blocks where the text starts there
+        # One table and one mask for each position at which text starts: M in a block with a KV memory, 0 in one
+        # without. They may differ, because RoPE is relative: each block counts from its own first key.
+        ropes = {}
         masks = {}
         for i in range(start, stop):
             memory = memories.get(i, NO_MEMORY)
@@ -378,7 +385,7 @@ class Model(nn.Module):
 def generate(
     model, tokens, steps, vocab_size, eos=(), temperature=0.0, top_p=1.0, memories=None, generator=None
 ):  # fmt: skip
-    """Continue tokens [B, T] (rows of equal length); yield one [B] per step until every row has met an id of `eos`.
+    """Continue tokens [B, T] (rows of equal length); yield one [B] per step until every row has had an id of `eos`.
 
     temperature 0 is greedy. `top_p` keeps the smallest set of tokens with that probability. Vocabulary rows from
     `vocab_size` on are padding and are never sampled. A finished row repeats its eos id. Raises ValueError if memory,
@@ -406,7 +413,7 @@ def generate(
             p = ((logits - best).double() / temperature).softmax(-1)  # no overflow, however small the temperature
             p, order = p.sort(dim=-1, descending=True)
             before = p.cumsum(-1) - p  # probability of all better tokens
-            before[:, 0] = -1.0  # the best token always stays
+            before[:, 0] = -1.0  # below any top_p, so that the best token always stays
             p = p.masked_fill(before >= top_p, 0)
             drawn = torch.multinomial(p, 1, generator=generator)  # places in the order, [B, 1]
             new = order.gather(1, drawn)[:, 0]

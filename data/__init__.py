@@ -1,5 +1,8 @@
-"""What every script needs to meet the outside world: one exception for bad input, one safe way to write a file and to
-read it again, one process at a time in a run folder, one way to end."""
+"""Every script's contact with the outside world.
+
+One exception for bad input, safe ways to write a file and to read it again, one process at a time in a run folder, and
+one way to end a script.
+"""
 
 import contextlib
 import errno
@@ -19,7 +22,7 @@ from safetensors.torch import save_file
 
 
 def check_versions(python=sys.version_info, torch=torch.__version__):
-    """Python 3.10 and torch 2.6 are needed: else exit with 2 and one sentence."""
+    """Exit with status 2 and one sentence if Python is older than 3.10 or torch older than 2.6."""
     major, minor = torch.split(".")[:2]
     if tuple(python[:2]) < (3, 10):
         wrong = f"Python {python[0]}.{python[1]} is too old; install Python 3.10 or newer."
@@ -31,16 +34,20 @@ def check_versions(python=sys.version_info, torch=torch.__version__):
     sys.exit(2)
 
 
-# On import, because everything after this line may need what an old version lacks.
+# This runs on import: everything below may need features that an old version lacks.
 check_versions()
 
 
 class BadInput(Exception):
-    """The user's input cannot be used. The message is one sentence: what, where, what to do. Scripts exit with 2."""
+    """The user's input is unusable. The message is one sentence: fault, place, remedy. Scripts exit with 2."""
+
+
+# What using data from a foreign or damaged file can raise.
+MALFORMED = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 
 def discard(path):
-    """Remove a file, a folder or a link, if it is there."""
+    """Remove a file, a folder or a link, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -48,42 +55,41 @@ def discard(path):
 
 
 def discard_all(folder, patterns):
-    """Remove what a folder has under any of the patterns."""
+    """Remove everything in a folder that matches any of the patterns."""
     for pattern in patterns:
         for path in folder.glob(pattern):
             discard(path)
 
 
-# What is in torch.save's RuntimeError where a disk is full: early or late in the file.
+# If the disk is full, torch.save raises a RuntimeError with one of these, early or late in the file.
 TORCH_CANNOT_WRITE = ("inline_container", "iostream error")
 
 
 @contextlib.contextmanager
 def atomic(path):
-    """Yield a temporary path near `path`, for a file or a folder; rename it to `path` on success, else remove it.
+    """Yield a temporary path for a file or a folder. On success it is renamed to `path`, otherwise removed.
 
-    A reader of `path` therefore never finds something half-written, whenever the process is killed or the power fails.
-    No other process has the same temporary path: where several write `path`, the last one's is there in the end, whole.
+    A reader of `path` therefore never finds a half-written file, even if the process is killed or the power fails. Each
+    process has its own temporary path. If several write `path`, the last one wins, whole.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A folder, because safetensors writes under a name of its own first, which is left there if the process is killed.
+    # A folder of its own: safetensors writes a temporary file beside its target, and a killed process leaves it there.
     workplace = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         workplace.mkdir()
         yield (partial := workplace / path.name)
-        readers = workplace.stat().st_mode & 0o666  # what the umask says, though safetensors lets only the owner read
+        readers = workplace.stat().st_mode & 0o666  # from the umask; safetensors would let only the owner read
         for written in (partial, *partial.rglob("*")):
             if written.is_file():
                 if written.stat().st_mode & 0o666 != readers:
                     written.chmod(readers)
                 with open(written, "rb+") as file:
-                    os.fsync(file.fileno())  # else a disk may have the new name before it has the bytes
+                    os.fsync(file.fileno())  # otherwise a disk may store the new name before the bytes
         os.replace(partial, path)
     except (SafetensorError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not any(part in str(error) for part in TORCH_CANNOT_WRITE):
             raise
-        # A full disk, as safetensors and as torch.save tell it.
         raise OSError(f"{path} cannot be written ({error}); is the disk full?") from None
     finally:
         discard(workplace)
@@ -91,10 +97,10 @@ def atomic(path):
 
 @contextlib.contextmanager
 def only_process(folder):
-    """Hold a run folder. BadInput if another process holds it. However a process ends, it lets go."""
+    """Lock a run folder. BadInput if another process has locked it. The lock ends with the process, however it ends."""
     try:
         import fcntl
-    except ImportError:  # Windows, where nothing is held
+    except ImportError:  # Windows: no lock
         yield
         return
     with open(folder / ".lock", "a+") as file:
@@ -110,27 +116,27 @@ def only_process(folder):
 
 
 def checksum(tensors, about):
-    """CRC-32, as text, of tensors {name: tensor} and of what is said about them."""
+    """CRC-32, as text, of tensors {name: tensor} and of the metadata `about` them."""
     kinds = {name: [str(tensor.dtype), *tensor.shape] for name, tensor in tensors.items()}
-    found = zlib.crc32(json.dumps([kinds, about], sort_keys=True).encode())
+    crc = zlib.crc32(json.dumps([kinds, about], sort_keys=True).encode())
     for name in sorted(tensors):
-        found = zlib.crc32(tensors[name].cpu().reshape(-1).view(torch.uint8).numpy(), found)
-    return f"{found:08x}"
+        crc = zlib.crc32(tensors[name].cpu().reshape(-1).view(torch.uint8).numpy(), crc)
+    return f"{crc:08x}"
 
 
 def write_tensors(path, tensors, **about):
-    """Save a part of a run, {name: tensor} and what is said about it, as safetensors, with a checksum of our own."""
+    """Save a part of a run, tensors {name: tensor} and metadata `about` them, as safetensors with our own checksum."""
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    # In one piece: safetensors would write several in another order each time.
+    # One metadata entry: safetensors would write several in a different order each time.
     note = json.dumps({"about": about, "checksum": checksum(tensors, about)})
     with atomic(path) as partial:
         save_file(tensors, partial, {"koff": note})
 
 
 def read_tensors(path, device="cpu", ours=True):
-    """({name: tensor}, what is said about them) of a file of `write_tensors`; BadInput if it is damaged.
+    """({name: tensor}, metadata) of a file that `write_tensors` wrote. BadInput if it is damaged.
 
-    Not `ours`: any safetensors file, about which nothing is said.
+    ours: False for any other safetensors file; its metadata is empty.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -144,7 +150,7 @@ def read_tensors(path, device="cpu", ours=True):
             about = note["about"]
             if checksum(tensors, about) != note["checksum"]:
                 raise ValueError("it has another checksum")
-    except (OSError, SafetensorError, ValueError, LookupError, TypeError, RecursionError) as error:
+    except (OSError, SafetensorError, *MALFORMED) as error:
         raise BadInput(f"{path} cannot be read ({error}); name a run that train.py has finished.") from None
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
@@ -153,8 +159,10 @@ def read_tensors(path, device="cpu", ours=True):
 
 
 class Output:
-    """Standard output or error, whose reader may go away (`| head`, or a terminal that is closed): what is written then
-    goes nowhere, and the work goes on. Any other error, a full disk say, is one."""
+    """Standard output or error. If its reader goes away (`| head`, a closed terminal), the work goes on without output.
+
+    Any other error, such as a full disk, is raised.
+    """
 
     def __init__(self, stream):
         self.stream = stream
@@ -175,55 +183,49 @@ class Output:
         try:
             yield
         except OSError as error:
-            with open(os.devnull, "w") as nowhere:  # what Python has in its buffer goes there, too
+            with open(os.devnull, "w") as nowhere:  # Python's buffer goes there, too
                 os.dup2(nowhere.fileno(), self.stream.fileno())
             if error.errno not in (errno.EPIPE, errno.EIO):
                 raise
 
 
 def run_script(name, work, stopped):
-    """Exit status of work().
+    """Exit status of the script `name`, whose work is work(). `stopped` tells the user how to go on after a signal.
 
-    2 and one sentence for what can be foreseen: bad input, an unreadable file, a full disk, no memory. 130 after
-    Ctrl-C, 143 after SIGTERM (Slurm, docker stop), 129 after SIGHUP (a terminal that is closed). Anything else is a
-    fault of ours: 1, and a traceback to report.
+    Expected errors end with 2 and one sentence: bad input, an unreadable file, a full disk, no memory. Signals end with
+    130 (Ctrl-C), 143 (SIGTERM: Slurm, docker stop) or 129 (SIGHUP: a closed terminal). Any other error is a bug of ours
+    and ends with 1 and a traceback to report.
     """
     for stream, mode in ("stdin", "r"), ("stdout", "w"), ("stderr", "w"):
         if getattr(sys, stream) is None:  # somebody closed it
             setattr(sys, stream, open(os.devnull, mode))  # noqa: SIM115
-        with contextlib.suppress(AttributeError):  # a stream of a test
-            getattr(sys, stream).reconfigure(errors="replace")  # what cannot be shown, or read, becomes a "?"
-    with contextlib.redirect_stdout(Output(sys.stdout)), contextlib.redirect_stderr(Output(sys.stderr)):
-        return watched(name, work, stopped)
-
-
-def watched(name, work, stopped):
-    """Exit status of work(), see `run_script`, with what is said about its end."""
+        with contextlib.suppress(AttributeError):  # tests have other streams
+            getattr(sys, stream).reconfigure(errors="replace")  # "?" for a character that it cannot show or read
     came = []  # signals
 
-    def stop(number, frame):
-        """What is at work tidies up, as after Ctrl-C."""
+    def stop(number, frame):  # the work tidies up, as after Ctrl-C
         came.append(number)
         raise KeyboardInterrupt(number)
 
-    try:
-        with on_signals(stop):
-            status = work()
-            sys.stdout.flush()  # a full disk is an error while somebody looks
-            return status
-    except (Exception, KeyboardInterrupt) as error:
-        # A library that was just calling Python may have made some other error of a signal.
-        if came or isinstance(error, KeyboardInterrupt):
-            print(f"\n{name}: stopped; {stopped}", file=sys.stderr)
-            return 128 + (came or error.args or [signal.SIGINT])[0]
-        return status_of(name, error)
+    with contextlib.redirect_stdout(Output(sys.stdout)), contextlib.redirect_stderr(Output(sys.stderr)):
+        try:
+            with on_signals(stop):
+                work()
+                sys.stdout.flush()  # a full disk must show here, where errors are handled
+                return 0
+        except (Exception, KeyboardInterrupt) as error:
+            # A library in the middle of a callback may have turned the KeyboardInterrupt into another error.
+            if came or isinstance(error, KeyboardInterrupt):
+                print(f"\n{name}: stopped; {stopped}", file=sys.stderr)
+                return 128 + (came or error.args or [signal.SIGINT])[0]
+            return status_of(name, error)
 
 
 @contextlib.contextmanager
 def on_signals(handler):
-    """Under it, Ctrl-C, SIGTERM and SIGHUP call the handler."""
+    """A context in which Ctrl-C, SIGTERM and SIGHUP call the handler."""
     numbers = [signal.SIGINT, signal.SIGTERM]
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # ignored: nohup
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
         numbers.append(signal.SIGHUP)
     before = {number: signal.signal(number, handler) for number in numbers}
     try:
@@ -234,7 +236,7 @@ def on_signals(handler):
 
 
 def status_of(name, error):
-    """The exit status of the script `name` for an error, which it prints."""
+    """Print an error of the script `name`, and return its exit status."""
     if isinstance(error, BadInput | OSError):
         print(f"{name}: {error}", file=sys.stderr)
         return 2
@@ -248,5 +250,5 @@ def status_of(name, error):
 
 
 def out_of_memory(error):
-    """Is this what Python or torch say where memory runs out, on a GPU or on the CPU?"""
+    """Whether the error means that memory has run out, on a GPU or on the CPU."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)

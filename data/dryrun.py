@@ -21,6 +21,7 @@ from data.families import read_config
 from data.hub import model_folder
 from data.run import fitting_gates
 from data.settings import flag
+from data.solve import solve_module
 from data.starts import spread_by_rank, text_context
 from model import Model
 
@@ -43,34 +44,31 @@ class Usage(TorchDispatchMode):
 
     def born(self, storage):
         key = storage._cdata
-        if key in self.alive:  # a view, or written in place: nothing new
-            return
-        self.alive.add(key)
-        self.now += storage.nbytes()
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self.gone, key, storage.nbytes())
+        if key not in self.alive:  # otherwise it is a view, or written in place
+            self.alive.add(key)
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.gone, key, storage.nbytes())
 
     def gone(self, key, size):
         self.alive.discard(key)
         self.now -= size
 
     def of(self, function, *args):
-        """Bytes that a call needs above what is there before it."""
+        """Bytes that a call needs above those before it."""
         before = self.now
         self.peak = before
         function(*args)
         return self.peak - before
 
 
-def estimate(s, Trainer, domains=None):
-    """({what stays in memory: bytes}, {phase of a run: bytes that it needs beside it}) of the run `s`.
+def estimate(s, Trainer, domains):
+    """({tensors that stay: bytes}, {phase: bytes that it needs beside them}) of the run `s` on so many domains.
 
-    domains: their number, if not that of its text. `Trainer` is train.py's.
+    `Trainer` is train.py's.
     """
     config = read_config(model_folder(s.model, weights=False))
     gates = fitting_gates(s, config)
-    if domains is None:
-        domains = count_domains(s)
     # Nobody knows yet which gates will close: here chance decides.
     torch.manual_seed(s.seed)
     spread_by_rank(gates, {name: torch.rand(a.shape) for name, a in gates.log_alpha.items()})
@@ -79,28 +77,44 @@ def estimate(s, Trainer, domains=None):
     # Sized as on a GPU, whatever is here: --dtype auto is bfloat16.
     dtype = torch.bfloat16 if s.dtype == "auto" else getattr(torch, s.dtype)
     with torch.device("meta"):
-        model = Model(config).to(dtype)
-
+        model = Model(config).to(dtype).requires_grad_(False)
     # From here on no tensor has numbers and none takes memory: an 8B model is measured on a laptop.
     with FakeTensorMode(allow_non_fake_inputs=True), Usage() as usage:
         state = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in model.state_dict().items()}
         model.load_state_dict(state, assign=True)
         del state
-        always = {f"weights, {dtype}": usage.now}
-        # One domain is enough: the others' modules are added below, and only one is at work at a time.
-        trainer = Trainer(model.requires_grad_(False), s, ["one"])
+        stay = {f"weights, {dtype}": usage.now}
+        trainer = Trainer(model, replace(s, offload=False), ["one"])  # the other domains' modules are added below
         before = usage.now
         if s.kv_from_text:
-            tokens = torch.zeros(s.kv_tokens, dtype=torch.int64)
-            trainer.contexts["one"] = text_context(model, tokens, trainer.modules["one"].first_block)
-        always["texts that KV memories start from, as keys and values"] = domains * (usage.now - before)
-        phases = measured_phases(s, trainer, usage, kept)
+            text = torch.zeros(s.kv_tokens, dtype=torch.int64)
+            trainer.contexts["one"] = text_context(model, text, trainer.modules["one"].first_block)
+        stay["texts that KV memories start from, as keys and values"] = domains * (usage.now - before)
 
-    module = size_of_module(s, config)
-    on_device = koff.count_parameters(gates) + module * (1 if s.offload else domains)
-    always["modules and gates, float32"] = 4 * on_device
-    always["their AdamW state"] = 8 * on_device if s.steps else 0
-    return always, phases
+        # Only one domain's module is at work at a time, and only one phase.
+        tokens = torch.zeros(s.batch, s.seq_len, dtype=torch.int64)
+        phases = {}
+        if score := koff.SCORES[s.gate_init]:
+            phases["a batch of the gates' score"] = usage.of(score, model, trainer.gates, [[tokens]])
+        if s.steps:
+            trainer.learn(tokens, "one", 0)  # the first step makes AdamW's state
+            phases["a step with sampled gates"] = usage.of(trainer.learn, tokens, "one", 0)
+        before = usage.now
+        # As `Trainer.freeze_mask` does, which needs numbers to see the channels that a mask leaves.
+        trainer.kept = kept
+        trainer.student = koff.materialise(model, kept)
+        trainer.attached = s.memory
+        student = usage.now - before
+        recover = usage.of(trainer.recover, tokens, "one", 0) if s.memory and s.steps else 0
+        phases["the materialised student, and a step under the final mask"] = student + recover
+        if s.solves:
+            ids = np.zeros(s.solve_tokens + s.seq_len, dtype=np.int64)
+            phases["the materialised student, and solving"] = student + usage.of(solve_module, trainer, "one", ids)
+
+    on_device = koff.count_parameters(gates) + size_of_module(s, config) * (1 if s.offload else domains)
+    stay["modules and gates, float32"] = 4 * on_device
+    stay["their AdamW state"] = 8 * on_device if s.steps else 0
+    return stay, phases
 
 
 def size_of_module(s, config):
@@ -109,51 +123,23 @@ def size_of_module(s, config):
         return koff.count_parameters(s.new_module(config)) if s.memory else 0
 
 
-def count_domains(s):
-    """The number of domains in a run's text; without its folder, the fewest that make sense."""
-    return len(find_domains(s.data, s.domains)) if Path(s.data).is_dir() else 2
-
-
-def measured_phases(s, trainer, usage, kept):
-    """{phase: bytes}, with the trainer's steps on fake tensors."""
-    tokens = torch.zeros(s.batch, s.seq_len, dtype=torch.int64)
-    phases = {}
-    if score := koff.SCORES[s.gate_init]:
-        phases["a batch of the gates' score"] = usage.of(score, trainer.model, trainer.gates, [[tokens]])
-    if s.steps:
-        trainer.learn(tokens, "one", 0)  # the first step makes AdamW's state
-        phases["a step with sampled gates"] = usage.of(trainer.learn, tokens, "one", 0)
-    before = usage.now
-    # As `Trainer.freeze_mask` does, which needs numbers to see which channels a mask leaves.
-    trainer.kept = kept
-    trainer.student = koff.materialise(trainer.model, kept)
-    trainer.attached = s.memory
-    student = usage.now - before
-    recover = usage.of(trainer.recover, tokens, "one", 0) if s.memory and s.steps else 0
-    phases["the materialised student, and a step under the final mask"] = student + recover
-    if s.solves:
-        text = {"one": np.zeros(s.solve_tokens + s.seq_len, dtype=np.int64)}
-        phases["the materialised student, and solving"] = student + usage.of(trainer.solve, "one", text)
-    return phases
-
-
-def peak(always, phases):
-    """Gigabytes that an `estimate` adds up to: only one phase is at work at a time."""
-    return (sum(always.values()) + max(phases.values())) / 1e9
+def peak(stay, phases):
+    """Gigabytes that an `estimate` adds up to."""
+    return (sum(stay.values()) + max(phases.values())) / 1e9
 
 
 def dry_run(s, Trainer):
     """Print the sizes and the memory of the run `s`, and which flags would lower it. `Trainer` is train.py's."""
     config = read_config(model_folder(s.model, weights=False))
     gates = fitting_gates(s, config)
-    domains = count_domains(s)
-    module = size_of_module(s, config)
+    # Without a folder of text, the fewest domains that make sense.
+    domains = len(find_domains(s.data, s.domains)) if Path(s.data).is_dir() else 2
     print(f"{gates.total:,} parameters; {koff.count_parameters(gates):,} gates in {gates.blocks} blocks")
-    print(f"{module:,} parameters a module, {domains} modules")
-    always, phases = estimate(s, Trainer)
-    for what, size in (always | phases).items():
+    print(f"{size_of_module(s, config):,} parameters a module, {domains} modules")
+    stay, phases = estimate(s, Trainer, domains)
+    for what, size in (stay | phases).items():
         print(f"{size / 1e9:9.3f} GB  {what}")
-    print(f"{peak(always, phases):9.3f} GB  peak memory")
+    print(f"{peak(stay, phases):9.3f} GB  peak memory")
     for knob, size in smaller(s, Trainer, domains, on_gpu=True):
         print(f"{size:9.3f} GB  with {knob}")
 

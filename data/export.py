@@ -1,14 +1,15 @@
-"""A run as other libraries read it, made by `python eval.py export RUN hf` or `python eval.py export RUN peft`.
+"""Write a run for other libraries: `python eval.py export RUN hf` or `python eval.py export RUN peft`.
 
-A run is saved without its closed channels (`koff.materialise`), and no other library knows such matrices. An export
-puts zeros where they were (`expand`), so that every matrix has the pretrained shape again:
+A run is saved without its closed channels (`koff.materialise`), and no other library knows matrices of such shapes. An
+export puts zeros in their place (`expand`), and every matrix has its pretrained shape again:
 
-    hf      a dense checkpoint for transformers; with --module that module's LoRA is added to its weights (`merge`)
-    peft    adapters, to be attached to the dense checkpoint: for each module one of kind LORA and, where all blocks
-            have keys and values, one of kind CARTRIDGE
+    hf      a dense checkpoint for transformers; with --module the LoRA of that module is merged into it (`merge`)
+    peft    adapters for the dense checkpoint: for each module one of kind LORA, and one of kind CARTRIDGE if all blocks
+            have keys and values
 
-An export gets its name after two checks: what will be written has the logits of the run (`check_logits`), and what was
-written is just that, bit for bit (`check_tensors`). What the libraries make of it, tests/test_export.py asks them.
+An export appears under its name only after two checks: the tensors to be written give the logits of the run
+(`check_logits`), and the written file holds those tensors bit for bit (`check_tensors`). tests/test_export.py loads the
+results into transformers and peft.
 """
 
 from dataclasses import replace
@@ -29,7 +30,7 @@ from model import Memory, Model, matrix_name
 
 
 def with_zeros(tensor, index, width, dim):
-    """A zero tensor that is `width` wide in dimension `dim`, with the slices of `tensor` at `index` [len]."""
+    """Zeros, with size `width` in dimension `dim`, and the slices of `tensor` at `index` there."""
     shape = list(tensor.shape)
     shape[dim] = width
     return tensor.new_zeros(shape).index_copy(dim, index, tensor)
@@ -37,16 +38,16 @@ def with_zeros(tensor, index, width, dim):
 
 @torch.no_grad()
 def expand(small, kept):
-    """The inverse of `koff.materialise`: a model of the pretrained shapes, zeros for what `kept` leaves out.
+    """The inverse of `koff.materialise`: a model of the pretrained shapes with zeros in the closed channels.
 
-    kept: {block: {projection: int64}}, from `koff.kept_channels`.
+    kept: {block: {projection: int64}}, the open channels, from `koff.kept_channels`.
     """
     config = small.config
     state = dict(small.state_dict())
     for i, index in kept.items():
         for name, (channels, _) in config.shapes.items():
             matrix = matrix_name(i, name)
-            state.pop(f"{matrix}.kept", None)  # all channels will be there again
+            state.pop(f"{matrix}.kept", None)
             for key in (f"{matrix}.weight", f"{matrix}.bias"):
                 if key in state:
                     state[key] = with_zeros(state[key], index[name], channels, dim=0)
@@ -54,7 +55,7 @@ def expand(small, kept):
         down = f"{matrix_name(i, 'down')}.weight"
         state[down] = with_zeros(state[down], index["neuron"], config.intermediate_size, dim=1)
     raw = dict(config.raw)
-    raw.pop("koff_kept")  # the loader would expect the smaller shapes
+    raw.pop("koff_kept", None)  # with it the loader would expect the smaller shapes
     with torch.device("meta"):
         dense = Model(replace(config, rows_left=(), raw=raw))
     dense.load_state_dict(state, assign=True)
@@ -78,15 +79,14 @@ def expand_memories(memories, kept, config):
 @torch.no_grad()
 def merge(model, memories):
     """Add the LoRA of {block: Memory} to the weights of `model`: W + B A."""
-    refuse_other_tensors(memories, "merging would leave it out; use the run itself")
     for i, memory in memories.items():
         for name, (a, b) in memory.lora.items():
             projection = model.get_submodule(matrix_name(i, name))
-            # A new tensor: the old one may belong to another model too, which must stay as it is.
+            # Not in place: the old tensor may be shared with the run's backbone.
             projection.weight = nn.Parameter(projection.weight + b @ a, requires_grad=False)
 
 
-# Adapters, as peft writes them ---------------------------------------------------------------------------------------
+# Adapters in peft's layout -------------------------------------------------------------------------------------------
 
 
 def save_lora(folder, memories, rank, base):
@@ -100,7 +100,7 @@ def save_lora(folder, memories, rank, base):
     config = {
         "peft_type": "LORA",
         "r": rank,
-        "lora_alpha": rank,  # peft multiplies by lora_alpha / r, which is in our B already
+        "lora_alpha": rank,  # peft multiplies by lora_alpha / r, but our B already contains the scale
         "target_modules": [f"{name}_proj" for name in memory.lora],  # the same in every block
         "layers_to_transform": list(memories),
         "layers_pattern": "layers",
@@ -111,9 +111,9 @@ def save_lora(folder, memories, rank, base):
 def save_cartridge(folder, memories, base):
     """Write the keys and values of all blocks as an adapter of kind CARTRIDGE for the dense model in `base`."""
     pairs = [torch.stack([memories[i].keys, memories[i].values]) for i in range(len(memories))]
-    memory = torch.stack(pairs)
-    L, _, G, M, hd = memory.shape  # blocks, keys and values, heads, tokens, channels
-    rows = memory.permute(3, 0, 1, 2, 4).reshape(M, -1)  # one row for each memory token, as peft has it
+    kv = torch.stack(pairs)
+    L, _, G, M, hd = kv.shape  # blocks, keys and values, heads, tokens, channels
+    rows = kv.permute(3, 0, 1, 2, 4).reshape(M, -1)  # peft has one row per memory token
     config = {
         "peft_type": "CARTRIDGE",
         "num_virtual_tokens": M,
@@ -126,9 +126,9 @@ def save_cartridge(folder, memories, base):
 
 
 def save_adapter(folder, tensors, config, base):
-    """Write an adapter as peft lays it out, and read its tensors again.
+    """Write an adapter in peft's layout, and read its tensors again to compare them.
 
-    Bit for bit is as strong as comparing logits once more: the module that they were taken from has the run's logits.
+    This replaces a comparison of logits: the same tensors have just passed `check_logits`.
     """
     config |= {"task_type": "CAUSAL_LM", "inference_mode": True, "base_model_name_or_path": str(base)}
     save(folder, {"adapter_config.json": config})
@@ -143,10 +143,9 @@ def save_adapter(folder, tensors, config, base):
 
 @torch.inference_mode()
 def export(args):
-    """Write the run in the folder `args.run` for another library (`args.form`: hf or peft).
+    """Write the run in the folder `args.run` for another library, `args.form`. Options: see eval.py.
 
-    args.module: hf: merge this module; peft: only this one. args.out: the folder to make. Raises BadInput where that is
-    there already, and where the result differs from the run.
+    BadInput if the new folder exists already, or if the result differs from the run.
     """
     run = Run(args.run, "cpu", torch.float32)
     kind = f"{args.form}-{args.module}" if args.module else args.form
@@ -167,16 +166,16 @@ def export(args):
 
 
 def export_dense(folder, run, dense, kept, name):
-    """Write the `dense` model of the run as a checkpoint, with the LoRA of the module `name` merged, if it is given."""
+    """Write the `dense` model of the run as a checkpoint, with the LoRA of the module `name` merged if it is given."""
     lora = None
     if name:
-        # Nothing but LoRA: it is all that can be merged, so it is also all that the run may be compared with.
+        # Only LoRA can be merged, so the result is compared with the run under that LoRA alone.
         memories = run.memories(name)
         refuse_other_tensors(memories, "a checkpoint has no place for it")
         lora = {i: Memory(memory.lora) for i, memory in memories.items()}
         merge(dense, expand_memories(lora, kept, dense.config))
     check_logits("the dense model", run, lora, dense)
-    # The check was in float32; a checkpoint has the dtype that the pretrained one had.
+    # The check was in float32. The checkpoint has the dtype of the saved backbone.
     dense = dense.to(getattr(torch, dense.config.raw["dtype"]))
     save_backbone(folder, dense, run.folder / "backbone", koff_backbone=run.config.raw["koff_fingerprint"])
     check_tensors(folder, load(folder, dense.head.dtype).state_dict(), dense.state_dict())
@@ -185,13 +184,12 @@ def export_dense(folder, run, dense, kept, name):
 
 
 def export_adapters(folder, run, dense, kept, names):
-    """Write the modules `names` as adapters for the `dense` model: NAME with its LoRA, NAME-kv with keys and values."""
+    """Write the modules `names` as adapters for the `dense` model: NAME with LoRA, NAME-kv with keys and values."""
     base = (run.folder / "export/hf").resolve()
-    rank = run.settings.rank
     tokens = run.settings.kv_tokens
     blocks = len(dense.layers)
-    exported = base / "config.json"
-    if exported.exists() and read_config(base).raw.get("koff_backbone") != run.config.raw["koff_fingerprint"]:
+    fingerprint = run.config.raw["koff_fingerprint"]
+    if (base / "config.json").exists() and read_config(base).raw.get("koff_backbone") != fingerprint:
         raise BadInput(f"{base} is of another run, which was here before; remove it, and export hf again.")
     for name in names:
         if tokens and f"{name}-kv" in names:
@@ -199,13 +197,13 @@ def export_adapters(folder, run, dense, kept, names):
         refuse_other_tensors(run.memories(name), "peft has no place for it")
         memories = expand_memories(run.memories(name), kept, dense.config)
         check_logits(name, run, run.memories(name), dense, memories)
-        # LoRA and keys and values are an adapter each: peft has no kind that holds both.
-        if rank:
-            save_lora(folder / name, memories, rank, base)
+        # Two adapters: no kind in peft holds both LoRA and keys and values.
+        if run.settings.rank:
+            save_lora(folder / name, memories, run.settings.rank, base)
         if tokens and len(memories) == blocks:
             save_cartridge(folder / f"{name}-kv", memories, base)
         elif tokens:
-            # Zero keys for the other blocks would not do: a query attends to them as to any others.
+            # Zero keys in the other blocks would change them: a query attends to zero keys, too.
             there = f"{tokens} keys and values in {len(memories)} of {blocks} blocks"
             print(f"{name}: peft attaches keys and values to all blocks or none; {there} stay here.")
     if not folder.exists():
@@ -215,21 +213,21 @@ def export_adapters(folder, run, dense, kept, names):
 # The two checks ------------------------------------------------------------------------------------------------------
 
 
-def check_logits(what, run, memories, dense, dense_memories=None):
+def check_logits(name, run, memories, dense, dense_memories=None):
     """BadInput unless `dense` with `dense_memories` has the logits of the run with `memories`.
 
-    Both are in float32 and add the same numbers in another order: 1e-4 of the largest logit may differ.
+    Both are in float32, but sum in a different order. We allow differences up to 1e-4 of the largest logit.
     """
     tokens = torch.randint(run.tokenizer.vocab_size, (2, 64), generator=torch.Generator().manual_seed(0))
     expected = run.backbone(tokens, memories=memories)
     size = expected.abs().max()
     difference = (dense(tokens, memories=dense_memories) - expected).abs().max()
-    if not difference <= 1e-4 * size:  # "not" and "<=": a difference that is NaN is refused as well
-        raise BadInput(f"{what} differs from the run by {difference:.2g} in a logit of {size:.2g}; it was not kept.")
+    if not difference <= 1e-4 * size:  # not ">": that would accept NaN
+        raise BadInput(f"{name} differs from the run by {difference:.2g} in a logit of {size:.2g}; it was not kept.")
 
 
-def check_tensors(path, found, expected):
-    """BadInput unless the tensors `found` in a file are those that were `expected` there, bit for bit."""
+def check_tensors(path, written, expected):
+    """BadInput unless the tensors `written` to a file are the `expected` ones, bit for bit."""
     for name, tensor in expected.items():
-        if not torch.equal(found[name], tensor):
+        if not torch.equal(written[name], tensor):
             raise BadInput(f"{path} was not written as it is; check the disk and try again.")

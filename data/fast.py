@@ -1,6 +1,6 @@
-"""The same in less time and memory. The plain forms are in model.py and koff.py; tests/test_fast.py compares.
+"""Functions of model.py and koff.py in less time and memory. tests/test_fast.py compares them with the plain forms.
 
-`enable` switches on, for the whole process, what needs no call: train.py and eval.py do so.
+Only `final_mask` changes results, by a few gates.
 """
 
 import contextlib
@@ -10,13 +10,14 @@ import torch
 import torch.nn.functional as F
 
 import koff
+from data.objectives import next_tokens
 from model import Attention
 
 ROWS = 128  # rows of logits that are held at a time
 
 
 def enable():
-    """From now on attention copies no keys, and freed memory stays in the process."""
+    """For the whole process: attention copies no keys, and freed memory stays in the process."""
     Attention.attend = staticmethod(attend)
     keep_pages()
 
@@ -55,12 +56,8 @@ def teacher_topk(model, hidden, top):
 
 
 def distill(model, hidden, teacher, tokens, objective):
-    """`koff.distill`."""
-
-    def loss(logits, targets, *teacher_rows):
-        return objective(logits, teacher_rows, targets)
-
-    total = in_chunks(model, hidden.flatten(0, 1), loss, koff.next_tokens(tokens), *teacher)
+    """`koff.distill`, for any of `koff.OBJECTIVES`, on tokens [B, T]."""
+    total = in_chunks(model, hidden.flatten(0, 1), objective, *teacher, next_tokens(tokens))
     return total / tokens.numel()
 
 
@@ -70,7 +67,7 @@ def in_chunks(model, hidden, loss, *beside, size=ROWS):
 
 
 class InChunks(torch.autograd.Function):
-    """Takes each chunk of rows to its loss, and at once back to the gradient of its hidden states, before the next."""
+    """For each chunk of rows: its loss, and at once the gradient in its hidden states. Only its logits exist then."""
 
     @staticmethod
     def forward(ctx, hidden, model, loss, size, *beside):
@@ -95,10 +92,10 @@ class InChunks(torch.autograd.Function):
         return (scale * gradient, *[None] * others)
 
 
-# Matrices whose sides are multiples of eight, which GPUs multiply faster. This alone changes numbers: by a few gates --
+# Matrices whose sides are multiples of eight, which GPUs multiply faster ---------------------------------------------
 
 
-def round_neurons(gates, target, count, multiple):
+def final_mask(gates, target, count, multiple):
     """`Gates.final_mask` in which each block keeps a multiple of `multiple` neurons; the other gates compensate."""
     if multiple == 1 or "neuron" not in gates.log_alpha:
         return gates.final_mask(target, count)

@@ -1,7 +1,7 @@
-"""Benchmarks, through lm-evaluation-harness: `eval.py bench RUN TASK`, any of its tasks or one of ours in data/tasks/.
+"""Benchmarks with lm-evaluation-harness: `eval.py bench RUN TASK`, for any of its tasks or one of ours in data/tasks/.
 
-On the unpruned model, the backbone, one module, or the module that the router picks for each context. The harness
-writes the prompts and counts; here are the log-likelihoods and the greedy text of the model.
+It measures the unpruned model, the backbone, the backbone with one module, or with the module that the router picks for
+each context. The harness makes the prompts and the scores; this file computes log-likelihoods and greedy text.
 Needs: pip install lm_eval.
 """
 
@@ -21,16 +21,16 @@ from data.settings import ROOT
 from data.tables import save
 from model import Cache, Memory, generate
 
-BATCH = 16  # options of a question that are read together
+BATCH = 16  # options of a question that are read at once
 
-# How likely is a text? -----------------------------------------------------------------------------------------------
+# Log-likelihoods -----------------------------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
 def remember(model, ids, memories=None):
-    """The memories {block: Memory} with which text goes on after `ids`: their keys and values are a KV memory.
+    """Memories {block: Memory} that hold the keys and values of `ids`, after those of the given memories.
 
-    So a common beginning of many texts is read once. The keys and values of the given memories come before it.
+    With them, the model continues as if it had just read `ids`: many texts with a common beginning read it once.
     """
     if not ids:
         return memories
@@ -45,10 +45,9 @@ def remember(model, ids, memories=None):
 
 @torch.inference_mode()
 def log_likelihoods(model, context, continuations, memories=None):
-    """Two lists, with one entry for each of the continuations (ids) after the context (ids): log p, and whether greedy
-    decoding would write it."""
-    # The context is read once. Each continuation is a row after it: the last token of the context, which predicts the
-    # first token of the continuation, and so on. No token sees the padding on the right.
+    """Two lists with one entry per continuation (ids) of the context (ids): its log p, and whether it is greedy."""
+    # The context is read once. Each row begins with its last token, which predicts the first of the continuation. No
+    # token attends to the padding on the right.
     memories = remember(model, context[:-1], memories)
     rows = [torch.tensor([context[-1], *ids[:-1]]) for ids in continuations]
     rows = pad_sequence(rows, batch_first=True).to(model.head.device)  # [N, longest]
@@ -62,12 +61,14 @@ def log_likelihoods(model, context, continuations, memories=None):
     return scores, greedy
 
 
-# What is measured ----------------------------------------------------------------------------------------------------
+# Variants of a run ---------------------------------------------------------------------------------------------------
 
 
 def variants_of(run, wanted=None):
-    """The variants of a run to be measured: unpruned, backbone (no module), routed (the router picks one for each
-    context) and the names of modules. Without `wanted` the first three. BadInput for an unknown one."""
+    """The variants to be measured: `wanted`, or the first three of all. BadInput for an unknown one.
+
+    unpruned; backbone (no module); routed (the router picks a module for each context); the name of a module.
+    """
     variants = ["unpruned", "backbone"]
     if run.names:
         variants += ["routed", *run.names]
@@ -77,20 +78,13 @@ def variants_of(run, wanted=None):
     return wanted or variants[:3]
 
 
-def memories_for(run, variant, ids):
-    """The memories with which a variant reads the text `ids`, or None."""
-    name = variant
-    if variant == "routed":
-        name = run.router.route(np.array([ids]))[0]
-    return run.memories(name) if name in run.names else None
-
-
 # The harness ---------------------------------------------------------------------------------------------------------
 
 
 class RunModel:
-    """The methods that the harness calls. `bench` joins it with the harness's own TemplateLM, which splits context and
-    continuation into ids, and makes our methods those of a model that the harness accepts.
+    """A variant of a run, with the methods that the harness calls.
+
+    `bench` combines this class with the harness's TemplateLM, which turns context and continuation into ids.
     """
 
     def __init__(self, run, variant):
@@ -98,8 +92,15 @@ class RunModel:
         self.run = run
         self.variant = variant
         self.model = unpruned_model(run) if variant == "unpruned" else run.backbone
-        # As many tokens as fit beside a module's keys and values.
+        # The context must have room for a module's keys and values.
         self.max_length = self.model.config.max_position_embeddings - run.settings.kv_tokens
+
+    def memories(self, ids):
+        """The memories that the variant attaches for the text `ids`, or None."""
+        name = self.variant
+        if name == "routed":
+            name = self.run.router.route(np.array([ids]))[0]
+        return self.run.memories(name) if name in self.run.names else None
 
     @property
     def eot_token_id(self):
@@ -107,33 +108,33 @@ class RunModel:
         return [*self.run.tokenizer.bos, *self.model.config.eos_token_ids, 0][0]
 
     def tok_encode(self, string, add_special_tokens=True, **_):
-        """The ids of a text, with the model's first token unless the harness says no."""
+        """The ids of a text, with the model's bos unless the harness says no."""
         return self.run.tokenizer.encode(string, bos=add_special_tokens is not False)
 
     def _loglikelihood_tokens(self, requests, **_):
-        """[(text, context, continuation)], the last two as ids -> [(log p, would greedy decoding write it?)]."""
+        """[(text, context, continuation)], the latter two as ids -> [(log p, whether greedy decoding gives it)]."""
         pairs = []
         for _, context, continuation in requests:
-            ids = (context + continuation)[-self.max_length - 1 :]  # what is too long loses its beginning, as in `hf`
+            ids = (context + continuation)[-self.max_length - 1 :]  # too long: cut at the beginning, as in `hf`
             pairs.append((ids[: -len(continuation)], continuation))
         answers = []
-        # The options of a question come one after the other: their context is read once.
+        # The options of a question are neighbours. Their context is read once.
         for context, group in groupby(pairs, key=itemgetter(0)):
             options = [option for _, option in group]
-            memories = memories_for(self.run, self.variant, context)
+            memories = self.memories(context)
             for start in range(0, len(options), BATCH):
                 part = options[start : start + BATCH]
                 answers += zip(*log_likelihoods(self.model, context, part, memories), strict=True)
         return answers
 
     def loglikelihood_rolling(self, requests, **_):
-        """[log p of a whole text]: windows as long as the context, which predict each token once."""
+        """[log p of a whole text], in windows of the context's length. Each token is predicted once."""
         from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
         totals = []
         for request in requests:
             ids = self.tok_encode(request.args[0])
-            memories = memories_for(self.run, self.variant, ids)
+            memories = self.memories(ids)
             total = 0.0
             for window in get_rolling_token_windows(ids, self.eot_token_id, self.max_length, context_len=1):
                 context, continuation = make_disjoint_window(window)
@@ -143,7 +144,7 @@ class RunModel:
         return totals
 
     def generate_until(self, requests, **_):
-        """[greedy text after a context, up to the first of the strings `until`]."""
+        """[greedy continuation of a context, up to the first of the strings in `until`]."""
         from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 
         tokenizer = self.run.tokenizer
@@ -151,16 +152,16 @@ class RunModel:
         texts = []
         for request in requests:
             context, settings = request.args
-            settings = normalize_gen_kwargs(settings)  # tasks have several names for the same
+            settings = normalize_gen_kwargs(settings)  # tasks name the same setting differently
             if settings.get("do_sample"):
                 raise BadInput("this task asks for sampled text, which is not implemented; name another.")
             until = settings["until"]
             steps = min(settings["max_gen_toks"], self.max_length - 1)
-            ids = self.tok_encode(context)[steps - self.max_length :]  # its end, with room for what is written
-            memories = memories_for(self.run, self.variant, ids)
+            ids = self.tok_encode(context)[steps - self.max_length :]  # keep its end, with room for the answer
+            memories = self.memories(ids)
             tokens = torch.tensor([ids], device=self.run.device)
             written = []
-            # The harness stops at strings, which may end within a token or begin in an earlier one.
+            # A stop string may end within a token, or begin in an earlier one. So we compare text.
             for token in generate(self.model, tokens, steps, tokenizer.vocab_size, eos, memories=memories):
                 written.append(token.item())
                 if written[-1] in eos or any(stop in tokenizer.decode(written) for stop in until):
@@ -171,9 +172,9 @@ class RunModel:
 
 
 def bench(args):
-    """Measure a run on a task: the harness's tables on the screen, and everything that it returns in RUN/bench.
+    """Measure a run on a task. The screen shows the harness's tables; RUN/bench gets everything that it returns.
 
-    BadInput without the package, for an unknown task, and for options that would do nothing.
+    BadInput without the package, for an unknown task, and for options without effect.
     """
     try:
         from lm_eval import simple_evaluate
@@ -198,10 +199,10 @@ def bench(args):
     folders = [str(ROOT / "data/tasks")]
     if args.include:
         folders.append(str(args.include))
-    settings = None  # of our tasks: arguments of the functions in data/tasks/rows.py
+    settings = None  # for our tasks: arguments of the functions in data/tasks/rows.py
     if ours:
         settings = {"rows": args.rows}
-        logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it explains where such arguments come from
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it would explain where such arguments come from
         if args.shots is not None:
             settings["shots"] = args.shots
     tasks = TaskManager(include_path=folders, include_defaults=not ours, metadata=settings)

@@ -1,7 +1,7 @@
-"""A pretrained model by its Hub id: `model_folder("Qwen/Qwen3-0.6B")` is a folder of Hugging Face's own cache.
+"""A pretrained model by its Hub id: `model_folder("Qwen/Qwen3-0.6B")` is a folder in Hugging Face's own cache.
 
-The library `huggingface_hub` does the work: it resumes, verifies, shares the cache between processes, and heeds
-HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE as all of Hugging Face's tools do.
+The library `huggingface_hub` downloads. It resumes, verifies, shares the cache between processes, and obeys HF_HOME,
+HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE.
 """
 
 import re
@@ -16,13 +16,13 @@ TEXT = ["generation_config.json", "tokenizer.json", "tokenizer_config.json", "ch
 
 
 def model_folder(name, weights=True):
-    """The folder of a model: `name` itself if it reads like a path or like no Hub id, else that id's snapshot.
+    """The folder of a model: `name` itself if it looks like a path, otherwise the snapshot of that Hub id.
 
-    Without `weights` the snapshot need not have more than config.json. BadInput if it is neither here nor there.
+    weights: False if only config.json is needed. BadInput if the model is neither here nor on the Hub.
     """
     hub_id = re.fullmatch(HUB_ID, str(name))
     path = Path(name)
-    if path.exists() or hub_id is None or path.parent.is_dir():  # in a folder that is here a name is never asked for
+    if path.exists() or hub_id is None or path.parent.is_dir():  # a/b is a path if the folder a exists
         return path
     where = f"{name} is no folder here"
     try:
@@ -31,17 +31,14 @@ def model_folder(name, weights=True):
         raise BadInput(f"{where}; to get it from the Hub: pip install huggingface_hub.") from None
 
     repo, revision = hub_id.groups()
-    files = CONFIG
-    if weights:
-        files = CONFIG + TEXT + WEIGHTS
+    files = CONFIG + TEXT + WEIGHTS if weights else CONFIG
+    others = ["*/*", "consolidated*"]  # the same weights for other libraries
     try:
-        others = ["*/*", "consolidated*"]  # sub-folders and these hold the same weights for other libraries
-        folder = snapshot_download(repo, revision=revision, allow_patterns=files, ignore_patterns=others)
-        return Path(folder)
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=files, ignore_patterns=others))
     except errors.GatedRepoError:
         raise BadInput(f"{where}, and gated on the Hub; ask for access on its page there, and set HF_TOKEN.") from None
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError):
         raise BadInput(f"{where} and not public on the Hub; check name and revision, or set HF_TOKEN.") from None
-    except Exception as error:  # each way of transport has exceptions of its own
+    except Exception as error:  # each way of transport has its own exceptions
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise BadInput(f"{where}, and the Hub did not give it ({reason}); try again, it goes on from there.") from None

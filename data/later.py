@@ -7,14 +7,17 @@ more row of the router.
 import math
 import os
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
 from data import BadInput, discard
 from data.checkpoint import check_backbone
 from data.corpus import domain_name
+from data.dryrun import enough_memory
 from data.families import value_of
 from data.life import save_modules
+from data.progress import Progress
 from data.run import check_complete, check_model, held, open_training, texts_of
 from data.settings import Settings, flag
 
@@ -24,10 +27,10 @@ MAY_DIFFER = (  # settings in which a module can differ from the run that it joi
 )  # fmt: skip
 
 
-def add(path, out, given, fresh, train_module, evaluate):
+def add(path, out, given, fresh, Trainer, loop, evaluate):
     """Add a module for the text at `path` to the finished run in `out`.
 
-    given: settings of `MAY_DIFFER` that differ from the run's. train_module, evaluate: see train.py and eval.py.
+    given: settings of `MAY_DIFFER` that differ from the run's. Trainer, loop, evaluate: those of train.py and eval.py.
     """
     device = given.get("device") or Settings.from_file(out / "settings.json").device
     path = Path(os.path.abspath(path))  # links stay: their targets may have another name
@@ -43,12 +46,12 @@ def add(path, out, given, fresh, train_module, evaluate):
             raise BadInput(f"{work} holds a stopped training with other settings; give the same or --fresh.")
         # If both are there, this very command was stopped in its evaluation, and only that is left to do.
         if fresh or not work.exists() or run.router.paths.get(name) != str(path):
-            join(run, s, name, path, work, fresh, train_module)
+            join(run, s, name, path, work, fresh, Trainer, loop)
         evaluate(out, device=device)
         shutil.rmtree(work)
 
 
-def join(run, s, name, path, work, fresh, train_module):
+def join(run, s, name, path, work, fresh, Trainer, loop):
     """Train a module on the backbone of a run and make it part of the run. `work`: the folder of this training."""
     if run.router.knows(name):
         raise BadInput(f"{run.folder} has a domain {name} already; remove it first, or rename the text.")
@@ -60,8 +63,12 @@ def join(run, s, name, path, work, fresh, train_module):
         discard(work)
     fingerprint = run.config.raw["koff_fingerprint"]
     text.inputs["backbone"] = fingerprint
+    # The mask is final from the start, so every step is one of `Trainer.recover`.
     _, mask = run.gates(opened.model)
-    trainer = train_module(s, opened, mask, work)
+    trainer = Trainer(opened.model, s, text.train)
+    trainer.freeze_mask(mask)
+    with enough_memory(trainer), Progress(trainer, text, work, time.perf_counter()) as progress:
+        loop(trainer, text, progress)
     # The router comes last: its row makes the module part of the run.
     save_modules(trainer, run.folder, fingerprint)
     run.router.add(name, text.train[name], text.splits[name].key)

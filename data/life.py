@@ -1,4 +1,4 @@
-"""A run's folder from the first file to the last: is it this run's, is it complete, what goes when it begins anew."""
+"""The life of a run's folder: whose it is, whether it is complete, what --fresh removes, and how a run is saved."""
 
 import contextlib
 from dataclasses import asdict
@@ -20,31 +20,32 @@ def check_same(folder, what, before, now):
 
 
 def is_stopped(out):
-    """Does the folder hold a training that was stopped?"""
+    """Whether the folder holds a stopped training."""
     return (out / "checkpoint.pt").exists()
 
 
 def is_saved(out):
-    """Does the folder hold a run whose training is over? The router is the last part to be saved."""
+    """Whether the folder holds a trained run. The router is the last part to be saved."""
     return (out / "router.safetensors").exists()
 
 
 def finished(s, out, fresh=False):
-    """Is the run `s` in `out` complete, with its report? BadInput if the folder holds something else."""
+    """Whether the run `s` in `out` is complete, report included. BadInput if the folder holds something else."""
     ours = out / "settings.json"
     if Path(s.data).resolve() in out.resolve().parents:
         raise BadInput(f"{out} lies within the text in {s.data}; name another folder with --out.")
     if not ours.exists():
-        # Names with a dot do not count: a lock, a cache.
+        # Hidden files do not count: a lock, a cache.
         if out.exists() and (not out.is_dir() or any(out.glob("[!.]*"))):
             raise BadInput(f"{out} holds something that is not a run; name another folder with --out.")
         return False
     old = Settings.from_file(ours)
     if fresh:
         return False
-    # The same command finds its own run again; any other would mix two runs in one folder.
+    # The same command finds its own run again. Any other would mix two runs in one folder.
     for name, value in asdict(s).items():
-        moved = is_stopped(out) and name in ("model", "data")  # the checkpoint has their hashes, wherever they are now
+        # A stopped run's model and text may have moved: its checkpoint has their hashes.
+        moved = is_stopped(out) and name in ("model", "data")
         if getattr(old, name) != value and not moved:
             raise BadInput(f"{out} holds another run ({flag(name)} differs); name another --out, or say --fresh.")
     return not is_stopped(out) and is_saved(out) and (out / "results.json").exists()
@@ -52,20 +53,20 @@ def finished(s, out, fresh=False):
 
 @contextlib.contextmanager
 def training_in(out, s, fresh):
-    """Hold the folder in which the run `s` begins or goes on. Yields False if the run is finished already."""
+    """Lock the folder of the run `s`, and prepare it for a start or a continuation. Yields False if it is finished."""
     out.mkdir(parents=True, exist_ok=True)
     with only_process(out):
-        if finished(s, out, fresh):  # another process may have ended it meanwhile
+        if finished(s, out, fresh):  # another process may have completed it before we held the lock
             yield False
             return
         tidy(out)
-        if fresh:  # nothing of an old run goes before the new one is known to work
+        if fresh:  # only now, because all checks of the new run have passed
             erase(out, s)
         yield True
         discard(out / "checkpoint.pt")  # its optimizer state is larger than everything else
 
 
-# Files that are written about a run. (Benchmarks and exports know their run.)
+# The files of a run that --fresh removes. Benchmarks and exports stay.
 WRITTEN = [
     "checkpoint.pt", "log.jsonl", "gates.safetensors", "router.safetensors", "results.json", "report.md",
     "later/*/settings.json", "later/*/checkpoint.pt", "later/*/log.jsonl",
@@ -75,13 +76,13 @@ WRITTEN = [
 
 
 def tidy(out):
-    """Remove half-written files of killed processes (see `atomic`). The folder is held: no other training writes."""
+    """Remove half-written files of killed processes (see `atomic`). The folder is locked: nobody is writing there."""
     discard_all(out, [".*.????????.part", "*/.*.????????.part", "later/*/.*.????????.part"])
 
 
 def erase(out, s):
-    """Remove an old run from the folder where the run `s` begins. Other files in the folder stay."""
-    # These make it a run. Whenever the process is killed, the rest counts as a run that has not begun.
+    """Remove an old run from the folder of the new run `s`. Other files stay."""
+    # Without these files the rest counts as a run that has not begun, even if the process is killed in between.
     discard_all(out, ["results.json", "router.safetensors", "checkpoint.pt"])
     s.to_file(out / "settings.json")
     discard_all(out, WRITTEN)
@@ -96,7 +97,7 @@ def erase(out, s):
 
 @torch.no_grad()
 def save_run(trainer, text, pretrained, out):
-    """Write backbone, gates, modules and router of a trained run. `pretrained`: the folder of its model."""
+    """Write backbone, gates, modules and router of a trained run. pretrained: the folder of its model."""
     about = {"koff_model": text.inputs["model"], "koff_domains": len(text.train)}
     fingerprint = save_backbone(out / "backbone", trainer.student, pretrained, **about)
     save_gates(out / "gates.safetensors", trainer.gates, trainer.mask)

@@ -5,6 +5,8 @@ The KL's gradient in the logits, with probabilities p of the teacher and q of th
     kl               q - p in the top K, q (1 - p_rest / q_rest) outside
     kl-renormalise   q - p of the renormalised two in the top K, 0 outside
     kl-drop          q sum(p) - p in the top K, q sum(p) outside; the sum is over the top K
+
+The arguments of an objective are those of `koff.kl_topk`.
 """
 
 import torch
@@ -12,35 +14,42 @@ import torch.nn.functional as F
 
 import koff
 
+NO_TARGET = -100  # marks the last position of a sequence, whose next token is unknown
 
-def kl_renormalise(logits, teacher, targets=None):
+
+def next_tokens(tokens):
+    """The token after each of tokens [B, T], as [B T]."""
+    targets = torch.full_like(tokens, NO_TARGET)
+    targets[:, :-1] = tokens[:, 1:]
+    return targets.flatten()
+
+
+def kl_renormalise(logits, index, log_p, log_p_rest, next_tokens=None):
     """KL of both top-K distributions, each scaled to a sum of one. Mass outside the top K is ignored."""
-    index, log_p, _ = teacher
     log_p = log_p.log_softmax(-1)
     log_q = logits.gather(-1, index).log_softmax(-1)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
-def kl_drop(logits, teacher, targets=None):
+def kl_drop(logits, index, log_p, log_p_rest, next_tokens=None):
     """The terms of the top K, with their true probabilities, and no term for the rest."""
-    index, log_p, _ = teacher
     log_q, _ = koff.top_and_rest(logits, index)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
 def next_token_loss(logits, targets):
     """Cross-entropy of each row of logits [n, V] against targets [n], in nats; 0 where there is no target."""
-    return F.cross_entropy(logits, targets, reduction="none", ignore_index=koff.NO_TARGET)
+    return F.cross_entropy(logits, targets, reduction="none", ignore_index=NO_TARGET)
 
 
-def next_token(logits, teacher, targets):
+def next_token(logits, index, log_p, log_p_rest, next_tokens):
     """Plain language modelling, without the teacher."""
-    return next_token_loss(logits, targets)
+    return next_token_loss(logits, next_tokens)
 
 
-def blend(logits, teacher, targets):
+def blend(logits, index, log_p, log_p_rest, next_tokens):
     """(KL + next-token loss) / 2. (It diverged in the paper.)"""
-    return (koff.kl_topk(logits, teacher) + next_token_loss(logits, targets)) / 2
+    return (koff.kl_topk(logits, index, log_p, log_p_rest) + next_token_loss(logits, next_tokens)) / 2
 
 
 koff.OBJECTIVES |= {"kl-renormalise": kl_renormalise, "kl-drop": kl_drop, "next-token": next_token, "blend": blend}

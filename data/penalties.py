@@ -14,7 +14,7 @@ MOMENTUM = 9  # steps: the sum of 0.9, 0.9^2, ...
 
 
 class LookAhead(koff.Hinge):
-    """What both share: the gap now, the predicted gap, and how much the gap has grown since the last step."""
+    """Base of both: computes the current gap, the predicted gap and the growth of the gap since the last step."""
 
     def __init__(self, start):
         super().__init__(start)

@@ -1,11 +1,10 @@
-"""Pictures of what a run or a sweep has saved: `python eval.py plot FOLDER` draws them into the folder.
+"""Pictures of the saved results of a run or a sweep: `python eval.py plot FOLDER` draws them into the folder.
 
-No meaning is in colour: shades, hatches, markers and line styles tell things apart. The ground is set to white, so that
-black ink is legible on a dark page too.
+Shades, hatches, markers and line styles carry the meaning, and never colour. The background is white, which keeps black
+ink legible on a dark page.
 """
 
 import json
-from pathlib import Path
 
 import numpy as np
 
@@ -13,20 +12,20 @@ from data import BadInput, atomic
 from data.progress import read_log
 from data.tables import as_saved, by_way, quality, spread
 
-STYLES = ("ko-", "ks--", "kD:", "k^-.", "kv-", "kx--")  # black; each curve has its own marker and line style
+STYLES = ("ko-", "ks--", "kD:", "k^-.", "kv-", "kx--")  # black; one marker and line style per curve
 
 
 def draw_curve(axes, x, y, label):
-    """One more curve in the axes, over whole numbers x."""
-    # A marker at every point would hide the line style of a long curve: they keep this distance, of the diagonal.
+    """Add a curve over whole numbers x to the axes."""
     style = STYLES[len(axes.lines) % len(STYLES)]
+    # A marker at every point would hide the line style of a long curve. 0.05: a twentieth of the diagonal apart.
     axes.plot(x, y, style, markerfacecolor="w", markevery=0.05, label=label)
     axes.locator_params(axis="x", integer=True)
     axes.legend()
 
 
 def draw_layers(figure, results):
-    """The share of channels that are closed, over the gated blocks: a curve for each projection."""
+    """The share of closed channels over the gated blocks, one curve per projection."""
     axes = figure.add_subplot(xlabel="block", ylabel="share of channels closed")
     layers = results["layers"]  # {block: {projection: share}}
     blocks = [int(block) for block in layers]
@@ -36,8 +35,7 @@ def draw_layers(figure, results):
 
 def draw_curves(figure, log):
     """The log of train.py over the steps: the loss of each domain, sparsity by both counts, lambda."""
-    names = {"physical": "sparsity, physical", "paper": "sparsity, paper", "lambda": "lambda"}
-    log = [entry for entry in log if "loss" in entry]  # other lines tell of solved modules
+    log = [entry for entry in log if "loss" in entry]  # the other entries report solved modules
     domains = {}
     for entry in log:  # runs of an earlier version do not name the domain
         domains.setdefault(entry.get("domain", "loss"), []).append(entry)
@@ -45,38 +43,38 @@ def draw_curves(figure, log):
     for domain, entries in domains.items():
         draw_curve(axes, [entry["step"] for entry in entries], [entry["loss"] for entry in entries], domain)
     steps = [entry["step"] for entry in log]
-    for place, (name, label) in enumerate(names.items(), 2):
+    labels = {"physical": "sparsity, physical", "paper": "sparsity, paper", "lambda": "lambda"}
+    for place, (name, label) in enumerate(labels.items(), 2):
         axes = figure.add_subplot(1, 4, place, xlabel="step")
         draw_curve(axes, steps, [entry[name] for entry in log], label)
 
 
 def draw_swap(figure, results):
-    """Perplexity over the unpruned model's: a row for each text, a column for each model without and with a module."""
+    """Perplexity / unpruned: one row per text, one column per model (unpruned, backbone, backbone with each module)."""
     perplexity = results["perplexity"]
     swap = results["swap"]  # {domain: {module: perplexity}}
-    variants = ["unpruned", "backbone"]
-    first = len(variants)  # column of the first module
-    # One row of ratios after the other, as the report has them.
+    columns = ["unpruned", "backbone", *swap]
+    modules_from = 2  # the first column with a module
     rows = []
     for domain, unpruned in perplexity["unpruned"].items():
-        row = [perplexity[name][domain] for name in variants]
+        row = [perplexity["unpruned"][domain], perplexity["backbone"][domain]]
         row += [swap[domain][module] for module in swap]
         rows.append(np.divide(row, unpruned))
-    ratio = np.array(rows)  # [domains, variants + modules]
+    ratio = np.array(rows)  # [domains, columns]
     axes = figure.add_subplot(title="perplexity / unpruned: text of the row, module of the column, * the best")
-    # The scale goes on beyond the highest ratio: no shade is darker than a middle grey, so that the text is legible.
+    # The scale ends far above the highest ratio. No shade is darker than medium grey, and the text stays legible.
     axes.imshow(ratio, cmap="Greys", aspect="auto", vmax=ratio.min() + 2 * np.ptp(ratio))
     for (i, j), value in np.ndenumerate(ratio):
-        star = "*" if j >= first and value == min(ratio[i, first:]) else ""
+        star = "*" if j >= modules_from and value == min(ratio[i, modules_from:]) else ""
         axes.text(j, i, f"{value:.3f}{star}", ha="center", va="center")
-    axes.axvline(first - 0.5, color="k")
-    axes.set_xticks(range(ratio.shape[1]), [*variants, *swap])
-    axes.set_yticks(range(ratio.shape[0]), perplexity["unpruned"])
+    axes.axvline(modules_from - 0.5, color="k")
+    axes.set_xticks(range(len(columns)), columns)
+    axes.set_yticks(range(len(ratio)), perplexity["unpruned"])
 
 
-def draw_lape(figure, found):
-    """P(closed) of the neurons that few domains use, of those that all use, and of all neurons."""
-    closed = found["closed"]  # {"gate", "up", "either": {"specific", "general", "all": P(closed)}}
+def draw_lape(figure, results):
+    """P(closed) of language-specific neurons, of general neurons, and of all neurons."""
+    closed = results["closed"]  # {"gate", "up", "either": {"specific", "general", "all": P(closed)}}
     if closed["gate"] == closed["up"]:  # granularity neuron: one gate closes both
         closed = {"neuron": closed["gate"]}
     groups = ["15% most\nspecific", "15% most\ngeneral", "all: local\nsparsity"]
@@ -87,10 +85,10 @@ def draw_lape(figure, found):
 
 
 def draw_sweep(figure, sweep):
-    """Runs as bars; those in which sparsity was swept as quality over sparsity."""
+    """Rows of a sweep as bars. Rows that vary the sparsity are drawn as quality over sparsity."""
     swept = {}
     others = {}
-    for label, row in sweep["rows"].items():  # {label: {column: [value of each seed], or None}}
+    for label, row in sweep["rows"].items():  # {label: {column: [one value per seed] or None}}
         group = swept if label.startswith("sparsity ") else others
         group[label] = row
     panels = bool(swept) + bool(others)
@@ -101,7 +99,7 @@ def draw_sweep(figure, sweep):
 
 
 def draw_tradeoff(axes, rows):
-    """Perplexity over sparsity, a curve for each way: "sparsity 0.1, solved" is a point of the curve "solved"."""
+    """Perplexity over sparsity, one curve per way: "sparsity 0.1, solved" is a point of the curve "solved"."""
     for number, (way, points) in enumerate(by_way(rows).items()):
         x = [spread(row["physical"])[0] for row in points.values()]
         y, deviation = np.transpose([spread(quality(row)) for row in points.values()])
@@ -112,7 +110,7 @@ def draw_tradeoff(axes, rows):
 
 
 def draw_bars(axes, rows):
-    """A bar from 1, which is the unpruned model, to the mean ratio: a run's own modules, or its backbone if none."""
+    """A bar from 1, the unpruned model, to the mean ratio of a row: KOFF's, or the backbone's without modules."""
     for label, row in rows.items():
         mean, deviation = spread(quality(row))
         hatch = "" if row["koff"] else "///"
@@ -124,7 +122,8 @@ def draw_bars(axes, rows):
 
 # What can be drawn ----------------------------------------------------------------------------------------------------
 
-PICTURES = {  # picture: (the file that it shows, the function that draws it)
+# {picture: (its source, the function that draws it)}
+PICTURES = {
     "layers": ("results.json", draw_layers),
     "swap": ("results.json", draw_swap),
     "curves": ("log.jsonl", draw_curves),
@@ -133,32 +132,25 @@ PICTURES = {  # picture: (the file that it shows, the function that draws it)
 }
 
 
-def plot(folder):
-    """Draw what a run or a sweep has saved in the folder, into the folder. BadInput if that is nothing."""
+def plot(args):
+    """Draw the saved results in the folder `args.run` into that folder. BadInput if there are none."""
     try:
-        from matplotlib import figure  # not pyplot, which wants a screen and keeps every figure
+        from matplotlib import figure  # pyplot would want a screen, and keep every figure
     except ImportError:
         raise BadInput("pictures need matplotlib: pip install matplotlib.") from None
-    drawn = 0
+    drawn = False
     for name, (source, draw) in PICTURES.items():
-        path = Path(folder, source)
+        path = args.run / source
         if not path.exists():
             continue
-        # One size for all pictures: as wide as a page of text.
-        page = figure.Figure((12, 4), facecolor="white", layout="constrained")
+        page = figure.Figure((12, 4), facecolor="white", layout="constrained")  # as wide as a page of text
         with as_saved(path):
-            draw(page, read(path))
+            saved = read_log(path) if path.suffix == ".jsonl" else json.loads(path.read_text(encoding="utf-8"))
+            draw(page, saved)
         picture = path.with_name(f"{name}.png")
         with atomic(picture) as partial:
             page.savefig(partial, format="png", dpi=150)
         print(picture)
-        drawn += 1
+        drawn = True
     if not drawn:
-        raise BadInput(f"{folder} has no results.json, log.jsonl, lape.json, sweep.json; name a run or a sweep.")
-
-
-def read(path):
-    """What a .json holds, or a list of what the lines of a .jsonl hold."""
-    if path.suffix == ".jsonl":
-        return read_log(path)
-    return json.loads(path.read_text(encoding="utf-8"))
+        raise BadInput(f"{args.run} has no results.json, log.jsonl, lape.json, sweep.json; name a run or a sweep.")

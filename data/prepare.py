@@ -1,13 +1,12 @@
-"""The paper's text and evaluation sets, from the Hub into the files that train.py and eval.py read.
+"""Fetch the paper's text and evaluation sets from the Hub into files for train.py and eval.py.
 
     python data/prepare.py topics --out text/topics            Wikipedia-Topics: six topics, 30,000 articles each
     python data/prepare.py languages --out text/languages      Wikisource: six languages, 20,000 pages each
     python data/prepare.py retention --out text                C4, GSM8K and ARC-Challenge: general text for --retention
     python data/prepare.py benchmarks --out rows               MMLU and ARC-Challenge for `eval.py bench --rows`
 
-Rows are streamed in an order that --seed decides and written as they come. A second call takes the files that the first
-one finished; what it was at comes again, since a stream begins at its beginning. Held out are the last 5% of each file,
-as in training (data/corpus.py). Needs: pip install datasets.
+Rows are streamed in an order that follows from --seed, and written as they come. A second call keeps finished files and
+restarts the unfinished one, because a stream can only be read from its beginning. Needs: pip install datasets.
 """
 
 import argparse
@@ -21,15 +20,15 @@ from pathlib import Path
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import BadInput, atomic, run_script
+from data import MALFORMED, BadInput, atomic, run_script
 
 TOPICS = ("Mathematics", "Science", "Technology", "History", "Culture", "Geography")
 LANGUAGES = {"english": "en", "spanish": "es", "french": "fr", "german": "de", "italian": "it", "portuguese": "pt"}
-SHUFFLED = 10_000  # rows that are mixed at a time
+SHUFFLED = 10_000  # rows in the shuffle buffer
 
 
 def digest(text):
-    """A number of the text, in hexadecimal: equal texts have the same, on every machine."""
+    """A hash of the text in hexadecimal, the same on every machine."""
     return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16]
 
 
@@ -37,10 +36,7 @@ def digest(text):
 
 
 def stream(source, files, hub, seed=None):
-    """The rows of some files of a data set on the Hub, or of one with the same layout under the folder `hub`.
-
-    In the files' own order without a seed.
-    """
+    """The rows of `files` in a data set on the Hub, or in its copy in the folder `hub`. A seed shuffles them."""
     try:
         from datasets import load_dataset
     except ImportError:
@@ -51,13 +47,13 @@ def stream(source, files, hub, seed=None):
         if seed is not None:
             rows = rows.shuffle(seed=seed, buffer_size=SHUFFLED)
         yield from rows
-    except Exception as error:  # `datasets` and what it reads with raise kinds of their own
+    except Exception as error:  # `datasets` and the libraries that it uses have their own exceptions
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise BadInput(f"{name} cannot be read: {reason}") from None
 
 
 def topic_of(row):
-    """The topic of an article, None if it has none of ours; of several always the same one, by a number of its text."""
+    """The topic of an article, or None if it has none of ours. If it has several, a hash of the text chooses one."""
     topics = [name for name in TOPICS if name in row["categories"]]
     if not topics:
         return None
@@ -65,7 +61,7 @@ def topic_of(row):
 
 
 def text_of(row):
-    """A row's text; of a question the text with its answer."""
+    """The text of a row. A question is followed by its answer."""
     if "question" not in row:
         return row["text"]
     answer = row.get("answer")
@@ -79,30 +75,30 @@ def text_of(row):
 
 
 def write_texts(rows, out, names, wanted):
-    """Write `wanted` different texts for each name into out/<name>.jsonl, as the stream `rows` brings them.
+    """Write `wanted` different texts for each name into out/<name>.jsonl, from the stream `rows`.
 
-    With several names these are topics, and a row goes to its own.
+    Several names are topics, and each row goes to its own topic.
     """
-    there = [out / f"{name}.jsonl" for name in names]
-    if all(path.exists() for path in there):
-        for path in there:
+    paths = {name: out / f"{name}.jsonl" for name in names}
+    if all(path.exists() for path in paths.values()):
+        for path in paths.values():
             texts = path.read_bytes().count(b"\n")
             print(f"{path}: already there, with {texts:,} texts")
         return
-    seen = set()  # digests of what was written: data sets hold some texts twice
+    seen = set()  # digests of the written texts: some data sets repeat texts
     count = dict.fromkeys(names, 0)
     files = {}
-    with contextlib.ExitStack() as stack:  # at the end each file is closed, then gets its name
-        for name in names:
-            partial = stack.enter_context(atomic(out / f"{name}.jsonl"))
+    with contextlib.ExitStack() as stack:  # at the end each file is closed, then renamed
+        for name, path in paths.items():
+            partial = stack.enter_context(atomic(path))
             files[name] = stack.enter_context(open(partial, "w", encoding="utf-8"))
         for row in tqdm(rows, desc=", ".join(names), unit=" rows", disable=None):
-            # A data set that changed its columns shows it here, at its first row.
+            # If a data set has changed its columns, the first row fails here.
             try:
                 name = names[0] if len(names) == 1 else topic_of(row)
                 text = text_of(row)
                 key = digest(text)
-            except (LookupError, TypeError, AttributeError, ValueError) as error:
+            except MALFORMED as error:
                 raise BadInput(f"{', '.join(names)}: a row is not laid out as expected ({error!r}).") from None
             if name is None or count[name] == wanted or key in seen or not text.strip():
                 continue
@@ -111,12 +107,12 @@ def write_texts(rows, out, names, wanted):
             files[name].write(json.dumps({"text": text}) + "\n")
             if min(count.values()) == wanted:
                 break  # the rest of the stream is not downloaded
-    for name, n in count.items():
-        print(f"{out / name}.jsonl: {n:,} texts" + ", all that there are" * (n < wanted))
+    for name, path in paths.items():
+        print(f"{path}: {count[name]:,} texts" + ", all that there are" * (count[name] < wanted))
 
 
 def write_rows(rows, path):
-    """Write rows with all of their columns, as `eval.py bench` reads them."""
+    """Write rows with all of their columns, for `eval.py bench`."""
     if not path.exists():
         with atomic(path) as partial, open(partial, "w", encoding="utf-8") as file:
             for row in tqdm(rows, desc=path.stem, disable=None):
@@ -126,7 +122,8 @@ def write_rows(rows, path):
 
 # Recipes -------------------------------------------------------------------------------------------------------------
 
-RECIPES = {  # recipe: [(data set, its files, names of the files that are written, texts of each)]
+# {recipe: [(data set, its files, names of the new files, number of texts in each)]}
+RECIPES = {
     "topics": [("tarekziade/wikipedia-topics", "data/train-*.parquet", [name.lower() for name in TOPICS], 30_000)],
     "languages": [
         ("wikimedia/wikisource", f"20231201.{code}/train-*.parquet", [name], 20_000) for name, code in LANGUAGES.items()
@@ -145,11 +142,11 @@ RECIPES = {  # recipe: [(data set, its files, names of the files that are writte
 
 
 def prepare(args):
-    """Write the files of a recipe that are not there yet."""
+    """Write the missing files of a recipe."""
     if args.limit is not None and args.limit < 1:
         raise BadInput(f"--limit is {args.limit}; give at least 1.")
     out = args.out
-    if args.recipe == "retention":  # its three files are one text: a folder of its own for --retention
+    if args.recipe == "retention":  # its three files together are one text, in a folder for --retention
         out = args.out / "retention"
     for source, files, names, usual in RECIPES[args.recipe]:
         if args.recipe == "benchmarks":
@@ -164,11 +161,11 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", choices=RECIPES)
     parser.add_argument("--out", type=Path, required=True, help="folder for the files")
-    parser.add_argument("--limit", type=int, help="rows of each file, where fewer than usual are enough")
-    parser.add_argument("--seed", type=int, default=0, help="of the order of the rows [0]")
-    parser.add_argument("--hub", type=Path, help="folder that holds the data sets, instead of the Hub")
+    parser.add_argument("--limit", type=int, help="rows of each file, if fewer than usual are enough")
+    parser.add_argument("--seed", type=int, default=0, help="seed for the order of the rows [0]")
+    parser.add_argument("--hub", type=Path, help="folder with copies of the data sets, instead of the Hub")
     args = parser.parse_args(argv)
-    return run_script("data/prepare.py", lambda: prepare(args), "the same command continues") or 0
+    return run_script("data/prepare.py", lambda: prepare(args), "the same command continues")
 
 
 if __name__ == "__main__":

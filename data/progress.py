@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from data import BadInput, atomic, on_signals, out_of_memory
 from data.life import check_same
+from data.starts import read_contexts, start
 
 # The curves: log.jsonl -----------------------------------------------------------------------------------------------
 
@@ -48,6 +49,16 @@ class Log:
 # Checkpoints ---------------------------------------------------------------------------------------------------------
 
 
+def parts_of(trainer):
+    """{name: part}: everything in a trainer whose state belongs in a checkpoint."""
+    parts = {"gates": trainer.gates, "gate optimizer": trainer.gate_optimizer}
+    parts |= {"penalty": trainer.penalty, "turns": trainer.turns}
+    for domain, module in trainer.modules.items():
+        parts[f"module {domain}"] = module
+        parts[f"optimizer {domain}"] = trainer.optimizers[domain]
+    return parts
+
+
 def state_of(part):
     """The state of a module, an optimizer or another part of a run. An optimizer's groups follow from the settings."""
     state = part.state_dict()
@@ -76,7 +87,7 @@ def load_checkpoint(path, trainer, inputs, folder):
         before = saved["inputs"]
         for name in {**before, **inputs}:
             check_same(folder, name, before.get(name), inputs.get(name))
-        parts = trainer.parts()
+        parts = parts_of(trainer)
         if saved["parts"].keys() != parts.keys():
             raise ValueError("it has other parts")
         for name, part in parts.items():
@@ -129,10 +140,10 @@ class Progress:
             found = load_checkpoint(path, self.trainer, self.text.inputs, self.out)
             self.start, self.solved, seconds = found
             self.begun -= seconds
-            self.trainer.read_contexts(self.text.train)
+            read_contexts(self.trainer, self.text.train)
             print(f"continuing {self.out} at step {self.start}")
         else:
-            self.trainer.initialise(self.text.train)
+            start(self.trainer, self.text.train)
         self.log = Log(self.out, self.start, self.solved)
         self.resumed = time.perf_counter()
         self.open = contextlib.ExitStack()
@@ -157,6 +168,7 @@ class Progress:
         """Log step `index` and its losses, scalars on the device; save a checkpoint when it is time."""
         s = self.trainer.s
         done = index + 1
+        self.trainer.turns.saw(domain, loss)
         self.bar.update()
         if retention is not None:
             self.retention = retention
@@ -210,16 +222,23 @@ class Progress:
             "physical": trainer.gates.sparsity(trainer.mask, "physical").item(),
             "paper": trainer.gates.sparsity(trainer.mask, "paper").item(),
             "lambda": trainer.penalty.multiplier.item(),
-            "rates": trainer.rates(domain),
+            "rates": self.rates(domain),
         }
         self.retention = None
         self.log.write(**entry)
         return f"loss {entry['loss']:.3f}, sparsity {entry['physical']:.3f} physical, {entry['paper']:.3f} paper"
 
+    def rates(self, domain):
+        """{parameter group: learning rate} of the last step."""
+        optimizers = [self.trainer.gate_optimizer]
+        if self.trainer.attached:
+            optimizers.append(self.trainer.optimizers[domain])
+        return {group["name"]: group["lr"] for optimizer in optimizers for group in optimizer.param_groups}
+
     def save(self, step):
         """Save all that the run needs to go on with step number `step`, bit for bit."""
         saved = {
-            "parts": {name: state_of(part) for name, part in self.trainer.parts().items()},
+            "parts": {name: state_of(part) for name, part in parts_of(self.trainer).items()},
             "step": step,
             "solved": self.solved,
             "seconds": time.perf_counter() - self.begun,

@@ -39,34 +39,47 @@ class Settings:
         "pretrained model: a folder (Hugging Face layout, safetensors) or owner/name on the Hub",
     )
     data: str = option(str(ROOT / "data/handbook"), "folder with one <domain>.txt, .jsonl or sub-folder per domain")
-    domains: str = option("", "some of the domains there: names with commas, or a number of them; empty: all")
+    domains: str = option("", "domains to use: comma-separated names, or how many; empty: all")
     text_share: float = option(1.0, "share of the training text that is used", low=0.001, high=1)
 
     # The mask
     blocks: int = option(0, "number of upper blocks with gates and memories; 0: all (paper: 16 or 18 of 28)", low=0)
     sparsity: float = option(0.25, "share of all parameters to remove (paper: 0.12 of 3B)", low=0, high=0.99)
     count: str = option(
-        "physical", "how sparsity is counted: parameters really removed, or as in the paper", koff.COUNTS
+        "physical", "physical: parameters missing from the backbone; paper: closed channels x fan-in", koff.COUNTS
     )
-    gated: str = option("kv+mlp", "projections with gates (paper: kv+mlp); without mlp little can go", koff.GATED)
+    gated: str = option(
+        "kv+mlp", "projections with gates (paper: kv+mlp); without mlp only a small share can be removed", koff.GATED
+    )
     granularity: str = option("neuron", "gate whole MLP neurons, or each projection (paper)", ("neuron", "projection"))
     gate_family: str = option("hard-concrete", "distribution of the gates", koff.FAMILIES)
-    gate_init: str = option("fisher", "start of log alpha: by a score, or the same for every gate", koff.SCORES)
+    gate_init: str = option("fisher", "initial log alpha: ranked by a score, or equal for all gates", koff.SCORES)
     fisher_sequences: int = option(48, "sequences of the calibration pass for the score (measured)", low=1)
-    multiple: int = option(8, "a block keeps a multiple of this many neurons (granularity neuron)", low=1)
+    multiple: int = option(
+        8, "round the neurons kept in a block to a multiple of this (only with --granularity neuron)", low=1
+    )
     beta: float = option(
-        2 / 3, "temperature of the gates (Louizos; at the paper's 2 the cost misleads)", low=0.05, high=10
+        2 / 3,
+        "temperature of the gates (Louizos; at the paper's 2, expected and actual sparsity differ)",
+        low=0.05,
+        high=10,
     )
     beta_end: float = option(0.0, "temperature at the end of gate learning; 0: constant", low=0)
-    gate_share: float = option(0.15, "first share of the steps, in which the gates learn (measured)", low=0, high=1)
+    gate_share: float = option(
+        0.15, "share of the steps, from the start, in which the gates learn (measured)", low=0, high=1
+    )
     ramp: float = option(0.12, "share of the steps in which the target rises to --sparsity; 0: at once", low=0, high=1)
-    constraint: str = option("scaled", "penalty: hinge, the same with a lambda that adapts, Lagrangian", koff.PENALTIES)
-    penalty: float = option(20.0, "first lambda (measured; paper: 60); lagrangian: a third of lambda_2", low=1)
+    constraint: str = option(
+        "scaled", "penalty: hinge (fixed lambda), scaled (adaptive lambda) or lagrangian", koff.PENALTIES
+    )
+    penalty: float = option(
+        20.0, "initial lambda (measured; paper: 60); with lagrangian, lambda_2 starts at three times this", low=1
+    )
 
     # The memory modules
     memory: bool = option(True, "train memory modules; --no-memory prunes only")
     memory_kind: str = option("lora+kv", "kind of memory", koff.MEMORIES)
-    memory_blocks: int = option(0, "number of upper blocks with memories; 0: as --blocks", low=0)
+    memory_blocks: int = option(0, "number of upper blocks with memories; 0: same as --blocks", low=0)
     lora: str = option("kv+mlp", "projections with LoRA (paper: kv+mlp)", LORA)
     rank: int = option(40, "LoRA rank (paper: 256 for 3B); 0: no LoRA", low=0)
     alpha: float = option(40.0, "LoRA alpha; the update is scaled by alpha / rank (paper: 128 / 256)", low=0)
@@ -74,44 +87,59 @@ class Settings:
     kv_init: str = option(
         "text", "start of the KV memory: text of the domain, or N(0, 0.02) (paper)", ("text", "normal")
     )
-    kv_passages: int = option(1, "passages of that text that are tried; 1: its beginning", low=1)
-    order: str = option("joint", "gates and memories together (paper), or memories after", ("joint", "prune-first"))
+    kv_passages: int = option(
+        1, "candidate passages from which a KV memory may start; 1: the beginning of the text", low=1
+    )
+    order: str = option(
+        "joint",
+        "joint: gates and memories together (paper); prune-first: memories afterwards",
+        ("joint", "prune-first"),
+    )
 
     # Memories by least squares, once the mask is final
-    solve_tokens: int = option(16384, "tokens a domain to solve for LoRA on down, under the final mask; 0: none", low=0)
-    solve_ridge: float = option(0.01, "its ridge, relative to the mean of the diagonal (measured)", low=1e-6, high=1e6)
+    solve_tokens: int = option(16384, "tokens per domain for least-squares LoRA on down; 0: skip this step", low=0)
+    solve_ridge: float = option(
+        0.01, "ridge of least squares, relative to the mean diagonal of H^T H (measured)", low=1e-6, high=1e6
+    )
 
     # The loss
     objective: str = option(
-        "kl", "KL to the teacher (paper) with one of three tails, next token, both", koff.OBJECTIVES
+        "kl",
+        "kl, kl-renormalise, kl-drop: KL to the teacher (paper), three treatments of tokens outside the top K; "
+        "next-token: language modelling; blend: the mean of kl and next-token",
+        koff.OBJECTIVES,
     )
-    teacher_context: bool = option(True, "the teacher, too, has read the text that a KV memory starts from")
-    top: int = option(100, "the teacher's most likely outcomes that count one by one (paper)", low=1)
-    retention: str = option("", "general text for retention batches (Eq. 2); domains: a mix of theirs; empty: none")
+    teacher_context: bool = option(True, "let the teacher read the text from which a KV memory starts")
+    top: int = option(100, "K, the number of the teacher's top tokens in the KL (paper)", low=1)
+    retention: str = option("", 'general text for Eq. 2; "domains": a mix of the domains\' own text; empty: none')
     retention_every: int = option(20, "steps between retention batches (paper)", low=1)
-    retention_batch: int = option(0, "sequences in one of them; 0: as --batch", low=0)
+    retention_batch: int = option(0, "sequences per retention batch; 0: same as --batch", low=0)
 
     # The training
     steps: int = option(250, "training steps, each on one batch of one domain; 0: none", low=0)
-    focus: int = option(0, "extra steps a round for the domain furthest from the teacher (measured)", low=0)
+    focus: int = option(0, "extra steps per round for the domain with the highest loss (measured)", low=0)
     batch: int = option(4, "sequences per batch (paper: 2)", low=1)
     seq_len: int = option(256, "tokens per sequence (paper: 512)", low=8)
     lora_rate: float = option(2e-3, "AdamW rate of LoRA (measured; paper: 1e-5 over 150M tokens)", low=0, high=10)
     gate_rate: float = option(0.1, "AdamW rate of log alpha (measured; paper: 1e-2)", low=0, high=10)
     kv_rate: float = option(3e-3, "AdamW rate of the KV memory (measured; paper: 1e-2)", low=0, high=10)
-    decay: float = option(0.5, "last share of the steps, in which LoRA's and KV's rates fall to 0", low=0, high=1)
+    decay: float = option(0.5, "final share of the steps, over which the LoRA and KV rates fall to 0", low=0, high=1)
     seed: int = option(0, "seed of data order, gate noise and LoRA's start", low=0, high=2**63 - 1)
 
     # The machine
     device: str = option("auto", "cpu or cuda; auto: cuda if there is one")
-    dtype: str = option("auto", "dtype of the frozen weights; auto: bfloat16 if fast", ("auto", "bfloat16", "float32"))
+    dtype: str = option(
+        "auto",
+        "dtype of the frozen weights; auto: bfloat16 if the device is fast at it",
+        ("auto", "bfloat16", "float32"),
+    )
     checkpointing: bool = option(False, "recompute the student in backward: less memory, more time")
     offload: bool = option(False, "keep idle modules and their AdamW state off the GPU")
     save_every: int = option(200, "steps between checkpoints", low=1)
 
     # The report
     eval_windows: int = option(12, "held-out windows per domain in the report", low=1)
-    eval_len: int = option(256, "their length in tokens", low=8)
+    eval_len: int = option(256, "tokens in a held-out window", low=8)
 
     def __post_init__(self):
         for f in fields(self):
@@ -196,7 +224,10 @@ class Settings:
     def from_file(cls, path):
         """The settings that a run was saved with, also by an earlier version or a fork."""
         try:
-            return cls.from_saved(json.loads(path.read_text(encoding="utf-8")))
+            saved = json.loads(path.read_text(encoding="utf-8"))
+            if "model" not in saved:  # other programs, too, have a settings.json
+                raise ValueError("it names no model")
+            return cls.from_saved(saved)
         except FileNotFoundError:
             raise BadInput(f"{path} does not exist; name the folder of a run that train.py made.") from None
         except (OSError, ValueError, TypeError, AttributeError, LookupError, BadInput, RecursionError) as error:
@@ -283,8 +314,8 @@ BEST = dict(
     batch=2, lora_rate=1e-3, eval_len=512, kv_passages=8,
 )  # fmt: skip
 
-# 150M tokens. Our choices where the paper leaves one: log alpha starts at 3, lambda is scaled, the mask is frozen at
-# the end. Its modules are only trained.
+# 150M tokens. Where the paper leaves something open, our choices are: log alpha starts at 3, lambda is scaled, the mask
+# is frozen at the end, the top K are renormalised. The modules are only trained.
 PAPER = dict(
     blocks=16, sparsity=0.12, count="paper", granularity="projection", gate_init="constant", multiple=1, beta=2.0,
     constraint="scaled", ramp=0.0, penalty=60.0, gate_share=1.0, rank=256, alpha=128.0, kv_tokens=256, kv_init="normal",

@@ -27,16 +27,18 @@ def check_solvable(config, memories):
     refuse_other_tensors(memories, "solving would ignore it; say --solve-tokens 0")
 
 
-def solve_module(domain, model, student, kept, module, optimizer, ids, s):
-    """Solve for the `MemoryModule` of a domain on its training text, ids. Returns what `solve_memories` does."""
+def solve_module(trainer, domain, ids):
+    """Solve for a domain's module of a `Trainer`, on the domain's text, ids. Returns the result of `solve_memories`."""
+    s = trainer.s
     tokens = windows(ids, s.seq_len, math.ceil(s.solve_tokens / s.seq_len))  # the whole text if it is shorter
-    batches = torch.from_numpy(tokens).to(model.head.device).split(max(1, AT_ONCE // s.seq_len))
+    batches = torch.from_numpy(tokens).to(trainer.device).split(max(1, AT_ONCE // s.seq_len))
+    module = trainer.modules[domain]
     try:
-        explained = solve_memories(model, student, module, kept, batches, s.solve_ridge)
+        explained = solve_memories(trainer.model, trainer.student, module, trainer.kept, batches, s.solve_ridge)
     except torch.linalg.LinAlgError as error:
         raise BadInput(f"{domain} cannot be solved for ({error}); lower the rates, and say --fresh.") from None
     for p in (module.lora_a["down"], module.lora_b["down"]):
-        optimizer.state[p] = {}  # AdamW's means belonged to other numbers
+        trainer.optimizers[domain].state[p] = {}  # AdamW's means belonged to other numbers
     return explained
 
 

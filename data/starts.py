@@ -15,6 +15,23 @@ from data.fast import in_chunks
 from data.objectives import token_losses
 from model import Cache, Memory
 
+
+def start(trainer, texts):
+    """Start a trainer's gates from a score, and its KV memories from passages of texts {domain: ids}."""
+    if koff.SCORES[trainer.s.gate_init] is not None:
+        start_gates(trainer.gates, trainer.model, texts, trainer.s)
+    read_contexts(trainer, texts)
+    for domain, context in trainer.contexts.items():
+        start_kv(trainer.modules[domain], context)
+
+
+def read_contexts(trainer, texts):
+    """Fill `Trainer.contexts` from texts {domain: ids}."""
+    _, first_memory, _ = trainer.s.first_blocks(trainer.depth)
+    for domain in trainer.domains if trainer.s.kv_from_text else ():
+        trainer.contexts[domain] = starting_context(trainer.model, texts[domain], trainer.s, first_memory)
+
+
 # Gates ---------------------------------------------------------------------------------------------------------------
 
 

@@ -1,6 +1,6 @@
-"""Named sets of runs, each with one table: the paper's ablations, and what else it compares.
+"""Named sets of runs, each with one table: the paper's ablations and its other comparisons.
 
-`python train.py --sweep NAME` trains those that are not finished. To try something new, add a set to `SWEEPS`.
+`python train.py --sweep NAME` trains the runs that are not finished. To try something new, add a set to `SWEEPS`.
 """
 
 import re
@@ -19,21 +19,21 @@ from koff import GATED
 
 @dataclass(frozen=True)
 class Sweep:
-    """rows: {label: its own settings}; common: settings of all rows."""
+    """rows: {label: the settings of this row}; common: settings of all rows."""
 
     rows: dict
     common: dict = field(default_factory=dict)
 
 
 def each(setting, *values, **more):
-    """{label: settings}, one row for each value of a setting."""
+    """{label: settings}: one row for each value of a setting."""
     name = setting.replace("_", " ")
     return {f"{name} {value}": {setting: value, **more} for value in values}
 
 
 PRUNING = dict(memory=False, gate_share=1.0)  # gates that learn to the last step: the stronger baseline
 
-# The paper's table of ablations, and more: each row leaves something out.
+# The paper's table of ablations, and more. Each row leaves something out.
 ABLATIONS = {
     "pruning only": PRUNING,
     "KV of text": dict(steps=0, solve_tokens=0),
@@ -46,12 +46,12 @@ ABLATIONS = {
     "LoRA, both": dict(kv_tokens=0),
     "LoRA + KV, both": {},
     "the same, teacher has not read the text": dict(teacher_context=False),
-    "the same, mask not learned": dict(gate_rate=0.0, gate_share=0.01, ramp=0.01),  # the gates' start decides it
+    "the same, mask not learned": dict(gate_rate=0.0, gate_share=0.01, ramp=0.01),  # the score decides
     "the same, prune first, recover afterwards": dict(order="prune-first"),
     "the same, with retention": dict(retention="domains", retention_every=1),
 }
 
-# How often, and how much at a time. (The paper compares 20, 50 and 100 of many more steps.)
+# Retention: how often, and in batches of which size. (The paper compares 20, 50 and 100, in many more steps.)
 INTERVALS = {}
 for every in (1, 2, 5):
     for size in (1, 2, 4):
@@ -66,11 +66,11 @@ for sparsity in (0.05, 0.1, 0.15, 0.2, 0.25, 0.3):
 
 SWEEPS = {
     "ablations": Sweep(ABLATIONS),
-    # At each sparsity four ways, of which `eval.py plot` makes four curves.
+    # Four ways at each sparsity: `eval.py plot` draws four curves.
     "sparsity": Sweep(QUALITY),
     "choices": Sweep(
         {"both": {}, "beta 2 to 0.5": dict(beta=2.0, beta_end=0.5)}
-        # These ranks make the shipped model's modules as large as the default's; for another choose them anew.
+        # With these ranks the shipped model's modules are as large as by default. For another model choose new ranks.
         | {"upper four blocks": dict(blocks=4, rank=60, alpha=60.0)}
         | {"LoRA on down only": dict(lora="down", rank=150, alpha=150.0)}
         | each("beta", 2.0)
@@ -84,7 +84,7 @@ SWEEPS = {
         | each("kv_init", "normal")
         | each("kv_passages", 8)
     ),
-    # How many steps a set of gates takes to its target, under a constant lambda.
+    # How many steps does each set of gates take to its target, under a constant lambda?
     "convergence": Sweep(
         each("gated", *GATED, sparsity=0.02),
         common=dict(
@@ -100,55 +100,54 @@ SWEEPS = {
 
 
 def runs_of(name, given, out, seeds):
-    """{label: {run folder: its `Settings`}}. A row's own settings win over `given`, and these over the sweep's."""
+    """{label: {run folder: its `Settings`}}. A row's own settings override `given`, which override the common ones."""
     chosen = SWEEPS[name]
     first_seed = given.get("seed", 0)
     runs = {}
     for label, own in chosen.rows.items():
         runs[label] = {}
+        file_name = re.sub(r"[^a-z0-9.]+", "-", label.lower()).strip("-")
         for seed in range(first_seed, first_seed + seeds):
-            file_name = re.sub(r"[^a-z0-9.]+", "-", label.lower()).strip("-")
             settings = {**chosen.common, **given, **own, "seed": seed}
             runs[label][out / f"{file_name}-seed{seed}"] = Settings(**settings)
     return runs
 
 
 def sweep(name, given, out, fresh, train, seeds):
-    """Train every run of a sweep that is not finished, with its table in sweep.md and sweep.json after each row.
+    """Train every unfinished run of a sweep by `train(settings, folder)`. Its table is in sweep.md and sweep.json.
 
-    One seed shows a direction, three whether it is more than noise.
-
-    `train(settings, folder)` trains one. All see the same batches in the same order, but for --focus, which
-    looks at the losses.
+    All runs see the same batches in the same order, except with --focus, which looks at the losses. One seed shows a
+    direction, three show whether it exceeds the noise.
     """
     if (out / "settings.json").exists():
         raise BadInput(f"{out} is a run, not a sweep; name another folder with --out.")
     runs = runs_of(name, given, out, seeds)
-    every = {folder: s for members in runs.values() for folder, s in members.items()}
-    for folder, s in every.items():  # what cannot work shows before hours are spent
+    settings_of = {}  # {run folder: its `Settings`}
+    for members in runs.values():
+        settings_of |= members
+    for folder, s in settings_of.items():  # refuse impossible runs now, before hours are spent
         find_domains(s.data, s.domains)
         fitting_gates(s, read_config(model_folder(s.model, weights=False)))
         finished(s, folder, fresh)  # BadInput if the folder holds another run
-    # All old runs go before the first new one comes: else a sweep that was stopped would go on with both.
-    for folder, s in every.items() if fresh else ():
-        if folder.exists():
+    # Remove all old runs before the first new one starts. Otherwise a stopped sweep would go on with both.
+    for folder, s in settings_of.items():
+        if fresh and folder.exists():
             with only_process(folder):
                 erase(folder, s)
-    # The table is written again after each row, so that a long sweep can be read while it runs.
+    # Write the table after each row: a long sweep can be read while it runs.
     done = {}
     for label, members in runs.items():
         for folder, s in members.items():
-            if finished(s, folder):
-                continue
-            print(f"\n{label}, seed {s.seed}")
-            train(s, folder)
+            if not finished(s, folder):
+                print(f"\n{label}, seed {s.seed}")
+                train(s, folder)
         done[label] = list(members)
         save_table(out, name, done)
     print(f"\n{(out / 'sweep.md').read_text()}")
 
 
 def save_table(out, name, runs):
-    """Write the table of a sweep, {label: [folder, one per seed]}: sweep.md to read, sweep.json for the pictures."""
+    """Write the table of the runs {label: [folder, one per seed]}: sweep.md to read, sweep.json for the pictures."""
     rows = {}
     described = {}
     for label, folders in runs.items():

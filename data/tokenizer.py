@@ -1,8 +1,8 @@
-"""A Hugging Face `tokenizer.json` (byte-level BPE) read into tiktoken: the ids of the `tokenizers` library without it.
+"""Read a Hugging Face `tokenizer.json` (byte-level BPE) into tiktoken. The ids equal those of the `tokenizers` library.
 
-Text passes six stages: added tokens are cut out -> NFC (Qwen) -> added tokens of the normalised text are cut out -> a
-regex cuts the rest into pieces -> BPE on the bytes of each piece -> ids. What would need another stage is refused when
-the file is read. Truncation and padding, which some files ask for, are left to the caller, as in transformers.
+Text passes six stages: added tokens are cut out; NFC (Qwen); added tokens of the normalised text are cut out; a regex
+cuts the rest into pieces; BPE on the bytes of each piece; ids. A file that needs any other stage is refused when it is
+read. Truncation and padding, which some files request, are left to the caller, as in transformers.
 """
 
 import functools
@@ -18,35 +18,37 @@ from tiktoken._tiktoken import CoreBPE
 
 from data import BadInput
 
-# The pattern of a plain ByteLevel is GPT-2's. SmolLM2 isolates every digit before it; as one regex, that is DIGITS.
+# A plain ByteLevel has GPT-2's pattern. SmolLM2 isolates every digit first; DIGITS does both in one regex.
 GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 DIGITS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
 
-# What `regex` reads otherwise than the library that `tokenizers` has: \h, \w, \b, ^, $, a class in a class, x{2}+,
-# flags, \p after (?i:.
+# Constructs that `regex` and the regex library of `tokenizers` read differently: \h, \w, \b, ^, $, a class in a class,
+# x{2}+, flags, \p after (?i:.
 DIALECT = r"\\[^\WpPsSdDrnt]|(?<!\[)\^|\$|&&|\[[^\]]*\[|\d\}\+|\(\?(?!i:)[\w^~-]|\(\?i:[^)]*\\"
 
-# A byte-level vocabulary writes each byte as one visible character: itself where it has a shape, else from U+0100 on.
+# A byte-level vocabulary writes each byte as one visible character: as itself if it has a shape, otherwise as one from
+# U+0100 on.
 SHAPELESS = [*range(33), *range(127, 161), 173]
-LONGEST = 1024  # characters of a token: those of models have a few hundred at most, and much longer ones take hours
 BYTE_OF = {chr(byte): byte for byte in range(256) if byte not in SHAPELESS}
 for number, byte in enumerate(SHAPELESS):
     BYTE_OF[chr(256 + number)] = byte
 
-# Finds in a text the characters that the Unicode of tiktoken, which is that of `tokenizers`, does not have.
+LONGEST = 1024  # characters of a token; real models need a few hundred, and much longer tokens would take hours
+
+# Finds the characters of a text that do not exist in tiktoken's version of Unicode, which is also that of `tokenizers`.
 UNASSIGNED = CoreBPE({bytes([byte]): byte for byte in range(256)}, {}, r"\p{Cn}")
 
 
 class Tokenizer:
     """Text to ids and back.
 
-    vocab_size: highest id + 1, added tokens included.      bos: ids that `encode(bos=True)` prepends, [] if none.
-    fingerprint: hash of the file, a key for token caches.
+    vocab_size: the highest id + 1, added tokens included. bos: the ids that `encode(bos=True)` prepends, often [].
+    fingerprint: a hash of the file, for the keys of token caches.
     """
 
     @classmethod
     def from_folder(cls, folder):
-        """Read `<folder>/tokenizer.json`. BadInput if it is missing, damaged or needs what is not implemented."""
+        """Read `<folder>/tokenizer.json`. BadInput if it is missing, damaged or not supported."""
         path = Path(folder, "tokenizer.json")
         try:
             return cls.from_bytes(path.read_bytes())
@@ -54,11 +56,11 @@ class Tokenizer:
             raise BadInput(f"{path} cannot be read ({error.strerror}); name a folder with a tokenizer.json.") from None
         except BadInput as error:
             raise BadInput(f"{path}: {error}") from None
-        except Exception as error:  # nobody can list the values that a damaged file may have, and what they lead to
+        except Exception as error:  # a damaged file can fail in any way
             raise BadInput(f"{path} is not a valid tokenizer.json ({error!r:.200}); download it again.") from None
 
     @classmethod
-    @functools.lru_cache(2)  # a run has its model's file, and to read one takes a second
+    @functools.lru_cache(2)  # reading takes a second, and a run has the same file as its model
     def from_bytes(cls, raw):
         """Read the bytes of a tokenizer.json."""
         return cls(json.loads(raw), hashlib.sha256(raw).hexdigest()[:16])
@@ -67,15 +69,15 @@ class Tokenizer:
         """`file` is the parsed tokenizer.json."""
         model = file["model"]
         vocab = model["vocab"]
-        # Of two added tokens with one content the later counts, an empty one not at all.
+        # If two added tokens have the same content, the later one counts. Empty ones are ignored.
         added = {token["content"]: token for token in file.get("added_tokens") or [] if token["content"]}
         normalizer = file.get("normalizer")  # NFC or None
         check_supported(model, normalizer, added.values())
         self.fingerprint = fingerprint
         self.bos = bos_of(file.get("post_processor"))
 
-        # Added tokens: some are looked for in the text as it is, the others in the normalised text between those. Those
-        # that the vocabulary has keep that id, the others are numbered on, whatever the file says.
+        # Added tokens: we search for some in the raw text, and for the others in the normalised text between them. A
+        # token in the vocabulary keeps its id. All others get the next free ids, whatever the file says.
         self._normalize = functools.partial(unicodedata.normalize, "NFC") if normalizer else str
         ids = dict(vocab)
         self._raw = {}
@@ -87,32 +89,32 @@ class Tokenizer:
             else:
                 self._raw[content] = id
 
-        # BPE. tiktoken numbers the entries by rank; `_ids` has the file's own number of each.
+        # BPE. tiktoken numbers the entries by rank; `_ids` maps a rank to the file's id.
         entries = merge_order(model["merges"], vocab)
         ranks = {to_bytes(entry): rank for rank, entry in enumerate(entries)}
         self._ids = [vocab[entry] for entry in entries]
         self._bpe = CoreBPE(ranks, {}, "")
         self._missing = bytes(BYTE_OF[char] for char in BYTE_OF.keys() - vocab)
-        # Llama-3 does not merge a piece that is an entry of the vocabulary.
+        # In Llama-3, a piece that is itself an entry of the vocabulary is not split.
         whole = filter(is_byte_level, vocab) if model.get("ignore_merges") else ()
         self._whole = {to_bytes(token): vocab[token] for token in whole}
 
-        # Pieces. `tokenizers` makes a piece of each run that no alternative matches, and so does the second half.
+        # Pieces. `tokenizers` also makes a piece of text that the pattern does not match: the second half does this.
         given = pattern_of(file.get("pre_tokenizer"))
         self._pattern = regex.compile(rf"{given}|(?:(?!{given})(?s:.))+")
-        self._cut("")  # refuses most of the regexes that _cut refuses, before there is a text
+        self._cut("")  # refuses most bad regexes now, before a text comes
 
-        # And back: what each id stands for.
+        # Decoding: the bytes of each id.
         self._bytes = {id: to_bytes(text) if text in vocab else text.encode() for text, id in ids.items()}
         if len(self._bytes) < len(ids):
             raise BadInput("two entries of the vocabulary have one id; download the file again.")
-        self.vocab_size = max(array("I", self._bytes)) + 1  # OverflowError or TypeError if one is no whole number
-        self.decode(self.bos)  # ValueError if the post-processor names an id that there is not
+        self.vocab_size = max(array("I", self._bytes)) + 1  # raises an error for an id that is no whole number
+        self.decode(self.bos)  # ValueError if the post-processor names an unknown id
 
     def encode(self, text, bos=False):
-        """Ids of `text`, added tokens in it recognised. `bos` prepends `self.bos`, unless the ids begin with it.
+        """Ids of `text`, in which added tokens are recognised. bos: prepend `self.bos` unless it is there already.
 
-        A lone surrogate counts as U+FFFD. A byte that the vocabulary lacks leaves no id.
+        A lone surrogate counts as U+FFFD. A byte that is missing in the vocabulary is dropped.
         """
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         ids = []
@@ -131,8 +133,9 @@ class Tokenizer:
         return ids
 
     def _cut(self, text):
-        """The pieces of `text`. BadInput if the regex matches an empty one: after it, each library goes its way."""
-        # To `regex` a newer character may be a letter. For the cut it becomes one that is none in any Unicode.
+        """The pieces of `text`. BadInput if the regex matches an empty text: libraries differ in how they continue."""
+        # `regex` knows a newer Unicode, in which an unassigned character may be a letter. It is replaced by one that is
+        # never assigned.
         newer = bytes(UNASSIGNED.encode_ordinary(text)).decode()
         known = text.translate(dict.fromkeys(map(ord, newer), "\ufdd0")) if newer else text
         pieces = [text[slice(*match.span())] for match in self._pattern.finditer(known)]
@@ -140,9 +143,9 @@ class Tokenizer:
             refuse("a pre-tokenizer whose regex matches an empty text")
         return pieces
 
-    @functools.lru_cache(2**16)  # noqa: B019 (a text repeats its words, and a tokenizer lives as long as the program)
+    @functools.lru_cache(2**16)  # noqa: B019 (texts repeat words, and a tokenizer lives as long as the program)
     def _encode_piece(self, piece):
-        """Ids of one piece. `tokenizers` drops a missing byte between the regex and BPE: "(\\x04)" is "()"."""
+        """Ids of one piece. `tokenizers` drops missing bytes after the regex and before BPE: "(\\x04)" becomes "()"."""
         piece = piece.encode()
         if piece in self._whole:
             return [self._whole[piece]]
@@ -152,12 +155,12 @@ class Tokenizer:
         return [self._ids[rank] for rank in self._bpe.encode_single_piece(known)]
 
     def decode(self, ids):
-        """Text of `ids`, added tokens included; bytes that are not UTF-8 become U+FFFD. ValueError on an unknown id."""
+        """Text of `ids`, added tokens included. Invalid UTF-8 becomes U+FFFD. ValueError for an unknown id."""
         return self.decode_bytes(ids).decode(errors="replace")
 
     def decode_bytes(self, ids):
-        """Bytes of `ids`, for streaming: one token may end inside a character. An id between others that stands for
-        nothing has none; ValueError on one outside."""
+        """Bytes of `ids`, for streaming: a token may end inside a character. Unused ids below `vocab_size` have none.
+        ValueError for an id outside."""
         for id in ids:
             if not 0 <= id < self.vocab_size:
                 raise ValueError(f"token id {id} is not in the vocabulary of {self.vocab_size}")
@@ -165,18 +168,18 @@ class Tokenizer:
 
 
 def cut_out(added, text):
-    """`text` cut into the `added` tokens, of those that begin at one place the longest, and what is between them."""
-    # No text has a lone surrogate; an empty list would be found everywhere.
+    """`text` cut into `added` tokens and the parts between them. Of tokens that begin at one place the longest wins."""
+    # An empty list would match everywhere. A lone surrogate matches nowhere.
     return regex.split(r"(\L<added>)", text, added=added or ["\ud800"])
 
 
 def is_byte_level(token):
-    """Is each character of `token` one that stands for a byte?"""
+    """Whether every character of `token` stands for a byte."""
     return BYTE_OF.keys() >= set(token)
 
 
 def to_bytes(token):
-    """Bytes of a vocabulary entry; one with characters outside the byte alphabet stands for itself."""
+    """Bytes of a vocabulary entry. An entry with a character outside the byte alphabet stands for itself."""
     if is_byte_level(token):
         return bytes(map(BYTE_OF.get, token))
     return token.encode()
@@ -185,13 +188,15 @@ def to_bytes(token):
 def merge_order(merges, vocab):
     """The entries of the vocabulary that BPE can produce, in the order of their merges; then the single bytes.
 
-    `tokenizers` merges the pairs that the file lists, tiktoken all neighbours that spell an entry. To do the same,
-    tiktoken gets only the entries that come out as one token where BPE has nothing else, ranked by their last pair.
-    Proof: as long as no token crosses the ends of an entry's place in a text, inside happens what happens to the entry
-    alone. So one that alone does not come out is never produced; and of one that does, no neighbours ever spell it but
-    its last pair.
+    `tokenizers` merges the pairs in the file's list. tiktoken merges any neighbours that spell an entry. To get equal
+    results, tiktoken receives only the entries that BPE, applied to the entry alone, merges into one token. Each is
+    ranked by the last pair of that merge.
+
+    Proof: look at the place of an entry in a text. As long as no token crosses its ends, the merges inside are those of
+    the entry alone. So an entry that BPE does not complete alone is never produced. And if BPE completes it alone, its
+    last pair are the only neighbours that ever spell it.
     """
-    ranks = {}  # of two equal pairs, `tokenizers` takes the later
+    ranks = {}  # of two equal pairs the later counts, as in `tokenizers`
     for rank, merge in enumerate(merges):
         left, right = merge.split(" ") if isinstance(merge, str) else merge  # older files have "a b", newer ["a", "b"]
         if not {left, right, left + right} <= vocab.keys():
@@ -206,9 +211,10 @@ def merge_order(merges, vocab):
 
 
 def last_parts(entry, ranks):
-    """What BPE by its definition makes of `entry`, stopped at two parts: a tuple of strings.
+    """The last two parts, as strings, when BPE merges `entry` alone; more parts if it gets stuck.
 
-    ranks: {(left, right): rank}. The listed pair of the lowest rank is merged, the leftmost of equal ones, and again.
+    By definition, BPE repeatedly merges the pair of the lowest rank, the leftmost of equal ones. ranks: {(left, right):
+    rank}.
     """
     parts = list(entry)
     while len(parts) > 2:
@@ -221,15 +227,15 @@ def last_parts(entry, ranks):
     return tuple(parts)
 
 
-def refuse(what):
-    """BadInput: a tokenizer that needs `what` would get other ids here than in `tokenizers`."""
+def refuse(feature):
+    """BadInput: without this feature the ids would differ from those of `tokenizers`."""
     raise BadInput(
-        f"{what} is not implemented; use a model with byte-level BPE, such as Llama-3, Qwen, SmolLM2 or GPT-2."
+        f"{feature} is not implemented; use a model with byte-level BPE, such as Llama-3, Qwen, SmolLM2 or GPT-2."
     )
 
 
 def check_supported(model, normalizer, added):
-    """Refuse by name what would change ids and is not implemented."""
+    """Refuse by name every feature that would change ids and is not implemented."""
     if model.get("byte_fallback"):
         refuse("a SentencePiece tokenizer (byte_fallback, as in Llama-2 and TinyLlama)")
     if model.get("type", "BPE") != "BPE":
@@ -246,12 +252,12 @@ def check_supported(model, normalizer, added):
 
 
 def pattern_of(pre_tokenizer):
-    """The regex whose matches are the pieces that BPE works in."""
+    """The regex that cuts text into pieces for BPE."""
     steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer]) if pre_tokenizer else []
     names = [step["type"] for step in steps]
     if steps and not steps[-1].get("add_prefix_space", True):
         first = steps[0]
-        use_regex = steps[-1].get("use_regex", True)  # GPT-2's, after what the other step does
+        use_regex = steps[-1].get("use_regex", True)  # GPT-2's, after the other step
         if names == ["ByteLevel"] and use_regex:
             return GPT2
         if names == ["Digits", "ByteLevel"] and use_regex and first["individual_digits"]:
@@ -264,13 +270,13 @@ def pattern_of(pre_tokenizer):
 
 
 def bos_of(post_processor):
-    """Ids that the post-processor prepends to a text, [] if none."""
+    """The ids that the post-processor prepends to a text."""
     ids = []
     steps = post_processor.get("processors", [post_processor]) if post_processor else []
     for step in steps:
         if step["type"] == "TemplateProcessing" and "Sequence" in step["single"][-1]:
-            for piece in step["single"][:-1]:  # the last one stands for the text
+            for piece in step["single"][:-1]:  # the last piece is the text
                 ids += step["special_tokens"][piece["SpecialToken"]["id"]]["ids"]
-        elif step["type"] != "ByteLevel":  # that one moves offsets only
+        elif step["type"] != "ByteLevel":  # ByteLevel only changes offsets
             refuse(f"the post-processor {step['type']}, with the template it has,")
     return ids

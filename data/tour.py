@@ -1,6 +1,7 @@
 """Each idea of knowledge offloading on numbers that fit on a screen: `python data/tour.py`, in the order of koff.py.
 
-It needs no weights and no text, and takes a few seconds. Every number comes from the functions that training uses.
+It needs no weights and no text, and takes a few seconds. The inputs are made up; the project's own functions compute
+the results.
 """
 
 import sys
@@ -15,6 +16,9 @@ from data.solve import reduced_rank_regression
 from data.starts import text_context
 from model import Config, Model, Projection
 
+BETA = 2 / 3  # temperature of the gates
+
+# One block of width 6 with 4 MLP neurons and one attention head of 2 channels. Only the sizes matter here.
 CONFIG = Config(
     model_type="llama", vocab_size=10, hidden_size=6, intermediate_size=4, num_hidden_layers=1,
     num_attention_heads=1, num_key_value_heads=1, head_dim=2, rms_norm_eps=1e-6, rope_theta=10_000.0,
@@ -27,94 +31,112 @@ def say(text):
     print("  " + text)
 
 
-def row(label, numbers):
-    """A line of numbers."""
-    cells = "".join(f"{number:8d}" if isinstance(number, int) else f"{number:8.2f}" for number in numbers)
-    say(f"{label:<34}{cells}")
+def show(label, numbers):
+    """Print a label and its numbers."""
+    cells = "".join(f"{number:8d}" if isinstance(number, int) else f"{number:8.3f}" for number in numbers)
+    say(f"{label:<40}{cells}")
 
 
 def tiny_model():
-    """A random model with 1 block, width 6 and 4 MLP neurons."""
     model = Model(CONFIG)
     for p in model.parameters():
-        torch.nn.init.normal_(p, mean=float(p.ndim == 1), std=0.5)
+        torch.nn.init.normal_(p, mean=float(p.ndim == 1), std=0.5)  # weights of norms are near 1
     return model.requires_grad_(False)
 
 
 def hard_concrete_gate():
-    """A gate is a number z in [0, 1] that multiplies one output channel."""
+    """A gate is a number z in [0, 1] that multiplies one output channel of a matrix."""
     noise = torch.tensor([0.02, 0.1, 0.3, 0.6, 0.9])
-    row("noise u", noise)
+    show("noise u, uniform on (0, 1)", noise)
     for log_alpha in (3.0, 0.0, -3.0):
-        z = koff.hard_concrete(torch.tensor(log_alpha), 2 / 3, noise)
-        p = koff.probability_open(torch.tensor(log_alpha), 2 / 3)
-        row(f"z for log alpha {log_alpha:4.1f}, P(z > 0) {p:.2f}", z)
-    say("Training moves log alpha. Draws are often exactly 0 or 1; in between they have a gradient.")
+        z = koff.hard_concrete(torch.tensor(log_alpha), BETA, noise)
+        p = koff.probability_open(torch.tensor(log_alpha), BETA)
+        show(f"z for log alpha {log_alpha:4.1f}; P(z > 0) is {p:.2f}", z)
+    say("log alpha is trained: one number for each output channel of k, v, gate, up and down.")
+    say("Each step draws new noise. Many draws are exactly 0 or 1; those between have a gradient.")
 
 
 def cut_rows():
-    """A closed channel is a row of its matrix that can be cut."""
+    """If z = 0 for good, the matrix row of that channel can be cut."""
     projection = Projection(fan_in=3, channels=6, bias=False, rows=6)
     projection.weight.data = torch.arange(18.0).view(6, 3) / 10
     x = torch.tensor([[[1.0, -1.0, 2.0]]])  # [B, T, fan-in]
     z = torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0, 0.0])
-    lora = torch.ones(1, 3), torch.full((6, 1), 0.5)  # A [r, fan-in], B [channels, r]
-    row("z", z)
-    row("z (W x), 6 rows", projection(x, z)[0, 0])
-    row("z (W x + B A x)", projection(x, z, lora)[0, 0])
-    small = Projection(fan_in=3, channels=6, bias=False, rows=4)
+    lora_a = torch.ones(1, 3)
+    lora_b = torch.full((6, 1), 0.5)
+    show("z of 6 channels", z)
+    show("z (W x), W has 6 rows", projection(x, z)[0, 0])
+    show("z (W x + B A x): LoRA adds 1 if open", projection(x, z, (lora_a, lora_b))[0, 0])
+    small = Projection(fan_in=3, channels=6, bias=False, rows=4)  # 4 of the 6 rows are left
     small.kept = z.nonzero()[:, 0]
     small.weight.data = projection.weight.data[small.kept]
-    row("W x with 4 rows, zeros put back", small(x)[0, 0])
-    say("LoRA cannot reopen a closed channel: the gate multiplies the sum.")
+    show("W x, W has 4 rows, zeros put back", small(x)[0, 0])
+    say("The gate multiplies the sum, so LoRA cannot reopen a closed channel.")
 
 
 def two_counts():
-    """What does "12% removed" count? The block has 4 neurons: rows of gate and up, columns of down, all 6 long."""
+    """Two counts of what is removed: closed channels, and parameters that are really gone."""
     model = tiny_model()
-    mask = {"gate": torch.ones(1, 4), "up": torch.ones(1, 4), "down": torch.ones(1, 6)}
+    mask = {"gate": torch.ones(1, 4), "up": torch.ones(1, 4), "down": torch.ones(1, 6)}  # [blocks, channels], 1 is open
     mask["gate"][0, 0] = 0
     mask["up"][0, 1] = 0
-    paper = koff.removed_paper(CONFIG, mask)
+    say("A neuron is silu(gate) * up: a row of gate_proj, a row of up_proj and a column of down_proj, 6 numbers each.")
+    say("Closed: the gate_proj row of neuron 0 and the up_proj row of neuron 1.")
+    say(f"The paper's count, closed channels x fan-in: {koff.removed_paper(CONFIG, mask):.0f} parameters.")
     physical = koff.removed_physical(CONFIG, mask)
-    say("Closed: the gate row of neuron 0 and the up row of neuron 1.")
-    say(f"By the paper's count, closed channels x fan-in: {paper:.0f} parameters.")
-    say(f"Really gone: {physical:.0f}. Both neurons are dead, so each loses two rows and a column of down.")
-    kept = koff.kept_channels({name: rows.bool() for name, rows in mask.items()}, CONFIG, 0, "cpu")
+    say(f"Really gone: {physical:.0f}. One closed row makes its neuron's output zero, so its two other parts go too.")
+    kept = koff.kept_channels({name: rows.bool() for name, rows in mask.items()}, CONFIG, first_block=0, device="cpu")
     small = koff.materialise(model, kept)
     before = koff.count_parameters(model)
     after = koff.count_parameters(small)
-    say(f"The materialised model has {after} of {before} parameters: {1 - after / before:.0%} removed.")
+    say(
+        f"The materialised model has {after} of {before} parameters: its physical sparsity is {1 - after / before:.1%}."
+    )
+    say('In this repository "12% removed" means this share. The paper probably means its own count.')
     tokens = torch.tensor([[1, 2, 3]])
-    z = {0: {name: rows[0] for name, rows in mask.items()}}
+    z = {0: {name: rows[0] for name, rows in mask.items()}}  # {block: {name: [channels]}}
     difference = (model(tokens, z) - small(tokens)).abs().max()
-    say(f"Largest difference between its logits and the masked model's: {difference:.0e}.")
+    say(f"The masked and the smaller model have the same logits, up to {difference:.0e}.")
 
 
-def penalty():
-    """The penalty closes gates until the expected sparsity reaches its target."""
-    gates = koff.Gates(CONFIG, first_block=0)
-    hinge = koff.Hinge(20.0)
-    optimizer = torch.optim.AdamW(gates.parameters(), lr=0.05)
-    target = 0.3
+def penalty_and_final_mask():
+    """The penalty raises the expected sparsity to its target; then the final mask closes that much."""
+    gates = koff.Gates(CONFIG, first_block=0, granularity="neuron", start=1.0)
+    with torch.no_grad():
+        for log_alpha in gates.log_alpha.values():
+            log_alpha += torch.rand_like(log_alpha)
+    hinge = koff.Hinge(20.0)  # lambda
+    optimizer = torch.optim.SGD(gates.parameters(), lr=1.0)
+    target = 0.25
     reached = []
-    for _ in range(121):
-        expected = gates.sparsity()
+    for _ in range(61):
+        expected = gates.sparsity()  # over the noise
         reached.append(expected.item())
-        hinge(expected, target).backward()  # lambda * max(0, target - expected); training adds the KL to it
+        loss = hinge(expected, target)  # lambda * max(0, target - expected); training adds the KL
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    row("step", range(0, 121, 20))
-    row("expected sparsity, target 0.30", reached[::20])
+    show("step", range(0, 61, 15))
+    show("expected sparsity, target 0.25", reached[::15])
+    mask = gates.final_mask(target)
+    show("neuron", range(4))
+    show("its log alpha at the end", gates.log_alpha["neuron"][0].tolist())
+    show("its place in the final mask", mask["neuron"][0].int().tolist())
+    say(
+        "Gates close in order of log alpha until the target is reached. One neuron is a large step in so small a model:"
+    )
+    show("sparsity of the final mask", [gates.sparsity(mask).item()])
+    say("From then on there is no noise: a gate is 0 or 1.")
 
 
 def memory_module():
-    """A module is LoRA on five projections and M trainable keys and values, for each block."""
+    """A module is LoRA on five projections and M trainable keys and values, in each block; one module per domain."""
     module = koff.MemoryModule(CONFIG, first_block=0, rank=2, alpha=2.0, kv_tokens=3)
-    for name in module.lora_a:
-        a, b = module.lora_a[name], module.lora_b[name]
-        say(f"LoRA on {name:<5} A {list(a.shape[1:])}, B {list(b.shape[1:])}")
-    say(f"keys and values [heads, M, head dim]: {list(module.keys.shape[1:])} each")
+    memory = module.by_block(torch.float32)[0]
+    for name, (a, b) in memory.lora.items():
+        say(f"LoRA on {name:<5} A {list(a.shape)}, B {list(b.shape)}")
+    say(f"keys and values [heads, M, head dim]: {list(memory.keys.shape)} each")
+    say("Training attaches the module of the text's domain. At use, a router (naive Bayes on tokens) picks one.")
 
     model = tiny_model()
     prefix = torch.tensor([4, 7, 2])
@@ -122,45 +144,51 @@ def memory_module():
     whole = model(torch.cat([prefix[None], text], dim=1))[:, len(prefix) :]
     with_memory = model(text, memories=text_context(model, prefix, first_block=0))
     difference = (whole - with_memory).abs().max()
-    say(f"Keys and values of a prefix act like the prefix itself: logits differ by {difference:.0e}.")
-    say("Training starts there and then moves them as free parameters.")
+    say(f"Another memory: the keys and values of a prefix act like the prefix itself, up to {difference:.0e}.")
+    say("Ours: training starts from such keys and values of real text; the paper starts from noise.")
 
 
 def distillation():
-    """The loss is KL(teacher || student) on the teacher's top outcomes: here 3 of 5."""
+    """The loss is KL(teacher || student) on the teacher's most likely tokens: here 3 of 5, in training 100."""
     teacher = torch.tensor([[0.50, 0.30, 0.10, 0.06, 0.04]]).log()
     student = torch.tensor([[0.45, 0.25, 0.05, 0.20, 0.05]]).log()
     index = torch.tensor([[0, 1, 2]])
-    top = (index, *koff.top_and_rest(teacher, index))  # as `koff.teacher_topk` has it
-    row("teacher", teacher[0].exp())
-    row("student", student[0].exp())
-    row("KL on all 5 outcomes", (teacher.exp() * (teacher - student)).sum(-1))
-    row("top 3, rest as one outcome (kl)", koff.kl_topk(student, top))
-    row("top 3, both renormalised", kl_renormalise(student, top))
-    row("top 3 alone", kl_drop(student, top))
-    say("The student's outcome 4 is three times too likely. Renormalising hides most of that.")
+    log_p, log_p_rest = koff.top_and_rest(teacher, index)
+    top = (index, log_p, log_p_rest)
+    show("teacher: the frozen model, gates open", teacher[0].exp())
+    show("student: gates and a module", student[0].exp())
+    show("KL on all 5 tokens", (teacher.exp() * (teacher - student)).sum(-1))
+    show("top 3, and the rest as one outcome", koff.kl_topk(student, *top))
+    show("top 3, each side renormalised", kl_renormalise(student, *top))
+    show("top 3, no term for the rest", kl_drop(student, *top))
+    say("The fourth token is three times too likely for the student. Renormalising hides most of that.")
+    say("The paper does not say which of these it uses. Ours is the rest as one outcome.")
 
 
 def least_squares():
-    """Ours: once the mask is final, LoRA on `down` has a closed form. Rank 1 of a 3 x 3 residual:"""
-    activations = torch.eye(3, dtype=torch.float64)  # H: three tokens, three neurons
-    missing = torch.tensor([[2.0, 4.0, 2.0], [1.0, 2.0, 1.0], [0.0, 0.0, 1.0]], dtype=torch.float64)  # R
-    a, b, explained = reduced_rank_regression(activations.T @ activations, activations.T @ missing, 1, 1e-9)
-    solved = activations @ a.T @ b.T  # H A^T B^T
-    for i in range(3):
-        row("missing | restored by rank 1", [*missing[i], *solved[i]])
-    say(f"One direction explains {explained / missing.square().sum():.0%} of the squares.")
+    """Ours, not the paper's: once the mask is final, LoRA on `down` has a closed form."""
+    activations = torch.eye(3, dtype=torch.float64)  # H [tokens, neurons] of the student
+    missing = torch.tensor([[2.0, 4.0, 2.0], [1.0, 2.0, 1.0], [0.0, 0.0, 1.0]], dtype=torch.float64)  # R [tokens, D]
+    gram = activations.T @ activations
+    cross = activations.T @ missing
+    a, b, explained = reduced_rank_regression(gram, cross, rank=1, ridge=1e-9)
+    restored = activations @ a.T @ b.T
+    for token in range(3):
+        show(f"token {token}: what the cut removed", missing[token].tolist())
+    for token in range(3):
+        show(f"token {token}: what rank 1 restores", restored[token].tolist())
+    say(f"Rank 1 explains {explained / missing.square().sum():.0%} of the sum of squares. Training goes on from there.")
 
 
 PARTS = (
-    hard_concrete_gate, cut_rows, two_counts, penalty, memory_module, distillation, least_squares,
+    hard_concrete_gate, cut_rows, two_counts, penalty_and_final_mask, memory_module, distillation, least_squares,
 )  # fmt: skip
 
 
 def main():
     torch.manual_seed(0)
     for number, part in enumerate(PARTS, 1):
-        print(f"\n{number}. {part.__doc__.strip()}\n")
+        print(f"\n{number}. {part.__doc__}\n")
         part()
     print("\nNext: model.py, where gates and memories enter; koff.py, the method; train.py, the loop.")
 

@@ -31,11 +31,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import koff
-from data import BadInput
+from data import BadInput, fast, starts
 from data.checkpoint import load, load_module, save_module
 from data.families import read_config
 from data.run import pick_dtype
-from data.settings import Settings
+from data.settings import LORA, Settings
+from data.solve import solve_module
 from data.tables import table
 from data.tokenizer import Tokenizer
 from model import Cache, Model
@@ -56,7 +57,7 @@ def operations(config, s):
     c, n = config, config.num_hidden_layers
     tokens, q_width = s.batch * s.seq_len, c.num_attention_heads * c.head_dim
     block = sum(rows * columns for rows, columns in c.shapes.values())
-    lora = s.rank * sum(sum(c.shapes[name]) for name in koff.LORA[s.lora])
+    lora = s.rank * sum(sum(c.shapes[name]) for name in LORA[s.lora])
     head = c.vocab_size * c.hidden_size
     unneeded = c.hidden_size * (q_width + 2 * c.shapes["k"][0] + 2 * s.rank)  # of the first gated block's input
     upper = n - s.first_blocks(n)[0]
@@ -105,15 +106,22 @@ def rate():
     return {"rate": best}
 
 
+def freeze(trainer):
+    """As `train.loop` does where the gates have learnt."""
+    s = trainer.s
+    trainer.freeze_mask(fast.final_mask(trainer.gates, s.sparsity, s.count, s.multiple))
+
+
 def freeze_random_mask(trainer):
     """Gates of all kinds close. (They begin equal, and would close in order: every channel of `down` first.)"""
     generator = torch.Generator().manual_seed(0)
     scores = {name: torch.rand(a.shape, generator=generator) for name, a in trainer.gates.log_alpha.items()}
-    trainer.gates.start_from(scores)
-    trainer.start_step(trainer.s.steps)
+    starts.spread_by_rank(trainer.gates, scores)
+    freeze(trainer)
 
 
 def our_step(model, settings, domains=1, closed=False, vocabulary=None, times=4):
+    fast.enable()  # as train.py does
     s = Settings(model=model, **settings)
     if vocabulary:  # numbers do not matter
         with torch.device("meta"):
@@ -126,15 +134,18 @@ def our_step(model, settings, domains=1, closed=False, vocabulary=None, times=4)
     memory = memory_above(model.parameters())
     trainer = Trainer(model, s, [f"d{i}" for i in range(domains)])
     tokens = torch.randint(0, model.config.vocab_size, (s.batch, s.seq_len))
+    one_step = trainer.learn
     if closed:
         freeze_random_mask(trainer)
+        one_step = trainer.recover
     for domain in trainer.domains:  # all of AdamW's state
-        trainer.step(tokens, domain, 0)
-    own = 12 * sum(p.numel() for p in trainer.modules.parameters())
-    return {"seconds": fastest(lambda: trainer.step(tokens, "d0", 0), times), "memory": memory(), "own": own}
+        one_step(tokens, domain, 0)
+    own = 12 * sum(koff.count_parameters(module) for module in trainer.modules.values())
+    return {"seconds": fastest(lambda: one_step(tokens, "d0", 0), times), "memory": memory(), "own": own}
 
 
 def our_solve(model, settings):
+    fast.enable()
     s = Settings(model=model, **settings)
     model = load(model, DTYPE)
     trainer = Trainer(model, s, ["one"])
@@ -142,7 +153,7 @@ def our_solve(model, settings):
     ids = np.random.default_rng(0).integers(0, model.config.vocab_size, s.solve_tokens)
     memory = memory_above(model.parameters())
     begun = time.perf_counter()
-    trainer.solve("one", ids)
+    solve_module(trainer, "one", ids)
     return {"seconds": time.perf_counter() - begun, "memory": memory()}
 
 
@@ -186,6 +197,7 @@ def in_inference(model, rounds, prompt=512, new=128):
     """
     from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
+    fast.enable()
     folder, peer = model, AutoModelForCausalLM.from_pretrained(model, dtype=DTYPE)
     text = (ROOT / "data/handbook/english.txt").read_text(encoding="utf-8")[:100_000]
     ids = np.array(Tokenizer.from_folder(folder).encode(text))
@@ -208,13 +220,11 @@ def in_inference(model, rounds, prompt=512, new=128):
     for sparsity in (0.12, 0.30):
         s = Settings(model=folder, **{**STEP, "kv_tokens": 64, "sparsity": sparsity, "fisher_sequences": 12})
         trainer = Trainer(load(folder, DTYPE), s, ["one"])
-        trainer.initialise({"one": ids})  # what closes are mostly neurons, as in a run
-        trainer.start_step(s.steps)
+        starts.start(trainer, {"one": ids})  # what closes are mostly neurons, as in a run
+        freeze(trainer)
         with torch.no_grad(), tempfile.TemporaryDirectory() as at:
             path, config = Path(at, "one.safetensors"), replace(trainer.model.config, raw={"koff_fingerprint": "here"})
-            save_module(
-                path, koff.materialise_memories(trainer.memory_module("one").by_block(DTYPE), trainer.kept), "here"
-            )
+            save_module(path, koff.materialise_memories(trainer.memories("one"), trainer.kept), "here")
             memory = load_module(path, config, DTYPE)
             swap = fastest(lambda a=(path, config, DTYPE): load_module(*a), 20)
         subjects[f"compact, {sparsity:.0%}"] = ours(trainer.student)

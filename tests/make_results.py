@@ -1,29 +1,32 @@
 """The tables of the documents, made from the JSON files in data/results/.
 
     python tests/make_results.py                      write every table into its place
-    python tests/make_results.py --check              exit 1 if a table is not what its JSON says
+    python tests/make_results.py --check              exit 1 if a table differs from its JSON file
 
-A table stands between `<!-- results: NAME -->` and `<!-- /results -->` and is made of data/results/NAME.json:
+A table stands between `<!-- results: NAME -->` and `<!-- /results -->`. It is made from data/results/NAME.json:
 
-    {"command": lines, "commit": "1a2b3c4", "machine": "two cores of ...", "note": a sentence or two (may be missing),
-     "columns": [names], "rows": {label: [numbers, texts or null]}, "corner": what the labels are (may be missing),
-     "format": "{:.2f}" for every number, or a list with one for each column (may be missing),
-     "star": true where the lowest number of a row gets a star (may be missing)}
+    {"command": lines, "commit": "1a2b3c4", "machine": "two cores of ...",
+     "columns": [names], "rows": {label: [numbers, texts or null]},
+     and optionally:
+     "note": a sentence or two, "corner": the heading of the labels,
+     "format": "{:.2f}" for every number, or a list with one for each column,
+     "star": true to mark the lowest number of each row with a star}
 
-`import` makes such files. SOURCE is one of these:
+`import` makes such a file from finished work:
 
-    ... import NAME RUN [RUN ...]                     what `eval.py compare` shows of finished runs
-    ... import NAME SWEEP                             the table of a sweep's folder; that of --sweep sparsity has a row
-                                                      for each sparsity, and a column for each way
-    ... import NAME FILE.md [--title WORDS]           a table that was printed, the first one after these words
+    ... import NAME RUN [RUN ...]                     the table of `eval.py compare`
+    ... import NAME SWEEP                             the table of a sweep's folder; with --sweep sparsity, a row for
+                                                      each sparsity and a column for each way
+    ... import NAME FILE.md [--title WORDS]           a printed table, the first one after these words
     ... import NAME RUN --report                      NAME-perplexity, -swap, -holds, -ledger and -router of one run
     ... import NAME RUN [RUN ...] --pruned RUN ... [--solved RUN ...]
-                                                      one run or several seeds beside runs with --no-memory, and --steps 0
+                                                      one run or several seeds, beside runs with --no-memory and runs
+                                                      with --steps 0
     ... import NAME SWEEP [--net RUN ...] [--stranger RUN ...]
-                                                      of --sweep ablations, beside runs with --no-memory and the net size
-                                                      of KOFF, and copies of KOFF's runs to which a module was added
+                                                      the folder of --sweep ablations, beside runs with --no-memory of
+                                                      KOFF's net size, and copies of KOFF's runs with one more module
 
-Each needs --machine, and --command where NAME.json does not exist yet. The commit is the present one.
+Each needs --machine. A new NAME also needs --command. The commit is the current one unless --commit is given.
 """
 
 import argparse
@@ -38,6 +41,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from data.settings import Settings
 from data.tables import by_way, quality, ratios, saved_results, spread, table, together
 
 DOCUMENTS = (ROOT / "README.md", ROOT / "data/RESULTS.md", ROOT / "tests/SPEED.md")
@@ -71,7 +75,7 @@ def render_table(result):
 
 
 def render(result):
-    """The table with where it comes from: command, commit, machine, note."""
+    """The table with its origin: command, commit, machine, note."""
     origin = f"commit {result['commit']}, {result['machine']}."
     commands = result["command"].split("\n")
     if len(commands) == 1:
@@ -88,11 +92,11 @@ def read(name):
 
 
 def with_tables(path):
-    """The text of a document as it should be."""
+    """The text of a document, with every table as its JSON file has it."""
 
     def replaced(match):
         begin, name, end = match.groups()
-        # The README has no room for more than the table. Its command and machine stand in RESULTS.md.
+        # The README has room for the table only. RESULTS.md has its command and machine.
         text = render_table(read(name)) if path.name == "README.md" else render(read(name))
         return f"{begin}{text}\n{end}"
 
@@ -100,14 +104,14 @@ def with_tables(path):
 
 
 def write(check):
-    """Write the tables. Or only look: 1 if some document is not as it should be."""
+    """Write the tables, or only check them. Returns 1 if a check finds an outdated document, otherwise 0."""
     status = 0
     for path in DOCUMENTS:
         text = with_tables(path)
         if text == path.read_text(encoding="utf-8"):
             continue
         if check:
-            print(f"{path.relative_to(ROOT)} has a table that is not what its JSON says: run tests/make_results.py")
+            print(f"{path.relative_to(ROOT)} has a table that differs from its JSON file: run tests/make_results.py")
             status = 1
         else:
             path.write_text(text, encoding="utf-8")
@@ -126,12 +130,12 @@ def mean_of(values):
 
 
 def cells_of(row, columns):
-    """The columns of a `together`, seeds taken together; None where it has none."""
+    """The columns of a `together`, averaged over seeds; None where a column is missing."""
     return [mean_of(row[name]) if row.get(name) else None for name in columns]
 
 
 def from_runs(folders):
-    """What `eval.py compare` shows."""
+    """The table of `eval.py compare`."""
     found = {str(folder): together([folder]) for folder in folders}
     settings = [{**saved_results(folder)["settings"], "seed": None} for folder in folders]
     if len(folders) > 1 and settings.count(settings[0]) == len(folders):
@@ -140,7 +144,7 @@ def from_runs(folders):
 
 
 def from_rows(found):
-    """The table of {label: `together`}, with the columns that some row has."""
+    """The table of {label: `together`}, with every column that occurs in a row."""
     columns = []
     for row in found.values():
         columns += [name for name, values in row.items() if values and name not in columns]
@@ -149,9 +153,9 @@ def from_rows(found):
 
 
 def from_sweep(path, net, strangers):
-    """The table of one sweep.json; two of the sweeps have tables of their own."""
+    """The table of one sweep.json. The sweeps `sparsity` and `ablations` have tables of their own."""
     sweep = json.loads(path.read_text(encoding="utf-8"))
-    rows = sweep["rows"]  # {label: `together`, and the folders of its "runs"}
+    rows = sweep["rows"]  # {label: a `together`, with the folders of its runs under "runs"}
     if sweep["sweep"] == "sparsity":
         return from_tradeoff(rows)
     if sweep["sweep"] == "ablations":
@@ -185,7 +189,6 @@ def from_report(folder):
         "backbone": "backbone alone",
         "koff": "KOFF, matching module",
         "routed": "KOFF, routed module",
-        "pruned": "pruning only",
     }
     rows = {}
     for variant, ratio in ratios(results).items():
@@ -218,8 +221,8 @@ def from_report(folder):
 
 
 def from_runs_and_pruned(folders, pruned, solved):
-    """What the README shows: the same runs whole, as a backbone, with modules, and runs that are only pruned, or that
-    have no training step."""
+    """The README's summary: runs unpruned, as a backbone alone and with modules, beside `pruned` runs without modules
+    and `solved` runs without a training step."""
     results = [saved_results(folder) for folder in folders]
     ledger = results[0]["ledger"]
     backbone = ledger["total"] - ledger["removed"]
@@ -246,8 +249,8 @@ def from_runs_and_pruned(folders, pruned, solved):
             "koff",
         )
     others = [saved_results(folder) for folder in pruned]
-    for fixed in (True, False):  # a pruned model may learn its gates to the last step: the stronger baseline
-        some = [one for one in others if (one["settings"]["gate_share"] > 0) == fixed]
+    for fixed in (True, False):  # gates that learn to the last step are the stronger baseline
+        some = [one for one in others if (Settings.from_saved(one["settings"]).gate_share < 1) == fixed]
         if some:
             how = "KOFF's schedule" if fixed else "gates learn to the end"
             size = some[0]["ledger"]["total"] - some[0]["ledger"]["removed"]
@@ -257,7 +260,7 @@ def from_runs_and_pruned(folders, pruned, solved):
 
 
 def from_controls(sweep, net, strangers):
-    """What of the gain is context, capacity, knowledge, joint learning: perplexity / unpruned, all in one table."""
+    """Where the gain comes from (context, capacity, knowledge, joint learning): perplexity / unpruned, in one table."""
     columns = ["backbone", "koff", "worst", "minutes"]
     rows = {}
     for label, row in sweep.items():
@@ -266,7 +269,7 @@ def from_controls(sweep, net, strangers):
             rows["the same, net size of KOFF"] = cells_of(together(net), columns)
     whole = [saved_results(run)["controls"] for run in sweep["LoRA + KV, both"]["runs"]]
 
-    def add(label, ratios):  # of each seed those of all domains
+    def add(label, ratios):  # for each seed, the ratios of all domains
         means = [np.mean(ratio) for ratio in ratios]
         worst = [max(ratio) for ratio in ratios]
         rows[label] = [None, mean_of(means), mean_of(worst), None]
@@ -285,9 +288,9 @@ def from_controls(sweep, net, strangers):
 
 
 def from_markdown(text, title):
-    """The first table after `title`. A column of plain numbers becomes numbers, and its format what they look like."""
+    """The first table after `title`. A column whose numbers look alike becomes numbers with a format to match."""
     if title not in text:
-        raise SystemExit(f"no {title!r} there")
+        raise SystemExit(f"the file does not contain {title!r}")
     lines = []
     for line in text[text.index(title) :].splitlines():
         if line.startswith("|"):
@@ -314,17 +317,17 @@ def from_markdown(text, title):
 
 
 def save(name, result, args):
-    """Write NAME.json. What no option says is as it was."""
+    """Write NAME.json. Without --command it keeps its earlier command."""
     path = RESULTS / f"{name}.json"
     old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     command = "\n".join(args.command) if args.command else old.get("command")
     if not command:
-        raise SystemExit(f"{name} is new: say with --command how it was made")
+        raise SystemExit(f"{name} is new: give its --command")
     origin = {"command": command, "commit": args.commit, "machine": args.machine}
     if args.note:
         origin["note"] = args.note
     text = json.dumps({**origin, **result}, indent=1, ensure_ascii=False)
-    # One row a line: a list of numbers needs no line for each of them.
+    # A list of numbers takes one line, not one line for each number.
     text = re.sub(r"\[[^\[\]]*\]", lambda match: re.sub(r"\s*\n\s*", " ", match[0]), text)
     path.write_text(text.replace("[ ", "[").replace(" ]", "]") + "\n", encoding="utf-8")
     print(path.relative_to(ROOT))
@@ -358,10 +361,10 @@ def main(argv=None):
     one.add_argument("--net", nargs="+", type=Path, default=[])
     one.add_argument("--stranger", nargs="+", type=Path, default=[])
     one.add_argument("--title", default="")
-    one.add_argument("--command", action="append", help="a line of it; give it again for the next line")
+    one.add_argument("--command", action="append", help="one line of the command; repeat it for further lines")
     one.add_argument("--machine", required=True)
     one.add_argument("--note")
-    one.add_argument("--commit", help="[the present one]")
+    one.add_argument("--commit", help="[the current one]")
     args = parser.parse_args(argv)
     if args.what is None:
         return write(args.check)

@@ -1,13 +1,15 @@
-"""A module is withheld: does what it held come out again? Somebody who has some of the domain's text makes another.
+"""A module is withheld. Can a stranger who has some text of its domain make a replacement?
 
     python tests/make_withheld.py out/handbook --out out/withheld [--steps 5,60] [--domains german,spanish]
 
-Who has the pretrained model, too, can solve and train a module as the run itself did. Who has no more than the backbone
-and a text trains on next tokens; the same is done on the unpruned model, which knows the domain, and on a random model
-of the backbone's size, which knows nothing. Each with 1, 10 and 100% of the domain's training text, and with as many
-steps as help most: of those in --steps the best is taken. Prints a Markdown table of held-out perplexity. What the
-backbone reaches and the random model does not, it had kept. What was found is kept in the folder of --out: the same
-command goes on from there.
+A stranger who also has the pretrained model can solve and train a module as the run itself did. A stranger who has only
+the backbone and some text trains on next tokens. For comparison, the same is done on the unpruned model, which knows the
+domain, and on a random model of the backbone's size, which knows nothing. The text is 1, 10 or 100% of the domain's
+training text. A module is trained for each number of steps in --steps, and the best one counts.
+
+The script prints a Markdown table of held-out perplexity. Knowledge that the backbone brings back and the random model
+does not must have stayed in the backbone. Results are kept in the folder of --out, and the same command goes on from
+there.
 """
 
 import argparse
@@ -16,6 +18,7 @@ import json
 import shutil
 import sys
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +30,7 @@ sys.path.insert(0, str(HERE))
 
 import eval as evaluation
 import train
-from data import atomic
+from data import atomic, command
 from data.hub import model_folder
 from data.run import Run, paths_of
 from data.tables import saved_results, table
@@ -35,8 +38,11 @@ from data.tables import saved_results, table
 SHARES = (0.01, 0.1, 1.0)
 
 
+train_run = partial(command.train, Trainer=train.Trainer, loop=train.loop, evaluate=train.evaluate)
+
+
 def random_copy(model, folder):
-    """The pretrained model as it might have been before it learnt: each matrix random, and as large as it is."""
+    """The pretrained model as it might have been before training: random matrices of the same standard deviation."""
     with atomic(folder) as partial:
         shutil.copytree(model, partial)
         generator = torch.Generator().manual_seed(0)
@@ -46,29 +52,29 @@ def random_copy(model, folder):
                 if tensor.ndim == 2:
                     noise = torch.randn(tensor.shape, generator=generator)
                     tensors[name] = (noise * tensor.float().std()).to(tensor.dtype)
-                else:  # norms begin with 1, biases with 0
+                else:  # norms start at 1, biases at 0
                     tensors[name] = torch.full_like(tensor, 0.0 if name.endswith("bias") else 1.0)
             save_file(tensors, path, {"format": "pt"})
 
 
 def runs_to_add_to(run, out):
-    """{who makes the module, on what: (a finished run, the ways in which modules are added to it)}."""
+    """{"who, on which model": (a finished run, the ways to make a module for it)}."""
     known = out / "pretrained-model-at-hand"
     alone = out / "text-alone"
     for folder in (known, alone):
         if not folder.exists():
             with atomic(folder) as partial:
                 shutil.copytree(run.folder, partial)
-    # A module that comes later learns as its run's settings say.
+    # A later module learns by its run's settings.
     by_text = {"objective": "next-token", "solve_tokens": 0}
     settings = {**asdict(run.settings), **by_text}
     (alone / "settings.json").write_text(json.dumps(settings))
     untrained = replace(run.settings, **by_text, steps=0, retention="")
-    train.train(replace(untrained, sparsity=0.0), out / "unpruned")
+    train_run(replace(untrained, sparsity=0.0), out / "unpruned")
     model = out / "random-model"
     if not model.exists():
         random_copy(model_folder(run.settings.model), model)
-    train.train(replace(untrained, model=str(model.resolve())), out / "random")
+    train_run(replace(untrained, model=str(model.resolve())), out / "random")
     return {
         "pretrained model at hand, on the backbone": (known, ("solved", "trained")),
         "text alone, on the backbone": (alone, ("trained",)),
@@ -78,14 +84,14 @@ def runs_to_add_to(run, out):
 
 
 def call(main, *argv):
-    """One command."""
+    """Run one command of train.py or eval.py, and exit if it fails."""
     status = main([str(x) for x in argv])
     if status:
         sys.exit(status)
 
 
 def stranger(folder, path, domain, share, steps):
-    """The held-out perplexity of `domain` with a module that somebody makes of a share of its text."""
+    """The held-out perplexity of `domain` with a module that a stranger makes from a share of its text."""
     name = f"{domain}-{steps}-{share}"
     answers = folder.parent / f"{folder.name}.json"
     known = json.loads(answers.read_text()) if answers.exists() else {}
@@ -94,7 +100,7 @@ def stranger(folder, path, domain, share, steps):
     text = folder.parent / "text" / f"{name}{path.suffix}"
     text.parent.mkdir(exist_ok=True)
     shutil.copy(path, text)
-    call(train.main, "--add", text, "--out", folder, "--text", share, "--steps", steps)
+    call(train.main, "--add", text, "--out", folder, "--text-share", share, "--steps", steps)
     perplexity = saved_results(folder)["perplexity"]["koff"][name]
     with atomic(answers) as partial:
         partial.write_text(json.dumps({**known, name: perplexity}))
@@ -106,8 +112,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="a finished run")
     parser.add_argument("--out", type=Path, default=Path("out/withheld"), help="working folder [out/withheld]")
-    parser.add_argument("--steps", default="5,60", help="steps of a module that is trained, with commas [5,60]")
-    parser.add_argument("--domains", default="", help="some of the run's, with commas; empty: all")
+    parser.add_argument("--steps", default="5,60", help="numbers of training steps to try, with commas [5,60]")
+    parser.add_argument("--domains", default="", help="some of the run's domains, with commas; empty: all")
     args = parser.parse_args()
     run = Run(args.run)
     paths = paths_of(run)
@@ -120,7 +126,7 @@ def main():
         "none: the backbone alone": before["perplexity"]["backbone"],
         "the best of the others": {d: min(p for m, p in before["swap"][d].items() if m != d) for d in domains},
     }
-    with contextlib.redirect_stdout(sys.stderr):  # nobody needs to see the tables of each run
+    with contextlib.redirect_stdout(sys.stderr):  # the tables of each run would hide the result
         for who, (folder, ways) in runs_to_add_to(run, args.out).items():
             for way in ways:
                 lengths = [int(n) for n in args.steps.split(",")] if way == "trained" else [0]

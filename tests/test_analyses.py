@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import eval as evaluation
 import train
-from data import analyses
+from data import analyses, pictures
 from data.checkpoint import save_backbone
 from test_train import flags, world  # noqa: F401 (a fixture)
 
@@ -168,9 +168,8 @@ def test_centroid_cosine_by_hand_and_what_does_not_change_it():
 
 @pytest.mark.parametrize("granularity", ["neuron", "projection"])
 def test_commands_on_a_finished_run(world, granularity, capsys):  # noqa: F811
-    koff_run, pruned, out = flags(world, granularity=granularity), world / "runs/pruned", world / "runs/one"
-    assert train.main(koff_run) == 0
-    assert train.main([*flags(world, granularity=granularity, out=pruned), "--no-memory"]) == 0
+    out = world / "runs/one"
+    assert train.main(flags(world, granularity=granularity)) == 0
     capsys.readouterr()
     assert evaluation.main(["lape", str(out), "--tokens", "320"]) == 0
     saved, found = load_file(out / "lape.safetensors"), json.loads((out / "lape.json").read_text())
@@ -187,21 +186,12 @@ def test_commands_on_a_finished_run(world, granularity, capsys):  # noqa: F811
     assert all(0 < row["cka"] <= 1 and 0 <= row["knn"] <= 1 and row["centroid"] <= 1 for row in found.values())
     assert (out / "probes.md").read_text() in capsys.readouterr().out
 
-    assert evaluation.main(["report", str(out), "--beside", str(pruned)]) == 0
-    shown = capsys.readouterr().out
-    assert "What a module holds" in shown and "pruning only" in shown
-    results, its = (json.loads((folder / "results.json").read_text()) for folder in (out, pruned))
-    assert results["perplexity"]["pruned"] == its["perplexity"]["backbone"]
-    assert evaluation.main(["report", str(out)]) == 0 and "pruning only" in capsys.readouterr().out  # it stays
-
     for wrong in ("--tokens", "-5"), ("--tokens", "15"):
         assert evaluation.main(["lape", str(out), *wrong]) == 2
         assert "--tokens of at least 16" in (err := capsys.readouterr().err) and err.count("\n") == 1
     for wrong in "-5", "10":
         assert evaluation.main(["probes", str(out), "--texts", wrong]) == 2
         assert "over 10 texts of each" in (err := capsys.readouterr().err) and err.count("\n") == 1
-    assert evaluation.main(["report", str(pruned), "--beside", str(out)]) == 2
-    assert "is no pruning-only run" in capsys.readouterr().err
 
 
 def test_the_backbone_that_lost_nothing_is_the_unpruned_model(world, capsys):  # noqa: F811
@@ -236,15 +226,16 @@ def test_lape_of_smollm2_on_the_handbook(tmp_path, capsys):
 
 RESULTS = {
     "perplexity": {
-        "unpruned": {"a": 10.0, "b": 20.0}, "backbone": {"a": 15.0, "b": 22.0}, "pruned": {"a": 14.0, "b": 21.0},
+        "unpruned": {"a": 10.0, "b": 20.0}, "backbone": {"a": 15.0, "b": 22.0},
         "koff": {"a": 10.5, "b": 19.0}, "routed": {"a": 10.5, "b": 19.0},
     },
     "swap": {"a": {"a": 10.5, "b": 13.0}, "b": {"a": 21.0, "b": 19.0}},
     "layers": {str(i): {"k": 0.1 * i, "gate": 0.2, "up": 0.3, "down": 0.0, "v": 0.05} for i in range(4)},
 }  # fmt: skip
-LOG = [
-    {"step": 10 * i, "loss": 2 / (i + 1), "physical": 0.01 * i, "paper": 0.008 * i, "lambda": 60.0} for i in range(9)
-]
+LOG = []
+for i in range(9):
+    sparsity = {"physical": 0.01 * i, "paper": 0.008 * i}
+    LOG.append({"step": 10 * i, "domain": "ab"[i % 2], "loss": 2 / (i + 1), **sparsity, "lambda": 60.0})
 SHARES = {"specific": 0.7, "general": 0.05, "all": 0.5}
 LAPE = {"closed": {"gate": SHARES, "up": {**SHARES, "all": 0.4}, "either": SHARES}}
 ROWS = {
@@ -285,12 +276,29 @@ def test_every_file_that_is_there_is_drawn(name, tmp_path, capsys):
         ("sweep.json", {"rows": {"pruning + LoRA": ROWS["pruning + LoRA"]}}),
         ("sweep.json", {"rows": {"sparsity 0.3": ROWS["sparsity 0.3"]}}),
         ("log.jsonl", LOG[:1]),
+        ("log.jsonl", [{name: entry[name] for name in entry if name != "domain"} for entry in LOG]),  # of before
     ],
 )  # fmt: skip
 def test_pictures_of_runs_that_have_less(name, content, tmp_path):
     pytest.importorskip("matplotlib", reason="pictures need matplotlib")
     put(tmp_path, name, content)
     assert evaluation.main(["plot", str(tmp_path)]) == 0 and list(tmp_path.glob("*.png"))
+
+
+def test_the_loss_of_each_domain_is_a_curve_of_its_own():
+    figure = pytest.importorskip("matplotlib.figure", reason="pictures need matplotlib").Figure()
+    solved = {"step": 40, "solved": "a", "explained": {"1": 0.5}}  # a line that has no loss
+    pictures.draw_curves(figure, [*LOG[:4], solved, *LOG[4:]])
+    loss, physical, paper, multiplier = (
+        {line.get_label(): line.get_xydata().tolist() for line in axes.lines} for axes in figure.axes
+    )
+    assert loss == {
+        "a": [[10 * i, 2 / (i + 1)] for i in (0, 2, 4, 6, 8)],
+        "b": [[10 * i, 2 / (i + 1)] for i in (1, 3, 5, 7)],
+    }
+    assert physical == {"sparsity, physical": [[10 * i, 0.01 * i] for i in range(9)]}
+    assert paper == {"sparsity, paper": [[10 * i, 0.008 * i] for i in range(9)]}
+    assert multiplier == {"lambda": [[10 * i, 60.0] for i in range(9)]}
 
 
 def test_nothing_to_draw_damage_and_no_matplotlib_are_one_sentence(tmp_path, capsys, monkeypatch):

@@ -1,7 +1,7 @@
 """What a program cannot prevent: full disks, folders that nobody may write, odd surroundings, too little memory.
 
-python -m pytest tests/test_bad_luck.py            a disk that is full at eight moments
-python -m pytest tests/test_bad_luck.py -m slow    at sixty
+python -m pytest tests/test_bad_luck.py            a disk that is full at eight moments; two commands in odd surroundings
+python -m pytest tests/test_bad_luck.py -m slow    at sixty; every command; a hundred domains; large texts
 """
 
 import json
@@ -18,6 +18,7 @@ import torch
 
 import eval as evaluation
 import train
+from data import command
 from test_kill import MAIN, after_training, check_whole, ends, some_text, start
 from test_train import ROOT, flags, make_world, world  # noqa: F401 (a fixture)
 
@@ -82,7 +83,7 @@ def test_a_disk_that_cannot_be_written(world, disk, capsys):  # noqa: F811
         ("train.py", flags(world, out=place / "runs/two")),
         ("train.py", [*flags(world, out=out), "--fresh"]),
         *after_training(out, text),
-        ("eval.py", ["rename", out, "french", "francais"]),
+        ("eval.py", ["remove", out, "french"]),
     ):
         capsys.readouterr()
         assert MAIN[script]([str(x) for x in argv]) == 2, argv
@@ -112,15 +113,37 @@ def real(commands, cwd, **environment):
         yield done.returncode, done.stdout.decode(errors="replace")
 
 
-def test_a_place_of_any_name_a_bare_environment_and_one_core(tmp_path):
+@pytest.fixture
+def odd_life(tmp_path):
+    """(a folder of an odd name, the commands of a life in it)."""
     place = tmp_path / "-a b\nFüße 数据 $(x) 'y' \"z\" %s {0} [1]*"
     place.mkdir()
     make_world(place)
     out = place / "runs/one"
-    commands = [("train.py", flags(place, out=out)), *after_training(out, some_text(place))]
+    return place, [("train.py", flags(place, out=out)), *after_training(out, some_text(place))]
+
+
+def check_surroundings(place, commands):
     for status, said in real(commands, place, LC_ALL="C", OMP_NUM_THREADS="1"):  # and no HOME
         assert status == 0, said
     check_whole(place)
+
+
+def test_a_place_of_any_name(odd_life):
+    place, commands = odd_life
+    for script, argv in commands:
+        assert MAIN[script]([str(x) for x in argv]) == 0
+    check_whole(place)
+
+
+def test_there_a_bare_environment_and_one_core(odd_life):
+    place, (training, *_, report) = odd_life
+    check_surroundings(place, [training, report])
+
+
+@pytest.mark.slow
+def test_there_a_bare_environment_and_one_core_for_every_command(odd_life):
+    check_surroundings(*odd_life)
 
 
 def test_a_clock_that_goes_back(world, monkeypatch):  # noqa: F811
@@ -132,17 +155,17 @@ def test_a_clock_that_goes_back(world, monkeypatch):  # noqa: F811
 
 
 def test_text_that_changes_while_a_run_is_at_work(world, monkeypatch, capsys):  # noqa: F811
-    saving, path = train.save, world / "data/french.txt"
+    saving, path = command.save_run, world / "data/french.txt"
     text = path.read_text(encoding="utf-8")
 
-    def meanwhile(opened, out):
-        saving(opened, out)
+    def meanwhile(*what):
+        saving(*what)
         path.write_text(text + "et encore\n", encoding="utf-8")
 
-    monkeypatch.setattr(train, "save", meanwhile)
+    monkeypatch.setattr(command, "save_run", meanwhile)
     assert train.main(flags(world)) == 2
     assert "began with another text of french; bring that back" in capsys.readouterr().err
-    monkeypatch.setattr(train, "save", saving)
+    monkeypatch.setattr(command, "save_run", saving)
     assert train.main(flags(world)) == 2  # still
     path.write_text(text, encoding="utf-8")
     assert train.main(flags(world)) == 0
@@ -157,7 +180,7 @@ def test_too_little_memory_names_what_would_need_less(world, monkeypatch, capsys
         raise error
 
     monkeypatch.setattr(train, "batch", too_large)  # in the first step
-    assert train.main(flags(world, batch=4, seq_len=64)) == 2
+    assert train.main(flags(world, batch=4, seq_len=64, solve_tokens=256)) == 2
     said = capsys.readouterr().err.splitlines()[-1]
     number = r"([\d.]+)"
     less = f", with --batch 2 {number}, with --seq-len 32 {number}, with --checkpointing {number}; --dry-run says more."
@@ -220,7 +243,8 @@ def test_no_token_is_written_or_said(world):  # noqa: F811
         ("eval.py", ["export", out, "hf"]),
         ("train.py", flags(world, model="somebody/a-model", out=world / "life/runs/two")),
     ]
-    found = list(real(commands, world, HF_TOKEN=secret, HF_HOME=str(home), HF_ENDPOINT=nobody))
+    environment = dict(HF_TOKEN=secret, HF_HOME=str(home), HF_ENDPOINT=nobody, OMP_NUM_THREADS="1")
+    found = list(real(commands, world, **environment))
     assert [status for status, _ in found] == [0, 0, 2]
     assert not any(secret in said for _, said in found)
     for path in (world / "life").rglob("*"):

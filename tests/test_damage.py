@@ -253,7 +253,7 @@ def outcome(script, argv, folder):
 TEXT = [*BYTES, other_line_ends, nested, other_kind]
 NEW = ("train.py", "new")  # a training from the beginning
 ON = ("train.py", "stopped")  # one that goes on
-REPORT, GENERATE, MODULES = ("eval.py", "report"), ("eval.py", "generate"), ("eval.py", "modules")
+REPORT, GENERATE = ("eval.py", "report"), ("eval.py", "generate")
 FILES = {
     "base/config.json": (JSON, [NEW]),
     "base/generation_config.json": (JSON, [NEW]),
@@ -265,10 +265,10 @@ FILES = {
     "data/german.jsonl": (TEXT, [NEW]),
     "runs/.tokens/*french*.npy": (BYTES, [REPORT]),
     "runs/one/settings.json": (JSON, [REPORT, GENERATE]),
-    "runs/one/results.json": (JSON, [("eval.py", "compare"), ("eval.py", "beside")]),
+    "runs/one/results.json": (JSON, [("eval.py", "compare"), REPORT]),
     "runs/one/router.safetensors": (TENSORS, [GENERATE, REPORT]),
     "runs/one/gates.safetensors": (TENSORS, [REPORT, ("eval.py", "export")]),
-    "runs/one/modules/french.safetensors": (TENSORS, [REPORT, GENERATE, MODULES]),
+    "runs/one/modules/french.safetensors": (TENSORS, [REPORT, GENERATE]),
     "runs/one/backbone/config.json": (JSON, [GENERATE]),
     "runs/one/backbone/model.safetensors": (TENSORS, [GENERATE]),
     "runs/stopped/settings.json": (JSON, [ON]),
@@ -329,9 +329,7 @@ def commands_on(folder):
         "report": ["report", one],
         "generate": ["generate", one, "Der Kernel", "--tokens", "2"],
         "compare": ["compare", one],
-        "beside": ["report", one, "--beside", one],
         "export": ["export", one, "peft"],
-        "modules": ["modules", one],
     }
 
 
@@ -429,7 +427,7 @@ def as_pickle(hostile):
 
 def as_checkpoint(hostile):
     written = io.BytesIO()
-    torch.save({"inputs": {}, "gates": hostile}, written)
+    torch.save({"parts": {"gates": hostile}, "step": 0, "solved": [], "seconds": 0.0, "inputs": {}}, written)
     return written.getvalue()
 
 

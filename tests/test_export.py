@@ -18,6 +18,7 @@ from data import export
 from data.checkpoint import load
 from data.families import parse_config
 from data.run import Run
+from data.settings import LORA
 from model import Memory, Model, generate, matrix_name
 from test_train import CONFIG, flags, world  # noqa: F401 (a fixture)
 
@@ -105,14 +106,14 @@ def whole_modules(where, run, lora_only=False):
     """{domain: its module for the masked model, which has all channels}."""
     base = load(where / "base")
     gates, mask = run.gates(base)
-    kept = koff.kept_channels(mask, base.config, gates.first, "cpu")
-    whole = {name: export.expand_module(module, kept, base.config) for name, module in run.modules.items()}
+    kept = koff.kept_channels(mask, base.config, gates.first_block, "cpu")
+    whole = {name: export.expand_memories(module, kept, base.config) for name, module in run.modules.items()}
     return {n: {i: Memory(m.lora) if lora_only else m for i, m in module.items()} for n, module in whole.items()}
 
 
 @torch.no_grad()
 def test_keys_and_values_in_all_blocks_are_a_cartridge_and_a_merged_lora_makes_it_whole(world):  # noqa: F811
-    out = finished(world, memory_blocks=-1)
+    out = finished(world, memory_blocks=3)
     run, reference = masked(world, out)
     assert evaluation.main(["export", str(out), "peft"]) == 0
     assert evaluation.main(["export", str(out), "hf"]) == 0
@@ -142,7 +143,7 @@ def test_adapters_are_never_for_the_export_of_another_run_nor_for_two_modules_at
 
 def test_an_export_that_differs_is_not_kept_and_a_folder_is_not_overwritten(world, capsys, monkeypatch):  # noqa: F811
     out = finished(world)
-    expand, expand_module = export.expand, export.expand_module
+    expand, expand_memories = export.expand, export.expand_memories
     save, back = export.save_file, export.save_backbone
     assert evaluation.main(["export", str(out), "hf", "--module", "dutch"]) == 2
     assert "no module 'dutch'" in capsys.readouterr().err
@@ -153,7 +154,7 @@ def test_an_export_that_differs_is_not_kept_and_a_folder_is_not_overwritten(worl
         return dense
 
     def other_module(module, kept, config):
-        dense = expand_module(module, kept, config)
+        dense = expand_memories(module, kept, config)
         dense[2].lora["v"][1].add_(0.1)
         return dense
 
@@ -167,8 +168,8 @@ def test_an_export_that_differs_is_not_kept_and_a_folder_is_not_overwritten(worl
     for given, name, fault, words in (
         (["hf"], "expand", other_weight, "differs from the run by"),
         (["peft"], "expand", other_weight, "differs from the run by"),
-        (["hf", "--module", "french"], "expand_module", other_module, "differs from the run by"),
-        (["peft"], "expand_module", other_module, "differs from the run by"),
+        (["hf", "--module", "french"], "expand_memories", other_module, "differs from the run by"),
+        (["peft"], "expand_memories", other_module, "differs from the run by"),
         (["peft"], "save_file", other_file, "was not written as it is"),
         (["hf"], "save_backbone", other_checkpoint, "was not written as it is"),
     ):
@@ -208,7 +209,7 @@ def random_module(model):
     module = {}
     for i in range(3):
         lora = {}
-        for name in koff.LORA["kv+mlp"]:
+        for name in LORA["kv+mlp"]:
             channels, fan_in = model.config.shapes[name]
             lora[name] = (torch.randn(2, fan_in), torch.randn(channels, 2))
         module[i] = Scaled(lora, torch.randn(2, 5, 8), torch.randn(2, 5, 8), scale=2.0 + i)
@@ -235,7 +236,7 @@ def test_expanding_is_the_inverse_of_materialising_bit_for_bit(tiny, kind):
     assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in small.state_dict().items())
 
     module = koff.materialise_memories(random_module(model), kept)
-    whole = export.expand_module(module, kept, model.config)
+    whole = export.expand_memories(module, kept, model.config)
     assert [memory.scale for memory in whole.values()] == [2.0, 3.0, 4.0] and whole[0] is module[0]
     assert (whole[1].lora["up"][1][~mask["neuron"][0]] == 0).all()
     assert (whole[2].lora["down"][0][:, ~mask["neuron"][1]] == 0).all()
@@ -251,7 +252,7 @@ def test_merging_adds_ba_and_leaves_the_run_as_it_is(tiny):
     kept, _ = closed(model)
     small = koff.materialise(model, kept)
     before = {name: tensor.clone() for name, tensor in small.state_dict().items()}
-    whole = export.expand_module(koff.materialise_memories(random_module(model), kept), kept, model.config)
+    whole = export.expand_memories(koff.materialise_memories(random_module(model), kept), kept, model.config)
     dense, merged = export.expand(small, kept), export.expand(small, kept)
     export.merge(merged, whole)
     for i, memory in whole.items():

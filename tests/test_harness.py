@@ -14,9 +14,9 @@ import torch
 
 import eval as evaluation
 import train
-from data import BadInput, harness, router
+from data import BadInput, router
 from data.checkpoint import load
-from data.harness import log_likelihoods, open_variants, remember
+from data.harness import log_likelihoods, remember, variants_of
 from data.run import Run
 from data.tokenizer import Tokenizer
 from test_damage import BYTES, nested, other_kind, other_line_ends
@@ -93,12 +93,6 @@ def world(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(autouse=True)
-def float32(monkeypatch):
-    """As exact as the oracles."""
-    monkeypatch.setattr(harness, "pick_dtype", lambda *_: torch.float32)
-
-
 @pytest.fixture
 def rows(world, tmp_path):
     """A copy of the rows, for who changes them."""
@@ -108,9 +102,11 @@ def rows(world, tmp_path):
 ROWS = dict(koff_mmlu="rows", koff_arc="rows/arc_challenge_test.jsonl", koff_bbl="rows/bbl", koff_pairs="rows/pairs")
 
 
-def bench(world, task, *more, run="base", out="out"):
-    """Exit status of eval.py bench RUN TASK."""
+def bench(world, task, *more, run="runs/one", out="out"):
+    """Exit status of eval.py bench RUN TASK, of the unpruned model unless `more` has --on."""
     given = ["bench", world / run, task, "--out", world / out, "--device", "cpu", *more]
+    if "--on" not in more:
+        given += ["--on", "unpruned"]
     if task in ROWS and "--rows" not in more:
         given += ["--rows", world / ROWS[task]]
     return evaluation.main([str(x) for x in given])
@@ -155,13 +151,16 @@ def test_greedy_says_whether_the_model_would_write_it(world):
     assert greedy == [True, False, True, False]
 
 
-def test_the_variants_of_a_run_and_of_a_pretrained_model(world):
-    assert open_variants(world / "base", "cpu")[1] == ["unpruned"]
-    assert open_variants(world / "runs/one", "cpu")[1] == ["unpruned", "backbone", "routed"]
-    assert open_variants(world / "runs/one", "cpu", ["german"])[1] == ["german"]
-    for name, wanted in ("base", "backbone"), ("runs/one", "klingon"):
-        with pytest.raises(BadInput, match=f"--on cannot be '{wanted}'"):
-            open_variants(world / name, "cpu", [wanted])
+def test_the_variants_of_a_run(world):
+    run = Run(world / "runs/one", "cpu")
+    assert variants_of(run) == ["unpruned", "backbone", "routed"]
+    assert variants_of(run, ["german"]) == ["german"]
+    with pytest.raises(BadInput, match=r"--on cannot be 'klingon'; .* has unpruned, backbone, routed, french, german"):
+        variants_of(run, ["klingon"])
+    run.names = []  # pruned only
+    assert variants_of(run) == ["unpruned", "backbone"]
+    with pytest.raises(BadInput, match="--on cannot be 'routed'"):
+        variants_of(run, ["routed"])
 
 
 # Our tasks -----------------------------------------------------------------------------------------------------------
@@ -275,7 +274,7 @@ def test_a_run_is_measured_with_all_its_parts(world, monkeypatch, capsys):
 
     monkeypatch.setattr(router.Router, "route", route)
     variants = ("unpruned", "backbone", "routed", "german")
-    assert bench(world, "koff_arc", "--limit", 6, "--on", *variants, run="runs/one") == 0
+    assert bench(world, "koff_arc", "--limit", 6, "--on", *variants) == 0
     assert capsys.readouterr().out.count("acc_norm") == 4
     of = {}
     for name in variants:
@@ -371,7 +370,8 @@ def test_the_answers_are_those_of_hf_on_the_exported_model(world, tasks):
 
 
 def test_where_the_results_lie_and_a_task_that_is_not_there(world, tasks, capsys):
-    assert bench(world, "text_local", "--include", tasks, "--limit", 2, run="runs/one", out="elsewhere") == 0
+    argv = ["bench", world / "runs/one", "text_local", "--include", tasks, "--limit", 2, "--out", world / "elsewhere"]
+    assert evaluation.main([str(x) for x in argv]) == 0
     assert {path.name for path in (world / "elsewhere").iterdir()} == {
         f"text_local-{name}.json" for name in ("unpruned", "backbone", "routed")
     }
@@ -443,17 +443,18 @@ def test_bad_rows_are_one_sentence_and_status_2(world, rows, case, capsys):
         ("koff_nothing", ["--rows", "x"], "the harness has no task 'koff_nothing'"),
         ("koff_arc", ["--rows", "x", "--limit", "0"], "--limit of at least 1"),
         ("koff_mmlu", ["--rows", "x", "--shots", "-1"], "--shots of at least 0"),
-        ("koff_arc", ["--rows", "x", "--on", "backbone"], "--on cannot be 'backbone'"),
+        ("koff_arc", ["--rows", "x", "--on", "klingon"], "--on cannot be 'klingon'"),
     ],
 )
 def test_options_that_mean_nothing_are_refused(world, task, more, message, capsys):
-    assert evaluation.main(["bench", str(world / "base"), task, "--device", "cpu", *more]) == 2
+    assert evaluation.main(["bench", str(world / "runs/one"), task, "--device", "cpu", *more]) == 2
     assert message in capsys.readouterr().err
 
 
-def test_without_the_package_and_without_a_model(world, monkeypatch, capsys, tmp_path):
-    assert bench(tmp_path, "koff_arc", run="nothing") == 2
-    assert "settings.json does not exist" in capsys.readouterr().err
+def test_without_the_package_and_without_a_run(world, monkeypatch, capsys):
+    for name in "nothing", "base":
+        assert bench(world, "koff_arc", run=name) == 2
+        assert f"{name}/settings.json does not exist; name the folder of a run" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     assert bench(world, "koff_arc") == 2
     assert "pip install lm_eval" in capsys.readouterr().err

@@ -35,11 +35,14 @@ MAIN = {"train.py": train.main, "eval.py": evaluation.main}
 def forks():
     """A server that has imported what the tests need: every command is a fork of it, so that a start takes no time."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_train"])
+    context.set_forkserver_preload(["test_train", "torch._dynamo"])  # torch imports the latter for an `nn.Embedding`
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TQDM_DISABLE", "1")
         patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))  # it looks there only
         forkserver.ensure_running()
+    first = context.Process(target=int)
+    first.start()
+    first.join()  # now it has imported everything
     return context
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import koff
-from data import BadInput, objectives, penalties, starts, tables
+from data import BadInput, fast, objectives, penalties, starts, tables
 from data.checkpoint import load, load_module, save_backbone, save_module
 from data.corpus import passages
 from data.router import Router
@@ -121,6 +121,10 @@ def test_paper_count_is_closed_channels_times_fan_in(tiny):
     assert koff.removed_paper(gates.config, mask).item() == 2 * 24 + 5 * 24 + 5 * 24 + 3 * 40
     # gate and up close the same five neurons, so down loses five columns too: rows of down are 35 wide by then
     assert koff.removed_physical(gates.config, mask).item() == 2 * 24 + 2 * 5 * 24 + 24 * 40 - 21 * 35
+    neurons = {"neuron": torch.ones(1, 40), "down": torch.ones(1, 24)}
+    neurons["neuron"][0, :5] = 0
+    assert koff.removed_paper(gates.config, neurons).item() == 5 * 2 * 24  # rows of gate and up
+    assert koff.removed_physical(gates.config, neurons).item() == 5 * 3 * 24  # and columns of down
 
 
 @pytest.mark.parametrize("granularity,count", list(product(GRANULARITIES, koff.COUNTS)))
@@ -172,7 +176,7 @@ def test_a_lagrangian_lands_on_its_target_from_both_sides_and_a_hinge_waits_beyo
 
 def test_penalties_that_adapt_follow_their_formulas():
     """Written out with plain numbers, over a path that falls behind, catches up and goes beyond."""
-    path, target, start = [0.05, 0.04, 0.1, 0.19, 0.2, 0.25, 0.22], 0.2, 20.0
+    path, target, start = [0.05, 0.04, 0.1, 0.19, 0.2, 0.205, 0.22], 0.2, 20.0
     scaled, lagrangian = penalties.ScaledHinge(start), penalties.Lagrangian(start)
     hinge, linear, square, before = start, 0.0, 3 * start, path[0]
     for sparsity in path:
@@ -189,12 +193,13 @@ def test_penalties_that_adapt_follow_their_formulas():
         square += 3 * start * gap**2
         before = sparsity
     assert scaled.multiplier.item() == pytest.approx(hinge, rel=1e-5) and hinge != start
+    assert lagrangian.multiplier.item() == pytest.approx(linear, rel=1e-4) and linear > 0
     assert lagrangian.squared.item() == pytest.approx(square, rel=1e-5) and square > 3 * start
 
 
 @pytest.mark.parametrize("kind", koff.PENALTIES)
 def test_a_penalty_goes_on_from_its_saved_buffers(kind):
-    path = torch.tensor([0.0, 0.02, 0.05, 0.05, 0.2, 0.3])
+    path = torch.tensor([0.0, 0.02, 0.05, 0.06, 0.2, 0.3])
     whole, half = koff.PENALTIES[kind](20.0), koff.PENALTIES[kind](20.0)
     expected = [whole(sparsity, 0.1).item() for sparsity in path]
     for sparsity in path[:3]:
@@ -412,7 +417,7 @@ def test_kl_against_the_whole_vocabulary(objective, sharpness):
     torch.manual_seed(0)
     teacher, student = torch.randn(60, 300) * sharpness, torch.randn(60, 300) * sharpness
     before = student.clone()
-    found = koff.OBJECTIVES[objective](student, koff.teacher_topk(Head(), teacher, 100), None)
+    found = koff.OBJECTIVES[objective](student, *koff.teacher_topk(Head(), teacher, 100))
     assert found.shape == (60,) and torch.equal(student, before)
     assert found.sum().item() == pytest.approx(reference(teacher, student, 100, objective), rel=1e-4)
 
@@ -435,8 +440,8 @@ def test_gradient_of_the_objective_is_the_finite_difference(objective):
     index, *log_p = koff.teacher_topk(Head(), torch.randn(3, 12) * 3, 5)
     teacher = (index, *(a.double() for a in log_p))
     student = (torch.randn(3, 12, dtype=torch.float64) * 3).requires_grad_()
-    targets = torch.tensor([3, koff.NO_TARGET, 0])
-    assert torch.autograd.gradcheck(lambda logits: koff.OBJECTIVES[objective](logits, teacher, targets), student)
+    targets = torch.tensor([3, objectives.NO_TARGET, 0])
+    assert torch.autograd.gradcheck(lambda logits: koff.OBJECTIVES[objective](logits, *teacher, targets), student)
 
 
 def test_the_gradients_are_those_that_the_docstring_of_the_objectives_gives():
@@ -452,7 +457,7 @@ def test_the_gradients_are_those_that_the_docstring_of_the_objectives_gives():
         "kl-drop": (inside * mass - p, outside * mass),
     }
     for name, (in_top, beyond) in expected.items():
-        loss = koff.OBJECTIVES[name](logits, (index, log_p, log_p_rest), None).sum()
+        loss = koff.OBJECTIVES[name](logits, index, log_p, log_p_rest).sum()
         gradient = torch.autograd.grad(loss, logits)[0]
         assert torch.allclose(gradient.gather(-1, index), in_top, atol=1e-6), name
         assert torch.allclose(gradient.scatter(-1, index, 0.0), beyond, atol=1e-6), name
@@ -460,7 +465,7 @@ def test_the_gradients_are_those_that_the_docstring_of_the_objectives_gives():
 
 def test_next_token_loss_is_the_cross_entropy_and_the_last_token_has_none():
     logits, targets = torch.randn(5, 30) * 4, torch.randint(0, 30, (5,))
-    targets[4] = koff.NO_TARGET
+    targets[4] = objectives.NO_TARGET
     expected = -logits.log_softmax(-1)[range(4), targets[:4]]
     found = objectives.next_token_loss(logits, targets)
     assert torch.allclose(found[:4], expected) and found[4] == 0
@@ -475,7 +480,7 @@ def test_the_kl_is_exact_down_to_a_rest_of_a_billionth():
     index, log_p, log_p_rest = koff.teacher_topk(Head(), teacher, 100)
     assert log_p_rest.item() == pytest.approx(math.log(1e-9), abs=1e-5)
     student.requires_grad_()
-    koff.kl_topk(student, (index, log_p, log_p_rest)).sum().backward()
+    koff.kl_topk(student, index, log_p, log_p_rest).sum().backward()
     q, p = student.double().softmax(-1)[0, 100:].sum(), math.exp(log_p_rest.item())
     assert student.grad[0, 100:].sum().item() == pytest.approx((q - p).item(), rel=1e-2)
 
@@ -485,7 +490,7 @@ def test_distillation_is_the_mean_per_token(tiny, objective):
     model, tokens = tiny(), torch.randint(0, 131, (3, 11))
     answer = koff.teacher_topk(model, model.hidden(tokens).flatten(0, 1), 20)
     hidden = torch.randn(3, 11, 24, requires_grad=True)
-    loss = koff.distill(model, hidden, answer, tokens, koff.OBJECTIVES[objective])
+    loss = fast.distill(model, hidden, answer, tokens, koff.OBJECTIVES[objective])
     log_q = model.logits(hidden.flatten(0, 1)).log_softmax(-1)
     log_q_rest = log_q.exp().scatter(-1, answer[0], 0.0).sum(-1, keepdim=True).log()
     log_p, log_q = torch.cat(answer[1:], -1), torch.cat([log_q.gather(-1, answer[0]), log_q_rest], -1)

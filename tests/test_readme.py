@@ -1,4 +1,4 @@
-"""What the documents say has to stay true: commands, pointers into the code, links, tables, and what can be run."""
+"""The documents have to stay true: their commands, pointers into the code, links, tables and examples."""
 
 import ast
 import json
@@ -15,12 +15,21 @@ import make_results
 import train
 from data.families import read_config
 from data.run import Run, fitting_gates
-from data.settings import Settings
+from data.settings import PRESETS, Settings
+from data.sweeps import SWEEPS
 from data.tables import ratios, saved_results
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
-DOCUMENTS = [README, ROOT / "data/README.md", ROOT / "data/RESULTS.md", ROOT / "data/PAPER.md", ROOT / "tests/SPEED.md"]
+FORKS = ROOT / "data/FORKS.md"
+DOCUMENTS = [
+    README,
+    ROOT / "data/README.md",
+    ROOT / "data/RESULTS.md",
+    ROOT / "data/PAPER.md",
+    ROOT / "tests/SPEED.md",
+    FORKS,
+]
 
 each_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 
@@ -30,23 +39,25 @@ def text_of(path):
 
 
 def commands(script):
-    """The arguments of every `python SCRIPT ...` in the documents; test_forks.py has those of the forks."""
+    """The arguments of every `python SCRIPT ...` in the documents, except for the forks: see test_forks.py."""
     found = []
     for path in DOCUMENTS:
-        text = re.sub(r"\n## Three forks\n.*?\n## ", "\n## ", text_of(path), flags=re.DOTALL)
+        if path == FORKS:
+            continue
+        text = re.sub(r"\n## Forks\n.*?\n## ", "\n## ", text_of(path), flags=re.DOTALL)
         for line in re.findall(rf"python {re.escape(script)}([^;#\n`|]*)", text):
             found.append(shlex.split(line.replace("$s", "0")))
     return found
 
 
 def block_with(words):
-    """The code block of the README in which these words stand."""
+    """The code block of the README that contains these words."""
     blocks = re.findall(r"^```\w*\n(.*?)^```$", text_of(README), re.DOTALL | re.MULTILINE)
     (block,) = [block for block in blocks if words in block]
     return block
 
 
-# What stands there ---------------------------------------------------------------------------------------------------
+# The text itself -----------------------------------------------------------------------------------------------------
 
 
 def test_the_readme_is_short():
@@ -63,7 +74,7 @@ def test_every_training_command_parses_and_fits_its_model():
     assert len(found) >= 20
     for arguments in found:
         s = train.parse(arguments).settings
-        if s.model == Settings().model:  # it is here: it has as many blocks as the command says
+        if s.model == Settings().model:  # the shipped model: here it must have the blocks that the command names
             fitting_gates(s, read_config(s.model))
 
 
@@ -76,13 +87,13 @@ def test_every_evaluation_command_parses():
 
 def test_every_sweep_and_preset_stands_in_the_documents():
     found = commands("train.py")
-    assert {a[a.index("--sweep") + 1] for a in found if "--sweep" in a} == set(train.SWEEPS)
+    assert {a[a.index("--sweep") + 1] for a in found if "--sweep" in a} == set(SWEEPS)
     presets = text_of(ROOT / "data/RESULTS.md")
-    assert all(f"`{name}`" in presets for name, settings in train.PRESETS.items() if "/" in settings.get("model", ""))
+    assert all(f"`{name}`" in presets for name, settings in PRESETS.items() if "/" in settings.get("model", ""))
 
 
 def names_in(path):
-    """What a file defines, as a pointer names it: `function`, `Class`, `Class.method`, `CONSTANT`."""
+    """The names that a file defines, in the form of a pointer: `function`, `Class`, `Class.method`, `CONSTANT`."""
     names = set()
     for node in ast.parse(text_of(path)).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
@@ -95,28 +106,38 @@ def names_in(path):
 
 
 def test_every_pointer_into_the_code_is_found():
-    """A pointer is written `name` ([file.py](way/to/file.py)); a line break may stand in it."""
+    """A pointer has the form `name` ([file.py](path/to/file.py)), possibly with a line break in it."""
     pointers = []
     for path in DOCUMENTS:
         before = len(pointers)
         for name, shown, link in re.findall(r"`([\w.]+)`\s+\(\[([^\]]+\.py)\]\(([^)]+)\)\)", text_of(path)):
             pointers.append((path.parent / link, shown, name))
-        # None is written in another way.
+        # No pointer has another form.
         assert len(re.findall(r"\(\[[^\]]+\.py\]", text_of(path))) == len(pointers) - before
     assert len(pointers) >= 25
     for path, shown, name in pointers:
         assert path.name == shown and name in names_in(path), f"{name} is not in {shown}"
 
 
+def anchors_in(path):
+    """The anchors that GitHub gives to the headings of a document."""
+    headings = re.findall(r"^#+ (.*)$", text_of(path), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 @each_document
-def test_every_link_leads_to_a_file(path):
+def test_every_link_leads_to_a_file_and_a_heading(path):
     for link in re.findall(r"\]\(([^)\s]+)\)", text_of(path)):
-        if "://" not in link:
-            assert (path.parent / link.split("#")[0]).exists(), link
+        if "://" in link:
+            continue
+        name, _, anchor = link.partition("#")
+        there = path.parent / name if name else path
+        assert there.exists(), link
+        assert not anchor or anchor in anchors_in(there), link
 
 
 def test_every_file_of_the_data_folder_is_described_below_those_that_it_imports():
-    """data/README.md promises this order: a reader meets nothing that was not there before."""
+    """data/README.md promises this order, in which a reader meets every file before it is used."""
     described = re.findall(r"^\| `(\w+)\.py` \|", text_of(ROOT / "data/README.md"), re.M)
     assert sorted(described) == sorted(path.stem for path in (ROOT / "data").glob("*.py"))
     for i, name in enumerate(described):
@@ -132,11 +153,11 @@ def test_every_file_of_the_data_folder_is_described_below_those_that_it_imports(
 # Tables --------------------------------------------------------------------------------------------------------------
 
 
-def test_every_table_says_what_its_json_says():
+def test_every_table_agrees_with_its_json_file():
     assert make_results.main(["--check"]) == 0
 
 
-def test_every_json_is_shown_and_says_where_it_comes_from():
+def test_every_json_file_is_shown_and_names_its_origin():
     shown = {name for path in make_results.DOCUMENTS for _, name, _ in make_results.MARKED.findall(text_of(path))}
     assert shown == {path.stem for path in make_results.RESULTS.glob("*.json")}
     for name in shown:
@@ -144,7 +165,7 @@ def test_every_json_is_shown_and_says_where_it_comes_from():
         assert {"command", "commit", "machine", "columns", "rows"} <= result.keys()
 
 
-def test_a_table_that_was_changed_by_hand_is_found_and_mended(tmp_path, monkeypatch, capsys):
+def test_a_table_that_was_changed_by_hand_is_found_and_corrected(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(make_results, "ROOT", tmp_path)
     monkeypatch.setattr(make_results, "DOCUMENTS", [tmp_path / "RESULTS.md"])
     right = text_of(ROOT / "data/RESULTS.md")
@@ -155,12 +176,12 @@ def test_a_table_that_was_changed_by_hand_is_found_and_mended(tmp_path, monkeypa
     assert text_of(tmp_path / "RESULTS.md") == right
 
 
-# What the README runs ------------------------------------------------------------------------------------------------
+# The examples of the README ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A folder in which out/handbook is a run of the shipped model, on little text and for a few steps."""
+    """A folder where out/handbook is a run of the shipped model with little text and a few steps."""
     folder = tmp_path_factory.mktemp("home")
     (folder / "text").mkdir()
     for name in ("german", "french"):
@@ -177,7 +198,7 @@ def test_the_python_example_runs(home, monkeypatch, capsys):
     assert len([line for line in capsys.readouterr().out.splitlines() if line.strip()]) >= 3
 
 
-def test_what_a_colleague_gets_is_a_run_with_one_module(home, monkeypatch, capsys):
+def test_a_colleague_gets_a_run_with_one_module(home, monkeypatch, capsys):
     monkeypatch.chdir(home)
     subprocess.run(["bash", "-ec", block_with("mkdir -p german/modules")], check=True)
     assert Run("german").names == ["german"]
@@ -186,8 +207,9 @@ def test_what_a_colleague_gets_is_a_run_with_one_module(home, monkeypatch, capsy
     assert evaluation.main(["generate", "german", "Der Kernel ist", "--tokens", "3", "--module", "french"]) == 2
 
 
-def test_the_script_that_made_the_base_model_still_starts():
-    done = subprocess.run([sys.executable, "tests/make_base.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+@pytest.mark.parametrize("script", ["make_base", "make_withheld"])
+def test_the_scripts_behind_the_files_still_start(script):
+    done = subprocess.run([sys.executable, f"tests/{script}.py", "--help"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith("usage:"), done.stderr
 
 
@@ -196,7 +218,7 @@ def test_the_script_that_made_the_base_model_still_starts():
 
 @pytest.fixture
 def imported(tmp_path, monkeypatch):
-    """Import into an empty folder; returns a function that gives the result with a name."""
+    """Import into an empty folder; returns a function that makes the results of a name."""
     monkeypatch.setattr(make_results, "ROOT", tmp_path)
     monkeypatch.setattr(make_results, "RESULTS", tmp_path)
 
@@ -221,13 +243,13 @@ def test_a_report_becomes_the_tables_that_it_shows(home, imported):
 
 
 def figures_in(text):
-    """{column: cell} of a table with one row, but for empty cells."""
+    """{column: cell} of a table with one row, without its empty cells."""
     head, _, row = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
     pairs = [(name.strip(), cell.strip()) for name, cell in zip(head, row, strict=True)]
     return {name: cell for name, cell in pairs if cell != "-"}
 
 
-def test_several_runs_become_what_compare_shows(home, imported, capsys):
+def test_several_runs_become_the_table_of_compare(home, imported, capsys):
     run = home / "out/handbook"
     imported("default", run)
     ours = figures_in(make_results.render_table(make_results.read("default")))
@@ -236,11 +258,11 @@ def test_several_runs_become_what_compare_shows(home, imported, capsys):
     assert ours == figures_in(capsys.readouterr().out)
 
 
-def test_pruning_stands_beside_what_has_modules(home, imported, tmp_path):
+def test_pruned_runs_stand_beside_runs_with_modules(home, imported, tmp_path):
     run = home / "out/handbook"
     results = saved_results(run)
     (tmp_path / "pruned").mkdir()
-    results["settings"]["gate_share"] = 0.0
+    results["settings"]["gate_share"] = 1.0
     results["perplexity"] |= {"koff": {}, "routed": {}}
     (tmp_path / "pruned/results.json").write_text(json.dumps(results))
     imported("summary", run, "--pruned", tmp_path / "pruned")
@@ -264,7 +286,7 @@ def test_the_controls_are_one_table(home, imported, tmp_path):
     assert rows["the same, net size of KOFF"][0] == pytest.approx(sum(ratio) / len(ratio))
     for label, ratio in results["controls"].items():
         assert rows[label][1] == pytest.approx(sum(ratio.values()) / len(ratio))
-    *domains, last = results["swap"]  # as if it had come later
+    *domains, last = results["swap"]  # as if the last one had been added later
     ratio = [results["swap"][domain][last] / results["perplexity"]["unpruned"][domain] for domain in domains]
     assert rows[f"a stranger's module: {last}"][1:3] == pytest.approx([sum(ratio) / len(ratio), max(ratio)])
 

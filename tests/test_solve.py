@@ -14,6 +14,7 @@ import train
 from data import BadInput, solve
 from data.corpus import windows
 from data.families import parse_config
+from data.starts import start
 from model import Memory, Model
 from test_koff import KINDS
 from test_train import CONFIG, Killed, flags, freeze, in_step, killed, outputs, trainer_of, world  # noqa: F401
@@ -272,14 +273,14 @@ def lora(trainer, name):
 
 def test_a_trainer_solves_once_the_mask_is_final(world):  # noqa: F811
     trainer, text = trainer_of(world, gate_share=0.5)
-    trainer.initialise(text)
+    start(trainer, text)
     tokens = torch.arange(32).view(2, 16)
     for index in range(4):
         trainer.learn(tokens, "german", index)
     freeze(trainer)
     before, others = lora(trainer, "down"), lora(trainer, "up")
-    trainer.solve("french", text)
-    trainer.solve("german", text)
+    solve.solve_module(trainer, "french", text["french"])
+    solve.solve_module(trainer, "german", text["german"])
     moved = lora(trainer, "down")
     assert not any(map(torch.equal, before, moved)) and all(map(torch.equal, others, lora(trainer, "up")))
     trainer.recover(tokens, "german", 4)  # AdamW begins anew with what was solved, and goes on with the rest
@@ -294,8 +295,9 @@ def test_a_run_solves_between_its_two_kinds_of_steps(world, monkeypatch):  # noq
     def noted(name, work):
         return lambda *given: came.append(name) or work(*given)
 
-    for name in ("learn", "solve", "recover"):
+    for name in ("learn", "recover"):
         monkeypatch.setattr(Trainer, name, noted(name, getattr(Trainer, name)))
+    monkeypatch.setattr(train, "solve_module", noted("solve", train.solve_module))
     assert train.main(flags(world, gate_share=0.5)) == 0
     assert came == 4 * ["learn"] + 2 * ["solve"] + 4 * ["recover"]
 
@@ -306,7 +308,7 @@ def test_it_is_solved_on_windows_of_the_whole_text(world, monkeypatch, tokens): 
     freeze(trainer)
     monkeypatch.setattr(solve, "AT_ONCE", 48)
     monkeypatch.setattr(solve, "solve_memories", lambda *given: given)
-    model, student, module, kept, batches, ridge = trainer.solve("french", text)
+    model, student, module, kept, batches, ridge = solve.solve_module(trainer, "french", text["french"])
     assert (model, student, module) == (trainer.model, trainer.student, trainer.modules["french"])
     assert kept is trainer.kept and ridge == 0.25
     expected = windows(text["french"], 16, 3 if tokens == 40 else None)
@@ -318,7 +320,7 @@ def test_the_size_of_a_module_does_not_change_the_mask(world):  # noqa: F811
     masks = []
     for more in (dict(rank=2), dict(rank=4, lora="down"), dict(kv_tokens=0)):
         trainer, text = trainer_of(world, steps=0, **more)
-        trainer.initialise(text)
+        start(trainer, text)
         masks.append(trainer.gates.final_mask(0.05))
     for mask in masks[1:]:
         assert all(torch.equal(mask[name], masks[0][name]) for name in mask)
@@ -358,16 +360,16 @@ def test_what_is_solved_and_what_is_not(world, more, capsys):  # noqa: F811
 def test_a_run_that_is_stopped_while_it_solves_ends_as_any_other(world, monkeypatch, how, steps, gate_share, capsys):  # noqa: F811
     more = dict(steps=steps, gate_share=gate_share, ramp=0.0)
     assert train.main(flags(world, **more)) == 0
-    whole, solve_one = outputs(world / "runs/one"), Trainer.solve
+    whole, solve_one = outputs(world / "runs/one"), train.solve_module
 
-    def interrupted(self, domain, text):
+    def interrupted(trainer, domain, ids):
         if domain == "german" and how == "kill":
             raise Killed
         if domain == "french" and how == "signal":
             signal.raise_signal(signal.SIGTERM)
-        return solve_one(self, domain, text)
+        return solve_one(trainer, domain, ids)
 
-    monkeypatch.setattr(Trainer, "solve", interrupted)
+    monkeypatch.setattr(train, "solve_module", interrupted)
     argv = flags(world, out=world / "runs/two", **more)
     if how == "kill":
         with pytest.raises(Killed):
@@ -375,7 +377,7 @@ def test_a_run_that_is_stopped_while_it_solves_ends_as_any_other(world, monkeypa
     else:
         assert train.main(argv) == 143
         assert "stopped after french was solved" in capsys.readouterr().err
-    monkeypatch.setattr(Trainer, "solve", solve_one)
+    monkeypatch.setattr(train, "solve_module", solve_one)
     assert train.main(argv) == 0
     assert (how == "signal") == ("solved french" not in capsys.readouterr().out)
     assert outputs(world / "runs/two") == whole

@@ -1,17 +1,31 @@
 """What the paper compares: the switches do what they say, and a sweep is its runs, whatever interrupts it."""
 
 import json
+import signal
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import koff
 import train
-from data import run, settings, sweeps, tables
+from data import run, starts, sweeps, tables
 from data.families import read_config
 from data.settings import Settings
 from data.sweeps import SWEEPS
-from test_train import Killed, flags, open_run, outputs, trainer_of, world  # noqa: F401 (a fixture)
+from test_train import (  # noqa: F401 (a fixture)
+    Killed,
+    changed,
+    flags,
+    freeze,
+    in_step,
+    killed,
+    open_run,
+    outputs,
+    tensors,
+    trainer_of,
+    world,
+)
 from train import Trainer
 
 SMALL = sweeps.Sweep(
@@ -29,57 +43,60 @@ def test_every_run_of_every_sweep_can_be_made(name):
         run.fitting_gates(s, read_config(s.model))
 
 
-def test_prune_first_trains_no_memory_until_the_mask_is_fixed(world):  # noqa: F811
+def test_prune_first_trains_no_memory_until_the_mask_is_final(world):  # noqa: F811
     trainer, text = trainer_of(world, order="prune-first", gate_share=0.5)
-    trainer.initialise(text)
-    start = {n: p.clone() for n, p in trainer.modules.state_dict().items()}
+    starts.start(trainer, text)
+    start = tensors(trainer)
     tokens = torch.arange(32).view(2, 16)
     for index in range(4):
-        trainer.start_step(index)
-        trainer.step(tokens, "german", index)
-    assert all(torch.equal(p, start[n]) for n, p in trainer.modules.state_dict().items())
-    gates = {n: p.clone() for n, p in trainer.gates.state_dict().items()}
-    trainer.start_step(4)
-    trainer.step(tokens, "german", 4)
-    assert any(not torch.equal(p, start[n]) for n, p in trainer.modules.state_dict().items())
-    assert all(torch.equal(p, gates[n]) for n, p in trainer.gates.state_dict().items())
+        trainer.learn(tokens, "german", index)
+    learnt = tensors(trainer)
+    assert {who for who, _ in changed(start, learnt)} == {"gates"}
+    freeze(trainer)
+    trainer.recover(tokens, "german", 4)
+    assert {who for who, _ in changed(learnt, tensors(trainer))} == {"german"}
 
 
-@pytest.mark.parametrize("memory_blocks,shared", [(-1, 0), (3, 0), (1, 1), (0, 1)])
+@pytest.mark.parametrize("memory_blocks,shared", [(3, 0), (1, 1), (0, 1)])
 def test_memories_in_other_blocks_than_the_gates(world, memory_blocks, shared):  # noqa: F811
     more = dict(memory_blocks=memory_blocks, out=world / "runs/placed")
     trainer, _ = trainer_of(world, **more)
-    assert (trainer.gates.first, trainer.split) == (1, shared)
+    assert (trainer.gates.first_block, trainer.split) == (1, shared)
     assert train.main(flags(world, **more)) == 0
     module = load_file(world / "runs/placed/modules/german.safetensors")
-    expected = {-1: 3, 3: 3, 1: 1, 0: 2}[memory_blocks]
+    expected = {3: 3, 1: 1, 0: 2}[memory_blocks]
     assert {int(n.split(".")[1]) for n in module} == set(range(3 - expected, 3))
     assert json.loads((world / "runs/placed/results.json").read_text())["perplexity"]["koff"]["german"] > 1
 
 
-def test_annealing_and_the_constraints(world):  # noqa: F811
-    trainer, _ = trainer_of(world, beta=2.0, beta_end=0.5, gate_share=0.5)
-    tokens = torch.arange(32).view(2, 16)
-    betas = []
-    for index in range(4):
-        trainer.start_step(index)
-        betas.append(trainer.gates.beta)
+def test_the_temperature_falls_while_the_gates_learn(world, monkeypatch):  # noqa: F811
+    betas, learn = [], Trainer.learn
+    monkeypatch.setattr(Trainer, "learn", lambda self, *more: betas.append(self.gates.beta) or learn(self, *more))
+    assert train.main(flags(world, beta=2.0, beta_end=0.5, gate_share=0.5)) == 0
     assert betas == pytest.approx([2.0, 1.625, 1.25, 0.875])
-    targets = {
-        kind: trainer_of(world, constraint=kind, ramp=0.5, gate_share=0.5)[0].target(0) for kind in settings.CONSTRAINTS
-    }
-    assert targets == pytest.approx({"progressive": 0.0125, "hinge": 0.05, "lagrangian": 0.0125})
-    lagrangian, _ = trainer_of(world, constraint="lagrangian")
-    lagrangian.step(tokens, "german", 7)
-    assert (lagrangian.penalty.multipliers > 0).all()
+    finished, base, _ = run.open_finished(world / "runs/one")
+    assert finished.gates(base)[0].beta == 0.5  # with which their sparsity is reported
+
+
+def test_the_target_rises_and_a_penalty_answers_to_it(world):  # noqa: F811
+    tokens = torch.arange(32).view(2, 16)
+    for ramp, targets in (0.5, [0.0125, 0.025, 0.0375, 0.05, 0.05]), (0.0, [0.05] * 5):
+        trainer, _ = trainer_of(world, ramp=ramp, gate_share=0.5)
+        assert [trainer.target(index) for index in range(5)] == pytest.approx(targets)
+    multipliers = {}
+    for kind in koff.PENALTIES:
+        trainer, _ = trainer_of(world, constraint=kind)
+        trainer.learn(tokens, "german", 7)
+        multipliers[kind] = trainer.penalty.multiplier.item()
+    assert multipliers["hinge"] == 20 < multipliers["scaled"] and multipliers["lagrangian"] > 0  # it began at 0
 
 
 def test_part_of_the_domains_and_of_their_text(world, capsys):  # noqa: F811
     _, text = trainer_of(world)
-    trainer, part = trainer_of(world, domains="german", text=0.5)
+    trainer, part = trainer_of(world, domains="german", text_share=0.5)
     assert trainer.domains == ["german"] and len(part["german"]) == len(text["german"]) // 2
-    opened = open_run(flags(world, retention="domains", retention_every=2))
-    assert len(opened.text.general) == sum(map(len, text.values()))
+    _, mixed = open_run(flags(world, retention="domains", retention_every=2))
+    assert len(mixed.general) == sum(map(len, text.values()))
     assert train.main(flags(world, domains="german", out=world / "runs/german")) == 0
     assert train.main(flags(world, domains="klingon", out=world / "runs/klingon")) == 2
     assert "has no domain 'klingon'" in capsys.readouterr().err
@@ -88,22 +105,20 @@ def test_part_of_the_domains_and_of_their_text(world, capsys):  # noqa: F811
 
 
 def test_a_sweep_goes_on_where_it_was_interrupted(world, monkeypatch, capsys):  # noqa: F811
-    import signal
-
     monkeypatch.setitem(SWEEPS, "small", SMALL)
     argv = flags(world, out=world / "whole")
     argv = [*argv[: argv.index("--steps")], *argv[argv.index("--steps") + 2 :], "--sweep", "small", "--seeds", "2"]
     assert train.main(argv) == 0
-    step, pressed = Trainer.step, []
+    recover, pressed = Trainer.recover, []
 
-    def interrupted(self, tokens, domain, index, *rest, **kwargs):
-        if self.s.memory and self.s.rank and index == 4 and not pressed:
+    def interrupted(self, tokens, domain, index):
+        if self.s.rank and index == 4 and not pressed:
             pressed.append(True)
             signal.raise_signal(signal.SIGINT)
-        return step(self, tokens, domain, index, *rest, **kwargs)
+        return recover(self, tokens, domain, index)
 
     again = [str(world / "parts") if x == str(world / "whole") else x for x in argv]
-    monkeypatch.setattr(Trainer, "step", interrupted)
+    monkeypatch.setattr(Trainer, "recover", interrupted)  # the second row is the first with a module
     assert train.main(again) == 130
     assert list(json.loads((world / "parts/sweep.json").read_text())["rows"]) == ["pruning only"]
     assert train.main(again) == 0
@@ -128,45 +143,61 @@ def test_a_sweep_goes_on_where_it_was_interrupted(world, monkeypatch, capsys):  
 
 
 def test_the_curve_of_a_run_has_one_line_every_ten_steps_also_after_a_kill(world, monkeypatch):  # noqa: F811
-    step = Trainer.step
-
-    def killed(self, tokens, domain, index, *rest, **kwargs):
-        if index == 25:
-            raise Killed
-        return step(self, tokens, domain, index, *rest, **kwargs)
-
-    monkeypatch.setattr(Trainer, "step", killed)
     argv = flags(world, steps=40, save_every=15)
-    with pytest.raises(Killed):
+    with in_step(monkeypatch, 25, killed), pytest.raises(Killed):
         train.main(argv)
-    monkeypatch.setattr(Trainer, "step", step)
     assert train.main(argv) == 0
     lines = [json.loads(line) for line in (world / "runs/one/log.jsonl").open()]
     assert [line["solved"] for line in lines if "loss" not in line] == ["french", "german"]
     lines = [line for line in lines if "loss" in line]
-    assert [line["step"] for line in lines] == [0, 10, 20, 30] and set(lines[0]) == {
-        "step",
-        "loss",
-        "physical",
-        "paper",
-        "lambda",
-    }
+    names = {"step", "domain", "loss", "retention", "physical", "paper", "lambda", "rates"}
+    assert [line["step"] for line in lines] == [0, 10, 20, 30] and all(line.keys() == names for line in lines)
     results = json.loads((world / "runs/one/results.json").read_text())
     reached = next(line["step"] for line in lines if line["physical"] >= 0.95 * results["sparsity"]["physical"])
     assert reached == 10 and tables.summary(world / "runs/one")["settled"] is None  # that was the mask
-    results["settings"]["gate_share"] = 0.0  # as if these had been the gates
+    results["settings"]["gate_share"] = 1.0  # as if these had been the gates
     (world / "runs/one/results.json").write_text(json.dumps(results))
     assert tables.summary(world / "runs/one")["settled"] == reached
 
 
-def test_without_memories_no_step_follows_the_fixed_mask(world, monkeypatch):  # noqa: F811
-    step, taken = Trainer.step, []
+def test_a_line_of_the_log_says_whose_loss_it_is_and_under_which_rates(world, monkeypatch):  # noqa: F811
+    seen = {}  # {kind of step: {index: (domain, loss)}}
 
-    def counted(self, tokens, domain, index, *rest, **kwargs):
-        taken.append(index)
-        return step(self, tokens, domain, index, *rest, **kwargs)
+    def noted(name, step):
+        def one_step(self, tokens, domain, index, *rest):
+            loss = step(self, tokens, domain, index, *rest)
+            seen.setdefault(name, {})[index] = domain, loss.item()
+            return loss
 
-    monkeypatch.setattr(Trainer, "step", counted)
+        return one_step
+
+    for name in ("learn", "retain", "recover"):
+        monkeypatch.setattr(Trainer, name, noted(name, getattr(Trainer, name)))
+    rates = dict(gate_rate=0.05, lora_rate=0.01, kv_rate=0.02, decay=0.5)
+    more = dict(steps=41, gate_share=0.5, retention="domains", retention_every=6, solve_tokens=0)
+    assert train.main(flags(world, **more, **rates)) == 0
+    lines = [json.loads(line) for line in (world / "runs/one/log.jsonl").open()]
+    assert [(line["step"], (line["domain"], line["loss"])) for line in lines] == [
+        (index, (seen["learn"] | seen["recover"])[index]) for index in (0, 10, 20, 30, 40)
+    ]
+    # The last loss on general text since the line before; later there is none.
+    assert sorted(seen["retain"]) == [5, 11, 17]
+    assert [line["retention"] for line in lines] == [None, seen["retain"][5][1], seen["retain"][17][1], None, None]
+    for line in lines:
+        left = min(1, (41 - line["step"]) / 20.5)
+        assert line["rates"] == pytest.approx({"gates": 0.05, "lora": 0.01 * left, "kv": 0.02 * left})
+
+
+def test_without_memories_no_step_follows_the_final_mask(world, monkeypatch):  # noqa: F811
+    taken = []
+
+    def counted(step):
+        return lambda self, tokens, domain, index, *rest: (
+            taken.append(index) or step(self, tokens, domain, index, *rest)
+        )
+
+    for name in ("learn", "recover"):
+        monkeypatch.setattr(Trainer, name, counted(getattr(Trainer, name)))
     argv = [*flags(world, steps=30, gate_share=0.5), "--no-memory"]
     assert train.main(argv) == 0
     assert taken == list(range(15)) and train.main(argv) == 0 and len(taken) == 15

@@ -1,16 +1,18 @@
-"""What goes wrong around a run: text and model that changed, other processes, torn files, odd terminals and numbers."""
+"""What goes wrong around a run: text and model that changed, other processes, torn files, odd terminals and numbers.
+
+python -m pytest tests/test_trouble.py              four processes that tokenise one text twenty times
+python -m pytest tests/test_trouble.py -m slow      a long text, twice; and more readers that go away
+"""
 
 import contextlib
 import json
 import math
-import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,12 +23,15 @@ from safetensors.torch import load_file, save_file
 import eval as evaluation
 import koff
 import train
-from data import BadInput, atomic, discard, only_process, run_script, sweeps, write_tensors
+from data import BadInput, atomic, command, discard, only_process, run_script, write_tensors
+from data.checkpoint import digest
 from data.corpus import load_text
 from data.hub import model_folder
-from data.settings import PRESETS, ROOT, Settings
-from data.sweeps import SWEEPS
+from data.later import settings_to_add
+from data.run import Run
+from data.settings import ROOT
 from data.tokenizer import Tokenizer
+from test_kill import forks
 from test_modules import add, files, run  # noqa: F401 (a fixture)
 from test_train import ctrl_c_in_step_5, flags, outputs, world  # noqa: F401 (a fixture)
 
@@ -52,12 +57,34 @@ def other_config(world):  # noqa: F811
     (world / "base/config.json").write_text(json.dumps({**config, "rope_theta": 500.0}))
 
 
+def other_spaces(world):  # noqa: F811
+    """Files are hashed as they are: who would say which change of a config means nothing?"""
+    config = json.loads((world / "base/config.json").read_text())
+    (world / "base/config.json").write_text(json.dumps(config, indent=1))
+
+
 CHANGES = {
     "text": (other_text, "text of french"),
     "name": (other_name, "text of french"),
     "model": (other_model, "model"),
     "config": (other_config, "model"),
+    "the config's spaces": (other_spaces, "model"),
 }
+
+
+def test_the_digest_of_a_model_is_that_of_its_files(world):  # noqa: F811
+    base = world / "base"
+    first = digest(base)
+    assert first == digest(base)
+    found = {first}
+    for change in other_spaces, other_config, other_model:
+        change(world)
+        found.add(digest(base))
+    (base / "generation_config.json").write_text("{}")
+    found.add(digest(base))
+    assert len(found) == 5
+    (base / "README.md").write_text("nothing of the model")
+    assert digest(base) in found
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -86,19 +113,18 @@ def test_a_report_and_a_later_module_refuse_what_changed(run, capsys, change):  
     damage, name = CHANGES[change]
     damage(run.parent.parent)
     before = files(run)
-    for command in (lambda: evaluation.main(["report", str(run)]), lambda: add(run)):
+    for work in (lambda: evaluation.main(["report", str(run)]), lambda: add(run)):
         capsys.readouterr()
-        assert command() == 2
+        assert work() == 2
         err = capsys.readouterr().err
         assert f"began with another {name};" in err or (change == "name" and "has no french" in err)
     assert files(run) == before
 
 
 def test_a_later_module_gets_its_steps_from_the_first_domains_alone(run):  # noqa: F811
-    from data.run import Run
 
     def steps():
-        return train.settings_to_add(Run(run), {}).steps
+        return settings_to_add(Run(run), {}).steps
 
     assert steps() == 8 // 2
     assert add(run) == 0 and steps() == 8 // 2
@@ -139,18 +165,27 @@ def tokenise(folder, barrier, rounds, failures):
             raise
 
 
-@pytest.mark.parametrize("turn", [1, 2])
-def test_four_processes_share_a_cache(tmp_path, turn):
-    shutil.copy(ROOT / "data/handbook/german.txt", tmp_path / "text.txt")
-    context = multiprocessing.get_context("spawn")
+def share_a_cache(folder, text):
+    (folder / "text.txt").write_text(text, encoding="utf-8")
+    context = forks()
     barrier, failures = context.Barrier(4), context.Queue()
-    workers = [context.Process(target=tokenise, args=(tmp_path, barrier, 20, failures)) for _ in range(4)]
+    workers = [context.Process(target=tokenise, args=(folder, barrier, 20, failures)) for _ in range(4)]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
     assert failures.empty() and [worker.exitcode for worker in workers] == [0] * 4
-    assert len(list(tmp_path.glob("cache*/*"))) == 20 and not list(tmp_path.rglob(".*"))
+    assert len(list(folder.glob("cache*/*"))) == 20 and not list(folder.rglob(".*"))
+
+
+def test_four_processes_share_a_cache(tmp_path):
+    share_a_cache(tmp_path, (ROOT / "data/handbook/german.txt").read_text(encoding="utf-8")[:30_000])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("turn", [1, 2])
+def test_four_processes_share_a_cache_of_a_long_text(tmp_path, turn):
+    share_a_cache(tmp_path, (ROOT / "data/handbook/german.txt").read_text(encoding="utf-8"))
 
 
 def test_a_damaged_cache_is_made_anew(tmp_path):
@@ -190,30 +225,29 @@ def test_nothing_changes_a_run_that_another_process_holds(run, capsys):  # noqa:
         commands = (
             lambda: add(run),
             lambda: evaluation.main(["report", str(run)]),
-            lambda: evaluation.main(["rename", str(run), "french", "francais"]),
             lambda: evaluation.main(["remove", str(run), "french"]),
             lambda: train.main([*flags(run.parent.parent, seed=3), "--fresh"]),
         )
-        for command in commands:
+        for work in commands:
             capsys.readouterr()
-            assert command() == 2
+            assert work() == 2
             assert f"{run} is in use by another process (number {os.getpid()})" in capsys.readouterr().err
         assert files(run) == before
-    assert evaluation.main(["rename", str(run), "french", "francais"]) == 0
+    assert evaluation.main(["remove", str(run), "french"]) == 0
 
 
 def test_what_another_process_did_meanwhile_is_seen(world, monkeypatch, capsys):  # noqa: F811
     """A second process that has checked everything, and was still loading the model when the first one had the lock."""
-    opening = train.open_run
+    opening = command.open_training
 
-    def slowly(s, out, paths=None):
-        opened = opening(s, out, paths)
+    def slowly(s, out):
+        opened = opening(s, out)
         if s.lora_rate == 0.1:
-            monkeypatch.setattr(train, "open_run", opening)
+            monkeypatch.setattr(command, "open_training", opening)
             assert train.main(flags(world)) == 0
         return opened
 
-    monkeypatch.setattr(train, "open_run", slowly)
+    monkeypatch.setattr(command, "open_training", slowly)
     assert train.main(flags(world, lora_rate=0.1)) == 2
     assert "holds another run (--lora-rate differs)" in capsys.readouterr().err
 
@@ -314,16 +348,17 @@ def test_a_run_that_lost_its_router_is_not_finished(run, capsys):  # noqa: F811
     (run / "router.safetensors").unlink()
     assert train.main(flags(run.parent.parent)) == 0 and (run / "router.safetensors").exists()
     results = json.loads((run / "results.json").read_text())
-    for damaged in (
-        '{"torn',
-        json.dumps({**results, "perplexity": []}),
-        json.dumps({**results, "perplexity": {"pruned": 5}}),
-        json.dumps({**results, "perplexity": {"pruned": {"french": "x", "german": None}}}),
-        json.dumps({**results, "seconds": "x"}),
+    assert results["seconds"] > 0
+    for damaged, seconds in (
+        ('{"torn', 0.0),
+        (json.dumps({**results, "perplexity": []}), results["seconds"]),  # of the old file only the seconds count
+        (json.dumps({**results, "swap": {"french": "x"}, "seconds": "12.5"}), 12.5),
+        (json.dumps({**results, "seconds": "x"}), 0.0),
+        (json.dumps({**results, "seconds": [5]}), 0.0),
     ):
         (run / "results.json").write_text(damaged)
         assert evaluation.main(["report", str(run)]) == 0
-        assert json.loads((run / "results.json").read_text()) == {**results, "seconds": 0.0}
+        assert json.loads((run / "results.json").read_text()) == {**results, "seconds": seconds}
 
 
 def foreign(tensors):
@@ -370,7 +405,10 @@ def test_closed_streams_stop_no_training(world):  # noqa: F811
     assert done.returncode == 0 and (world / "runs/two/report.md").exists()
 
 
-@pytest.mark.parametrize("pipe", ["2>&1 | head -c 30", "2>&1 | true", "2>&1 >/dev/null | head -c 30", "| true"])
+MORE_PIPES = [pytest.param(pipe, marks=pytest.mark.slow) for pipe in ("2>&1 | head -c 30", "| true")]
+
+
+@pytest.mark.parametrize("pipe", ["2>&1 | true", "2>&1 >/dev/null | head -c 30", *MORE_PIPES])
 def test_nor_does_a_reader_that_goes_away(world, pipe):  # noqa: F811
     argv = " ".join(flags(world, out=world / "runs/two"))
     script = f"set -o pipefail; {sys.executable} {ROOT}/train.py {argv} {pipe}"
@@ -381,7 +419,7 @@ def test_nor_does_a_reader_that_goes_away(world, pipe):  # noqa: F811
 @pytest.mark.parametrize("to,status", [("> /dev/full", 2), ("| true", 0)])
 @pytest.mark.parametrize("buffered", ["", "1"])
 def test_a_full_disk_is_an_error_and_no_reader_is_none(run, to, status, buffered):  # noqa: F811
-    script = f"set -o pipefail; {sys.executable} {ROOT}/eval.py modules {run} {to}"
+    script = f"set -o pipefail; {sys.executable} {ROOT}/eval.py compare {run} {to}"
     done = subprocess.run(["bash", "-c", script], env={**os.environ, "PYTHONUNBUFFERED": buffered}, capture_output=True)
     assert done.returncode == status and done.stderr.count(b"\n") == (status == 2), done.stderr
 
@@ -460,7 +498,7 @@ def test_a_folder_with_settings_of_something_else_is_left_alone(world, capsys, t
     (out / "results.json").write_text("mine")
     for more in ([], ["--fresh"]):
         assert train.main([*flags(world), *more]) == 2
-        assert "is not the settings of this version" in capsys.readouterr().err
+        assert "settings.json cannot be used by this version (" in capsys.readouterr().err
     assert {path.name for path in out.iterdir()} == {"settings.json", "results.json"}
 
 
@@ -515,13 +553,10 @@ def test_a_relative_path_that_is_missing_is_never_asked_of_the_hub(monkeypatch, 
 
 
 def test_what_a_terminal_cannot_show_is_replaced(run):  # noqa: F811
-    prompts = run / "prompts.jsonl"
-    prompts.write_text('{"prompt": "\\ud800 für"}\n{"prompt": "Der Kern"}\n')
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
-    for prompt, lines in ((f"@{prompts}", 2), (b"\xff caf\xc3\xa9", 1)):
-        argv = [sys.executable, ROOT / "eval.py", "generate", run, prompt, "--tokens", "3"]
-        done = subprocess.run(argv, env=environment, capture_output=True)
-        assert done.returncode == 0 and done.stdout.count(b"\n") >= lines and b"Traceback" not in done.stderr
+    argv = [sys.executable, ROOT / "eval.py", "generate", run, b"\xff caf\xc3\xa9", "--tokens", "3"]
+    done = subprocess.run(argv, env=environment, capture_output=True)
+    assert done.returncode == 0 and done.stdout.startswith(b"? caf") and b"Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -548,7 +583,7 @@ def test_what_would_be_ignored_is_refused(capsys):
         assert "--seeds is for a --sweep" in capsys.readouterr().err
     for more, words in (
         (["--add", "dutch.txt", "--preset", "solved"], "without --preset"),
-        (["--sweep", "text", "--text", "0.5"], "--text does nothing"),
+        (["--sweep", "text", "--text-share", "0.5"], "--text-share does nothing"),
     ):
         with pytest.raises(SystemExit):
             train.parse(more)
@@ -589,7 +624,6 @@ def test_a_loss_above_709_nats_is_an_infinite_perplexity(run):  # noqa: F811
         (KeyboardInterrupt(), 130, "stopped; again"),
         (KeyboardInterrupt(signal.SIGTERM), 143, "stopped; again"),
         (OSError("x cannot be written; is the disk full?"), 2, "is the disk full?"),
-        (torch._inductor.exc.InvalidCxxCompiler(), 2, "No working C++ compiler"),
         (ZeroDivisionError("division by zero"), 1, "please report the lines above"),
     ],
 )
@@ -612,95 +646,33 @@ def test_sigterm_tidies_up(tmp_path, capsys):
     assert not list(tmp_path.iterdir()) and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-# Settings that are void together -------------------------------------------------------------------------------------
-
-VOID = [
-    dict(order="prune-first", gate_share=1.0, solve_tokens=0),
-    dict(order="prune-first", steps=10, gate_share=1.05, solve_tokens=0),  # less than a step
-    dict(order="prune-first", memory=False),
-    dict(memory=False, gate_rate=0.0),
-    dict(rank=0, kv_tokens=0),
-    dict(alpha=0.0),
-    dict(lora_rate=0.0, kv_rate=0.0),
-    dict(lora_rate=0.0, kv_tokens=0),
-    dict(kv_rate=0.0, rank=0),
-    dict(ramp=0.5, gate_share=0.6),
-    dict(top=1, tail="renormalise"),
-    dict(beta=0.5, beta_end=2.0),
-    dict(retention="domains", gate_rate=0.0),
-    dict(retention="domains", steps=40, retention_every=20),  # the mask is fixed after 10 steps
-]
-FINE = [
-    dict(gate_share=1.0),
-    dict(order="prune-first"),
-    dict(order="prune-first", steps=0),
-    dict(order="prune-first", gate_share=1.0),  # its modules are solved
-    dict(memory=False),
-    dict(memory_blocks=2),
-    dict(gate_rate=0.0),
-    dict(rank=0, alpha=0.0),
-    dict(kv_tokens=0),
-    dict(lora_rate=0.0),
-    dict(kv_rate=0.0),
-    dict(lora_rate=0.0, kv_rate=0.0, steps=0),
-    dict(ramp=0.4, gate_share=0.6),
-    dict(retention="domains", steps=40, retention_every=5),
-]
-
-
-@pytest.mark.parametrize("more", [dict(steps=1), dict(order="prune-first", gate_share=0.13), dict(multiple=41)])
-def test_what_the_text_or_the_model_makes_void_is_refused(world, capsys, more):  # noqa: F811
-    assert train.main(flags(world, **more)) == 2
-    err = capsys.readouterr().err
-    assert "2 memories cannot learn in 1 steps" in err or "a block has 40 neurons" in err
-
-
-@pytest.mark.parametrize("given", [dict(rank=2**70), dict(lora_rate=math.inf), dict(beta=math.inf), dict(steps=1.5)])
-def test_numbers_beyond_all_bounds_are_refused(given):
-    with pytest.raises(BadInput, match=f"--{next(iter(given)).replace('_', '-')} is"):
-        Settings(**given)
-
-
-@pytest.mark.parametrize("given", VOID, ids=str)
-def test_settings_that_are_void_together_are_refused_by_name(given):
-    with pytest.raises(BadInput, match=r"--.*(contradict|leaves nothing)"):
-        Settings(**given)
-
-
-def test_their_neighbours_are_not():
-    for given in FINE:
-        Settings(**given)
-    for name in SWEEPS:
-        for preset in ("handbook", "quick", "paper", "best"):
-            if (name, preset) != ("ablations", "paper"):  # which solves for nothing
-                sweeps.runs_of(name, PRESETS[preset], Path("out"), seeds=1)
-
-
 # The penalty ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("steps", [200, 500, 2000])
-@pytest.mark.parametrize("kind,start", [("hinge", 20.0), ("hinge", 60.0), ("progressive", 20.0), ("lagrangian", 20.0)])
-def test_the_sparsity_lands_on_its_target(kind, start, steps):
+@pytest.mark.parametrize(
+    "kind,start,ramp", [("scaled", 20.0, 0.0), ("scaled", 60.0, 0.0), ("scaled", 20.0, 0.2), ("lagrangian", 20.0, 0.2)]
+)
+def test_the_sparsity_lands_on_its_target(kind, start, ramp, steps):
     """Gates as the default starts them, AdamW as a run has it, and a loss that wants to open them, here noise and all."""
     generator = torch.Generator().manual_seed(0)
     a = torch.linspace(1, 5, 400).requires_grad_()
     optimizer = torch.optim.AdamW([a], lr=0.05, betas=(0.9, 0.99), weight_decay=0.0)
-    penalty = koff.Penalty(kind, start, True, "cpu")
+    penalty = koff.PENALTIES[kind](start)
     for index in range(steps):
         closed = 1 - koff.probability_open(a, 2 / 3)
-        target = 0.25 if kind == "hinge" else 0.25 * min(1.0, (index + 1) / (0.2 * steps))
+        target = 0.25 * min(1.0, (index + 1) / (ramp * steps)) if ramp else 0.25
         noise = 1 + torch.randn(400, generator=generator)
         loss = (noise * closed).sum() / 400  # what is closed costs something
         (loss + penalty(closed.mean(), target)).backward()
         optimizer.step()
         optimizer.zero_grad()
     assert 1 - koff.probability_open(a, 2 / 3).mean().item() == pytest.approx(0.25, abs=0.01)
-    assert penalty.multipliers.max() < 400
+    assert all(x < 400 for name, x in penalty.named_buffers() if name != "last")
 
 
-@pytest.mark.parametrize("tail", koff.TAILS)
-def test_no_gradient_is_nan_however_far_apart_the_two_are(tail):
+@pytest.mark.parametrize("objective", koff.OBJECTIVES)
+def test_no_gradient_is_nan_however_far_apart_the_two_are(objective):
     logits = torch.zeros(3, 50)
     logits[0, 0] = 300  # the student is sure: nothing is left for the rest
     logits[1, 40] = 300  # of what is outside the top
@@ -709,18 +681,6 @@ def test_no_gradient_is_nan_however_far_apart_the_two_are(tail):
     log_p = torch.full((3, 10), -300.0)
     log_p[:, 1] = math.log(0.5)
     rest = torch.full((3, 1), math.log(0.5))
-    loss = koff.kl_topk(logits, (index, log_p, rest), tail=tail)
+    loss = koff.OBJECTIVES[objective](logits, index, log_p, rest, torch.tensor([0, 1, 2]))
     loss.sum().backward()
     assert loss.isfinite().all() and logits.grad.isfinite().all()
-
-
-def test_a_checkpoint_folder_is_found_again_by_its_digest(world):  # noqa: F811
-    from data.checkpoint import digest
-
-    first = digest(world / "base")
-    assert first == digest(world / "base")
-    config = json.loads((world / "base/config.json").read_text())
-    (world / "base/config.json").write_text(json.dumps({**config, "transformers_version": "9"}))
-    assert first == digest(world / "base")  # what means nothing may change
-    other_model(world)
-    assert first != digest(world / "base")

@@ -1,7 +1,7 @@
-"""Rows on the disk become the questions of the yamls beside this file, for lm-evaluation-harness.
+"""Turn rows on the disk into questions for the yamls beside this file and lm-evaluation-harness.
 
-The harness calls `mmlu`, `arc`, `bbl` or `pairs` with the `rows` that `eval.py bench --rows` names: a file or a folder.
-Every question has a text, choices, and the numbers of the choices that are right.
+The harness calls `mmlu`, `arc`, `bbl` or `pairs` with the file or folder `rows`, from `eval.py bench --rows`. Every
+question has a text, its choices, and the positions of the right ones.
 """
 
 import json
@@ -12,12 +12,12 @@ from pathlib import Path
 from datasets import Dataset
 from lm_eval.api.samplers import ContextSampler
 
-from data import BadInput
+from data import MALFORMED, BadInput
 from data.corpus import lines_of, read_text
 
 
 def mmlu(rows, shots, **_):
-    """Each question of mmlu_test*.jsonl, with the first examples of its subject in mmlu_dev*.jsonl."""
+    """The questions of mmlu_test*.jsonl, each with the first `shots` examples of its subject in mmlu_dev*.jsonl."""
     folder = Path(rows)
     if folder.is_file():
         folder = folder.parent
@@ -51,7 +51,7 @@ def split(questions):
 
 
 class InDescription(ContextSampler):
-    """Gives the harness no examples: those of koff_mmlu stand in its description."""
+    """Adds no examples, because koff_mmlu has them in its description."""
 
     def sample(self, *_, **__):
         return []
@@ -75,7 +75,7 @@ def arc_questions(row):
 
 
 def bbl_questions(file):
-    """The choices stand in the order of the alphabet: in the file the right one may be the first."""
+    """Choices are sorted by the alphabet: in the file the right one may always be the first."""
     for row in file["examples"]:
         scores = row["target_scores"]
         choices = sorted(scores)
@@ -88,7 +88,7 @@ def bbl_questions(file):
 
 
 def pair_questions(row):
-    """The bad sentence is the first: of two that are equally likely the harness takes the first."""
+    """The bad sentence comes first: the harness takes the first of two equally likely ones."""
     choices = [row["sentence_bad"], row["sentence_good"]]
     yield {"subject": str(row["UID"]), "question": "", "choices": choices, "answer": [1]}
 
@@ -97,15 +97,15 @@ def pair_questions(row):
 
 
 def questions(rows, pattern, questions_of):
-    """[question] of the file `rows`, or of the files in that folder which the pattern finds.
+    """[question] of the file `rows`, or of the files in that folder that match the pattern.
 
-    First come the first ones of every file and subject, then all second ones, and so on: --limit takes as many of each.
-    questions_of: yields what a line of a .jsonl asks, or a whole .json. BadInput where it cannot.
+    The first questions of every file and subject come first, then all second ones, and so on: --limit cuts all alike.
+    questions_of: parsed line of a .jsonl, or parsed .json -> its questions. BadInput if it fails.
     """
     files = sorted(Path(rows).glob(pattern))
     if Path(rows).is_file():
         files = [Path(rows)]
-    found = []
+    result = []
     count = Counter()
     for path in files:
         texts = lines_of(path)
@@ -116,18 +116,18 @@ def questions(rows, pattern, questions_of):
                 for question in questions_of(json.loads(text)):
                     check(question)
                     group = path, question.get("subject")
-                    found.append({"where": str(where), "number": count[group], **question})
+                    result.append({"where": str(where), "number": count[group], **question})
                     count[group] += 1
-            except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            except MALFORMED as error:
                 raise BadInput(f"{where} is no row of this task ({error!r}); mend or remove it.") from None
-    if not found:
+    if not result:
         source = "python data/prepare.py benchmarks, or github.com/google/BIG-bench"
         raise BadInput(f"{rows} has no rows in {pattern}; name the folder that has, or get them: {source}.")
-    return sorted(found, key=itemgetter("number"))
+    return sorted(result, key=itemgetter("number"))
 
 
 def check(question):
-    """ValueError or another where a question cannot be answered."""
+    """Raise ValueError, or another error, for a question that cannot be answered."""
     choices = question["choices"]
     if not all(choice.strip() for choice in choices):
         raise ValueError("a choice is empty")
