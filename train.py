@@ -243,7 +243,7 @@ def command(argv):
 
 
 def main(argv=None):
-    return run_script("train.py", lambda: command(argv), "run the same command without --fresh to continue") or 0
+    return run_script("train.py", lambda: command(argv), "run the same command without --fresh to continue")
 
 
 if __name__ == "__main__":

@@ -173,6 +173,8 @@ def export_dense(folder, run, dense, kept, name):
         memories = run.memories(name)
         refuse_other_tensors(memories, "a checkpoint has no place for it")
         lora = {i: Memory(memory.lora) for i, memory in memories.items()}
+        if not any(memory.lora for memory in lora.values()):
+            raise BadInput(f"{name} has no LoRA to merge; a checkpoint has no place for keys and values.")
         merge(dense, expand_memories(lora, kept, dense.config))
     check_logits("the dense model", run, lora, dense)
     # The check was in float32. The checkpoint has the dtype of the saved backbone.
@@ -180,7 +182,7 @@ def export_dense(folder, run, dense, kept, name):
     save_backbone(folder, dense, run.folder / "backbone", koff_backbone=run.config.raw["koff_fingerprint"])
     check_tensors(folder, load(folder, dense.head.dtype).state_dict(), dense.state_dict())
     if name and run.settings.kv_tokens:
-        print(f"{name}: a checkpoint has no place for its keys and values; what is merged is LoRA.")
+        print(f"{name}: only its LoRA is merged; a checkpoint has no place for keys and values.")
 
 
 def export_adapters(folder, run, dense, kept, names):

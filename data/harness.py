@@ -64,7 +64,7 @@ def log_likelihoods(model, context, continuations, memories=None):
 # Variants of a run ---------------------------------------------------------------------------------------------------
 
 
-def variants_of(run, wanted=None):
+def variants_on(run, wanted=None):
     """The variants to be measured: `wanted`, or the first three of all. BadInput for an unknown one.
 
     unpruned; backbone (no module); routed (the router picks a module for each context); the name of a module.
@@ -195,7 +195,7 @@ def bench(args):
     if ours and args.task != "koff_mmlu" and args.shots is not None:
         raise BadInput(f"{args.task} has no examples; leave out --shots.")
     run = Run(args.run, args.device)
-    variants = variants_of(run, args.on)
+    variants = variants_on(run, args.on)
     folders = [str(ROOT / "data/tasks")]
     if args.include:
         folders.append(str(args.include))

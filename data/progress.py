@@ -70,6 +70,8 @@ def restore(part, state):
     if not isinstance(part, torch.optim.Optimizer):
         part.load_state_dict(state)
         return
+    if not all(isinstance(means, dict) for means in state.values()):  # torch would warn, and then fail
+        raise ValueError("the state of an optimizer is of another kind")
     part.load_state_dict({**part.state_dict(), "state": state})
     for p, means in part.state.items():
         for name in ("exp_avg", "exp_avg_sq"):

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import koff
+from data import BadInput
 from data.corpus import batch, passages
 from data.fast import in_chunks
 from data.objectives import token_losses
@@ -44,7 +45,13 @@ def start_gates(gates, model, texts, s):
         batches = [batch(ids, number, s.batch, s.seq_len, s.seed + 1) for number in range(rounds)]
         samples.append([torch.from_numpy(tokens).to(model.head.device) for tokens in batches])
     torch.manual_seed(s.seed)  # the draws of a score do not depend on the size of the modules
-    spread_by_rank(gates, koff.SCORES[s.gate_init](model, gates, samples))
+    try:
+        scores = koff.SCORES[s.gate_init](model, gates, samples)
+    except RuntimeError as error:
+        if "probability tensor" not in str(error):  # NaN among them: no token can be drawn
+            raise
+        raise BadInput(f"{s.model} predicts NaN; download it again, or say --dtype float32.") from None
+    spread_by_rank(gates, scores)
 
 
 @torch.no_grad()

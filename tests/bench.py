@@ -309,7 +309,9 @@ def inference(model, rounds):
     }
     print("\n**Inference, one sequence**\n")
     print(table("", ["ms for 512 tokens", "/ dense", "ms a new token", "/ dense"], rows))
-    print(f"\nA module from its file takes {swap * 1e3:.1f} ms; one that is in memory is an argument of the next call.")
+    print(
+        f"\nLoading a module from its file takes {swap * 1e3:.1f} ms. A module in memory is an argument of the next call."
+    )
 
 
 def growth(model, rounds):

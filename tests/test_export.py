@@ -141,6 +141,13 @@ def test_adapters_are_never_for_the_export_of_another_run_nor_for_two_modules_at
     assert evaluation.main(["export", str(out), "peft"]) == 0
 
 
+def test_a_module_without_lora_has_nothing_to_merge(world, capsys):  # noqa: F811
+    assert train.main(flags(world, rank=0)) == 0
+    out = world / "runs/one"
+    assert evaluation.main(["export", str(out), "hf", "--module", "french"]) == 2
+    assert "french has no LoRA to merge" in capsys.readouterr().err and not (out / "export/hf-french").exists()
+
+
 def test_an_export_that_differs_is_not_kept_and_a_folder_is_not_overwritten(world, capsys, monkeypatch):  # noqa: F811
     out = finished(world)
     expand, expand_memories = export.expand, export.expand_memories

@@ -16,7 +16,7 @@ import eval as evaluation
 import train
 from data import BadInput, router
 from data.checkpoint import load
-from data.harness import log_likelihoods, remember, variants_of
+from data.harness import log_likelihoods, remember, variants_on
 from data.run import Run
 from data.tokenizer import Tokenizer
 from test_damage import BYTES, nested, other_kind, other_line_ends
@@ -153,14 +153,14 @@ def test_greedy_says_whether_the_model_would_write_it(world):
 
 def test_the_variants_of_a_run(world):
     run = Run(world / "runs/one", "cpu")
-    assert variants_of(run) == ["unpruned", "backbone", "routed"]
-    assert variants_of(run, ["german"]) == ["german"]
+    assert variants_on(run) == ["unpruned", "backbone", "routed"]
+    assert variants_on(run, ["german"]) == ["german"]
     with pytest.raises(BadInput, match=r"--on cannot be 'klingon'; .* has unpruned, backbone, routed, french, german"):
-        variants_of(run, ["klingon"])
+        variants_on(run, ["klingon"])
     run.names = []  # pruned only
-    assert variants_of(run) == ["unpruned", "backbone"]
+    assert variants_on(run) == ["unpruned", "backbone"]
     with pytest.raises(BadInput, match="--on cannot be 'routed'"):
-        variants_of(run, ["routed"])
+        variants_on(run, ["routed"])
 
 
 # Our tasks -----------------------------------------------------------------------------------------------------------

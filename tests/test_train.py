@@ -563,6 +563,22 @@ def test_a_model_that_predicts_nan_is_named(world, capsys):
     assert f"{world / 'base'} predicts NaN; download it again" in capsys.readouterr().err
 
 
+def test_a_model_whose_logits_overflow_later_in_the_text_is_named_too(world, capsys):
+    """One logit is beyond float32 where a channel is larger than in the tokens on which the model is tried first."""
+    trainer, text = trainer_of(world)
+    tokens = torch.from_numpy(corpus.windows(text["french"], 16))
+    with torch.no_grad():
+        size = trainer.model.norm(trainer.model.hidden(tokens)).abs().amax(1)  # [windows, D]
+    channel = torch.where(size[0] > 1, size.median(0).values / size[0], 0).argmax()
+    unused = np.setdiff1d(np.arange(4096), np.concatenate(list(text.values())))[0]
+    path = world / "base/model.safetensors"
+    state = load_file(path)
+    state["model.embed_tokens.weight"][unused, channel] = 3e38 / size[0, channel]
+    save_file(state, path)
+    assert train.main(flags(world)) == 2
+    assert f"{world / 'base'} predicts NaN; download it again" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_an_output_folder_with_another_run_is_left_alone(world, capsys):
     assert train.main(flags(world)) == 0
     before = {p: p.read_bytes() for p in (world / "runs").rglob("*") if p.is_file()}
