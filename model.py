@@ -330,11 +330,12 @@ class Model(nn.Module):
         super().__init__()
         self.config = config
         rows_left = config.rows_left or [None] * config.num_hidden_layers
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        embedding = torch.empty(config.vocab_size, config.hidden_size)  # uninitialised, like `Projection`
+        self.embed_tokens = nn.Embedding.from_pretrained(embedding, freeze=False)
         self.layers = nn.ModuleList(Block(config, rows) for rows in rows_left)
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Projection(config.hidden_size, config.vocab_size, False, config.vocab_size)
 
     @property
     def head(self):

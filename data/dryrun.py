@@ -140,25 +140,20 @@ def dry_run(s, Trainer):
     for what, size in (stay | phases).items():
         print(f"{size / 1e9:9.3f} GB  {what}")
     print(f"{peak(stay, phases):9.3f} GB  peak memory")
-    for knob, size in smaller(s, Trainer, domains, on_gpu=True):
-        print(f"{size:9.3f} GB  with {knob}")
+    print(f"less with: {knobs(s, on_gpu=True)}")
 
 
-def smaller(s, Trainer, domains, on_gpu):
-    """[(flags, peak with them)]: settings that lower the peak, one by one."""
-    knobs = {}
+def knobs(s, on_gpu):
+    """The flags that would lower the peak, as text."""
+    flags = []
     for name, least in ("batch", 1), ("seq_len", 16):
         half = getattr(s, name) // 2
         if half >= least:
-            knobs[f"{flag(name)} {half}"] = {name: half}
+            flags.append(f"{flag(name)} {half}")
     for name in ("checkpointing", "offload"):
         if not getattr(s, name) and (name != "offload" or on_gpu):
-            knobs[flag(name)] = {name: True}
-    found = []
-    for knob, less in knobs.items():
-        with contextlib.suppress(BadInput):  # it contradicts another setting
-            found.append((knob, peak(*estimate(replace(s, **less), Trainer, domains))))
-    return found
+            flags.append(flag(name))
+    return ", ".join(flags)
 
 
 @contextlib.contextmanager
@@ -170,8 +165,6 @@ def enough_memory(trainer):
         if not out_of_memory(error):
             raise
         s = replace(trainer.s, dtype=str(trainer.model.head.dtype).removeprefix("torch."))
-        about = type(trainer), len(trainer.domains)
-        said = f"there is not enough memory: this takes about {peak(*estimate(s, *about)):.3g} GB"
-        for knob, size in smaller(s, *about, trainer.device.type == "cuda"):
-            said += f", with {knob} {size:.3g}"
-        raise BadInput(f"{said}; --dry-run says more.") from None
+        size = peak(*estimate(s, type(trainer), len(trainer.domains)))
+        less = knobs(s, trainer.device.type == "cuda")
+        raise BadInput(f"there is not enough memory: this takes about {size:.3g} GB, and less with {less}.") from None

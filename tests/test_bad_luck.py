@@ -182,12 +182,8 @@ def test_too_little_memory_names_what_would_need_less(world, monkeypatch, capsys
     monkeypatch.setattr(train, "batch", too_large)  # in the first step
     assert train.main(flags(world, batch=4, seq_len=64, solve_tokens=256)) == 2
     said = capsys.readouterr().err.splitlines()[-1]
-    number = r"([\d.]+)"
-    less = f", with --batch 2 {number}, with --seq-len 32 {number}, with --checkpointing {number}; --dry-run says more."
-    found = re.search(f"there is not enough memory: this takes about {number} GB{less}", said)
-    assert found, said
-    needed, *less = map(float, found.groups())
-    assert max(less) < needed
+    less = "and less with --batch 2, --seq-len 32, --checkpointing."
+    assert re.search(rf"there is not enough memory: this takes about [\d.]+ GB, {less}", said), said
 
 
 # Load ----------------------------------------------------------------------------------------------------------------
