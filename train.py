@@ -1,9 +1,4 @@
-"""Split a pretrained model into a sparse backbone and one memory module per domain.
-
-    python train.py                                the embedded default: a tiny model, six languages, minutes
-    python train.py --preset best --model DIR      a real model
-    python train.py --sweep ablations              a named set of runs and one table of them
-    python train.py --add dutch.txt --out RUN      one more module for a finished run
+"""Split a pretrained model into a sparse backbone and one memory module per domain: `python train.py --help`.
 
 Read `Trainer.learn`, `retain` and `recover`, the three kinds of step; then `loop`, the whole training. The rest of a
 run's life is in data/: its command line (command.py), log and checkpoints (progress.py), its folder (life.py).
@@ -237,7 +232,7 @@ def noise(trainer, index):
 
 
 def command(argv):
-    args = parse(argv, __doc__)
+    args = parse(argv)
     fast.enable()
     carry_out(args, Trainer, loop, evaluate)
 

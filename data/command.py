@@ -17,11 +17,22 @@ from data.run import open_training
 from data.settings import GROUPS, PRESETS, ROOT, Settings, absolute, flag
 from data.sweeps import SWEEPS, sweep
 
+USAGE = """Split a pretrained model into a sparse backbone and one memory module per domain.
 
-def parse(argv, about=None):
+    python train.py                                the embedded default: a tiny model, six languages, minutes
+    python train.py --preset best --model DIR      a real model
+    python train.py --sweep ablations              a named set of runs and one table of them
+    python train.py --add dutch.txt --out RUN      one more module for a finished run
+
+The run folder (out/<preset> unless --out names one) gets the backbone, the modules, the router and the report. Ctrl-C
+saves; the same command continues.
+"""
+
+
+def parse(argv):
     """The arguments of a command line. Three are added: `flags`, the settings that were typed; `given`, these over the
     preset's; `settings`, the complete `Settings`."""
-    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, help="named settings; flags override them [handbook]")
     other = parser.add_mutually_exclusive_group()
     other.add_argument("--sweep", choices=SWEEPS, help="train a named set of runs instead of one, and compare them")
