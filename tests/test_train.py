@@ -892,7 +892,7 @@ def test_a_dry_run_of_a_preset_adds_up(preset, request, capsys):
 
 
 STEPS = """
-import sys, torch, train
+import sys, koff, torch, train
 sys.path.append("tests")
 from bench import memory_above
 from data import fast
@@ -902,6 +902,7 @@ def steps(argv, T):
     s = train.parse(argv).settings
     trainer = train.Trainer(load(s.model, torch.bfloat16), s, list("abcdef"))
     tokens = torch.randint(0, 1000, (s.batch, T))
+    koff.SCORES[s.gate_init](trainer.model, trainer.gates, [[tokens]])
     for domain in "abcdef":
         trainer.learn(tokens, domain, 0)
     trainer.freeze_mask(fast.final_mask(trainer.gates, s.sparsity, s.count, s.multiple))
