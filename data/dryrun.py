@@ -153,7 +153,7 @@ def knobs(s, on_gpu):
     for name in ("checkpointing", "offload"):
         if not getattr(s, name) and (name != "offload" or on_gpu):
             flags.append(flag(name))
-    return ", ".join(flags)
+    return ", ".join(flags) or "a smaller model"
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from data import BadInput
+from data import MALFORMED, BadInput
 from model import Config
 
 GENERATION = "generation_config.json"
@@ -75,7 +75,7 @@ def read_config(folder):
         return config
     except OSError as error:
         raise BadInput(f"{path} cannot be read ({error.strerror}); give the folder of a checkpoint.") from None
-    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+    except MALFORMED as error:
         raise BadInput(f"{path} is not a valid {path.name} ({error}); download it again.") from None
 
 

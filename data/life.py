@@ -77,7 +77,8 @@ WRITTEN = [
 
 def tidy(out):
     """Remove half-written files of killed processes (see `atomic`). The folder is locked: nobody is writing there."""
-    discard_all(out, [".*.????????.part", "*/.*.????????.part", "later/*/.*.????????.part"])
+    folders = ("", "backbone/", "modules/", "later/*/")  # not export/, where another process may be writing
+    discard_all(out, [f"{folder}.*.????????.part" for folder in folders])
 
 
 def erase(out, s):

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import koff
-from data import BadInput, atomic, objectives, penalties, starts  # noqa: F401 (they add to the registries of koff.py)
+from data import MALFORMED, BadInput, atomic, objectives, penalties, starts  # noqa: F401 (they add to the registries of koff.py)
 
 ROOT = Path(__file__).resolve().parent.parent
 PATHS = ("model", "data", "retention")  # settings that can name a file or a folder
@@ -230,7 +230,7 @@ class Settings:
             return cls.from_saved(saved)
         except FileNotFoundError:
             raise BadInput(f"{path} does not exist; name the folder of a run that train.py made.") from None
-        except (OSError, ValueError, TypeError, AttributeError, LookupError, BadInput, RecursionError) as error:
+        except (OSError, BadInput, *MALFORMED) as error:
             raise BadInput(f"{path} cannot be used by this version ({error}); train in another folder.") from None
 
     @classmethod

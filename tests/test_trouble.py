@@ -466,9 +466,10 @@ def test_fresh_removes_what_this_program_wrote_and_nothing_else(run, capsys):  #
         "modules/tool.py",
         "backbone/notes.txt",
         "bench/mine.jsonl",
+        "export/.hf.01234567.part/config.json",  # another process may be writing it: an export does not hold its run
     ]
     for name in mine:
-        (run / name).parent.mkdir(exist_ok=True)
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
         (run / name).write_text("mine")
     save_file({"x": torch.ones(1)}, run / "modules/adapter.safetensors")  # not a module of ours
     old = [
