@@ -56,6 +56,8 @@ def losses_of(variants, x, split):
     for tokens in torch.from_numpy(x).to(unpruned.head.device).split(8):  # eight windows at a time
         shared = unpruned.run(unpruned.embed_tokens(tokens), 0, split)
         for name, (model, memories) in variants.items():
+            if memories:
+                model, memories = fast.merged(model, memories)
             parts[name].append(token_losses(model, memories, shared, split, tokens))
     return {name: torch.cat(parts[name]).cpu().numpy() for name in variants}
 

@@ -186,6 +186,8 @@ class Cache:
 class Projection(nn.Module):
     """y = z * (W x + bias + B A x): one matrix with its gate and its LoRA (first place where the method enters).
 
+    Where one module reads a whole text, `data.fast.merged` puts W + B A in place of W.
+
     After `koff.materialise`, `weight` has only the rows of open channels. `kept` [rows] holds their places among the
     `channels`; the other channels are zero in the output. Without cut channels `kept` is None.
     """
@@ -309,10 +311,16 @@ class Block(nn.Module):
     def forward(self, x, i, rope, mask, z=NO_GATES, memory=NO_MEMORY, cache=None):
         """x [B, T, D] -> [B, T, D]. i: number of this block, for the cache; rope, mask: see `Model.run`;
         z {name: [channels]}; memory: `Memory`."""
+        return self.add_mlp(self.add_attention(x, i, rope, mask, z, memory, cache), z, memory)
+
+    def add_attention(self, x, i, rope, mask, z=NO_GATES, memory=NO_MEMORY, cache=None):
         if self.post_norm:
-            x = x + self.post_attention_layernorm(self.self_attn(x, i, rope, mask, z, memory, cache))
+            return x + self.post_attention_layernorm(self.self_attn(x, i, rope, mask, z, memory, cache))
+        return x + self.self_attn(self.input_layernorm(x), i, rope, mask, z, memory, cache)
+
+    def add_mlp(self, x, z=NO_GATES, memory=NO_MEMORY):
+        if self.post_norm:
             return x + self.post_feedforward_layernorm(self.mlp(x, z, memory))
-        x = x + self.self_attn(self.input_layernorm(x), i, rope, mask, z, memory, cache)
         return x + self.mlp(self.post_attention_layernorm(x), z, memory)
 
 

@@ -14,7 +14,7 @@ from data import fast, run_script
 from data.command import carry_out, parse
 from data.corpus import batch
 from data.offload import Offload
-from data.solve import solve_module
+from data.solve import repair_student, solve_module
 from data.turns import Turns
 from eval import evaluate
 
@@ -143,8 +143,8 @@ class Trainer:
             self.optimizers[domain].zero_grad()
 
     def target(self, index):
-        """The expected sparsity that the penalty asks for. It rises linearly over the first --ramp of the steps."""
-        rising = self.s.ramp * self.s.steps
+        """The expected sparsity that the penalty asks for. It rises linearly over --rise of the gates' steps."""
+        rising = self.s.rise * self.s.gate_steps
         share = min(1.0, (index + 1) / rising) if rising else 1.0
         return self.s.sparsity * share
 
@@ -156,11 +156,11 @@ class Trainer:
         share = min(1.0, index / max(1.0, s.steps * s.gate_share))
         return s.beta + (s.beta_end - s.beta) * share
 
-    def freeze_mask(self, mask):
-        """From now on the student is the materialised model, and modules are attached."""
+    def freeze_mask(self, mask, student=None):
+        """From now on the student is the materialised model (or `student`), and modules are attached."""
         self.mask = {name: is_open.to(self.device) for name, is_open in mask.items()}
         self.kept = koff.kept_channels(mask, self.model.config, self.gates.first_block, self.device)
-        self.student = koff.materialise(self.model, self.kept)
+        self.student = student or koff.materialise(self.model, self.kept)
         self.attached = self.s.memory
 
 
@@ -189,8 +189,10 @@ def loop(trainer, text, progress):
     # The mask is final: closed channels leave the model. (With --add it already is: data/later.py freezes the run's.)
     if trainer.mask is None:
         trainer.freeze_mask(fast.final_mask(trainer.gates, s.sparsity, s.count, s.multiple))
-
-    # Ours: LoRA on `down` has a closed form.
+        # Ours: least squares mends what is left of the backbone,
+        if text.repair:
+            progress.after_repair(repair_student(trainer, text.repair))
+    # and gives LoRA on `down` in closed form.
     for domain in progress.unsolved():
         explained = solve_module(trainer, domain, text.train[domain])
         progress.after_solving(domain, explained)

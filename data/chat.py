@@ -33,12 +33,12 @@ def encode(run, text, bos=False):
 
 
 def pick_module(run, text, name=None):
-    """(memories, a line with their domain and the reason) of the module `name`, or of the router's choice.
+    """(the module `name` or the router's choice, a line with the reason).
 
-    The memories are None if the router is unsure, or if the run has no modules. Then the backbone answers alone.
+    The choice is None if the router is unsure, or if the run has no modules. Then the backbone answers alone.
     """
     if name:
-        return run.memories(name), name
+        return name, name
     if not run.names:
         return None, "none in this run"
     ids = np.array(encode(run, text))
@@ -48,23 +48,23 @@ def pick_module(run, text, name=None):
         return None, f"none, the router is unsure ({best} would be the first choice)"
     if routed not in run.names:  # its file is missing in this copy of the run
         return None, f"none, the router's choice is {routed} ({probability:.1%}), which is not here"
-    return run.memories(routed), f"{routed}, the router's choice ({probability:.1%})"
+    return routed, f"{routed}, the router's choice ({probability:.1%})"
 
 
-def stream(run, text, memories, args):
+def stream(run, text, model, memories, args):
     """Yield the model's continuation of `text`, piece by piece. args: number of tokens, and options of sampling.
 
     BadInput for a text without tokens, or with more tokens than the model's context.
     """
     tokens = torch.tensor([encode(run, text, bos=True)], device=run.device)  # [1, T]
     vocabulary = run.tokenizer.vocab_size  # without padding rows
-    eos = run.backbone.config.eos_token_ids
+    eos = model.config.eos_token_ids
     generator = torch.Generator(run.device).manual_seed(args.seed)
     # A character may take several tokens. The decoder collects its bytes until it is complete.
     decoder = getincrementaldecoder("utf-8")("replace")
     try:
         for token in generate(
-            run.backbone, tokens, args.tokens, vocabulary, eos, args.temperature, args.top_p, memories, generator
+            model, tokens, args.tokens, vocabulary, eos, args.temperature, args.top_p, memories, generator
         ):
             if token.item() not in eos:
                 yield decoder.decode(run.tokenizer.decode_bytes([token.item()]))
@@ -93,8 +93,8 @@ def continue_text(args):
     """Print the prompt `args.prompt` and its continuation."""
     check_sampling(args)
     run = Run(args.run, args.device)
-    memories, why = pick_module(run, args.prompt, args.module)
-    pieces = stream(run, args.prompt, memories, args)
+    name, why = pick_module(run, args.prompt, args.module)
+    pieces = stream(run, args.prompt, *run.attached(name), args)
     note(f"module: {why}")
     print(args.prompt, end="")
     show(pieces)
@@ -148,10 +148,10 @@ def answer(run, template, messages, name, args):
     """Print and return the answer to a conversation [{"role", "content"}], by the module `name` or a routed one."""
     # The router reads only the user's messages. The model's would confirm the router's last choice.
     said = "\n".join(message["content"] for message in messages if message["role"] == "user")
-    memories, why = pick_module(run, said, name)
+    name, why = pick_module(run, said, name)
     note(f"module: {why}")
     if template:
         text = template(messages, answer=True)
     else:  # a base model has no template and continues lines of text
         text = "".join(message["content"] + "\n" for message in messages)
-    return show(stream(run, text, memories, args))
+    return show(stream(run, text, *run.attached(name), args))

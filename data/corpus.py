@@ -259,7 +259,7 @@ def tiles(ids, length):
     return np.asarray(ids[: n * length]).reshape(n, length)
 
 
-def passages(ids, n, length, judged=256):
+def passages(ids, n, length, judged=64):
     """Candidates for the start of a KV memory, and text to compare them on, int64.
 
     The text is cut into n equal parts, fewer if it is short. Returns their beginnings [n, length], the candidates, and

@@ -3,7 +3,7 @@
 A run is saved without its closed channels (`koff.materialise`), and no other library knows matrices of such shapes. An
 export puts zeros in their place (`expand`), and every matrix has its pretrained shape again:
 
-    hf      a dense checkpoint for transformers; with --module the LoRA of that module is merged into it (`merge`)
+    hf      a dense checkpoint for transformers; with --module the LoRA of that module is merged into it
     peft    adapters for the dense checkpoint: for each module one of kind LORA, and one of kind CARTRIDGE if all blocks
             have keys and values
 
@@ -16,10 +16,9 @@ from dataclasses import replace
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
 
 import koff
-from data import BadInput, atomic, read_tensors
+from data import BadInput, atomic, fast, read_tensors
 from data.checkpoint import load, refuse_other_tensors, save_backbone
 from data.families import read_config
 from data.run import Run
@@ -76,31 +75,25 @@ def expand_memories(memories, kept, config):
     return dense
 
 
-@torch.no_grad()
-def merge(model, memories):
-    """Add the LoRA of {block: Memory} to the weights of `model`: W + B A."""
-    for i, memory in memories.items():
-        for name, (a, b) in memory.lora.items():
-            projection = model.get_submodule(matrix_name(i, name))
-            # Not in place: the old tensor may be shared with the run's backbone.
-            projection.weight = nn.Parameter(projection.weight + b @ a, requires_grad=False)
-
-
 # Adapters in peft's layout -------------------------------------------------------------------------------------------
 
 
-def save_lora(folder, memories, rank, base):
+def save_lora(folder, memories, base):
     """Write the LoRA of {block: Memory} as an adapter of kind LORA for the dense model in `base`."""
     tensors = {}
+    ranks = {}  # by matrix: they may differ from block to block
     for i, memory in memories.items():
         for name, (a, b) in memory.lora.items():
             matrix = f"base_model.model.model.{matrix_name(i, name)}"
+            ranks[matrix_name(i, name)] = len(a)
             tensors[f"{matrix}.lora_A.weight"] = a  # [r, fan-in]
             tensors[f"{matrix}.lora_B.weight"] = b  # [channels, r]
     config = {
         "peft_type": "LORA",
-        "r": rank,
-        "lora_alpha": rank,  # peft multiplies by lora_alpha / r, but our B already contains the scale
+        "r": max(ranks.values()),
+        "lora_alpha": max(ranks.values()),  # peft multiplies by lora_alpha / r, but our B already contains the scale
+        "rank_pattern": ranks,
+        "alpha_pattern": ranks,
         "target_modules": [f"{name}_proj" for name in memory.lora],  # the same in every block
         "layers_to_transform": list(memories),
         "layers_pattern": "layers",
@@ -175,7 +168,7 @@ def export_dense(folder, run, dense, kept, name):
         lora = {i: Memory(memory.lora) for i, memory in memories.items()}
         if not any(memory.lora for memory in lora.values()):
             raise BadInput(f"{name} has no LoRA to merge; a checkpoint has no place for keys and values.")
-        merge(dense, expand_memories(lora, kept, dense.config))
+        dense, _ = fast.merged(dense, expand_memories(lora, kept, dense.config))
     check_logits("the dense model", run, lora, dense)
     # The check was in float32. The checkpoint has the dtype of the saved backbone.
     dense = dense.to(getattr(torch, dense.config.raw["dtype"]))
@@ -201,7 +194,7 @@ def export_adapters(folder, run, dense, kept, names):
         check_logits(name, run, run.memories(name), dense, memories)
         # Two adapters: no kind in peft holds both LoRA and keys and values.
         if run.settings.rank:
-            save_lora(folder / name, memories, run.settings.rank, base)
+            save_lora(folder / name, memories, base)
         if tokens and len(memories) == blocks:
             save_cartridge(folder / f"{name}-kv", memories, base)
         elif tokens:

@@ -5,13 +5,16 @@ Only `final_mask` changes results, by a few gates.
 
 import contextlib
 import ctypes
+from copy import deepcopy
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import koff
 from data.objectives import next_tokens
-from model import Attention
+from model import Attention, matrix_name
 
 ROWS = 128  # rows of logits that are held at a time
 
@@ -43,6 +46,27 @@ def attend(q, k, v, mask):
         mask = mask.repeat(H // G, 1)
     y = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask)
     return y.reshape(B, H, T, hd)  # not a view: some GPU kernels return another layout
+
+
+# LoRA in the matrices: a module then costs nothing a token -----------------------------------------------------------
+
+
+@torch.no_grad()
+def merged(model, memories):
+    """(a model with W + B A in place of each W that has a LoRA, {block: `Memory`} without LoRA).
+
+    The sum is in float32 and is rounded once. The two models share all other tensors, and `model` stays as it is.
+    """
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    model = deepcopy(model, tensors)  # new modules, the same tensors
+    rest = {}
+    for i, memory in memories.items():
+        for name, (a, b) in memory.lora.items():
+            projection = model.get_submodule(matrix_name(i, name))
+            weight = projection.weight.float() + b.float() @ a.float()
+            projection.weight = nn.Parameter(weight.to(b.dtype), requires_grad=False)
+        rest[i] = replace(memory, lora={})
+    return model, rest
 
 
 # Logits a few rows at a time: they are the largest tensor of a step, 49,152 to 151,936 numbers a token ---------------

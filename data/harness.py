@@ -95,12 +95,12 @@ class RunModel:
         # The context must have room for a module's keys and values.
         self.max_length = self.model.config.max_position_embeddings - run.settings.kv_tokens
 
-    def memories(self, ids):
-        """The memories that the variant attaches for the text `ids`, or None."""
+    def attached(self, ids):
+        """(model, memories) with which the variant reads the text `ids`."""
         name = self.variant
         if name == "routed":
             name = self.run.router.route(np.array([ids]))[0]
-        return self.run.memories(name) if name in self.run.names else None
+        return self.run.attached(name) if name in self.run.names else (self.model, None)
 
     @property
     def eot_token_id(self):
@@ -121,10 +121,10 @@ class RunModel:
         # The options of a question are neighbours. Their context is read once.
         for context, group in groupby(pairs, key=itemgetter(0)):
             options = [option for _, option in group]
-            memories = self.memories(context)
+            model, memories = self.attached(context)
             for start in range(0, len(options), BATCH):
                 part = options[start : start + BATCH]
-                answers += zip(*log_likelihoods(self.model, context, part, memories), strict=True)
+                answers += zip(*log_likelihoods(model, context, part, memories), strict=True)
         return answers
 
     def loglikelihood_rolling(self, requests, **_):
@@ -134,11 +134,11 @@ class RunModel:
         totals = []
         for request in requests:
             ids = self.tok_encode(request.args[0])
-            memories = self.memories(ids)
+            model, memories = self.attached(ids)
             total = 0.0
             for window in get_rolling_token_windows(ids, self.eot_token_id, self.max_length, context_len=1):
                 context, continuation = make_disjoint_window(window)
-                scores, _ = log_likelihoods(self.model, context, [continuation], memories)
+                scores, _ = log_likelihoods(model, context, [continuation], memories)
                 total += scores[0]
             totals.append(total)
         return totals
@@ -158,11 +158,11 @@ class RunModel:
             until = settings["until"]
             steps = min(settings["max_gen_toks"], self.max_length - 1)
             ids = self.tok_encode(context)[steps - self.max_length :]  # keep its end, with room for the answer
-            memories = self.memories(ids)
+            model, memories = self.attached(ids)
             tokens = torch.tensor([ids], device=self.run.device)
             written = []
             # A stop string may end within a token, or begin in an earlier one. So we compare text.
-            for token in generate(self.model, tokens, steps, tokenizer.vocab_size, eos, memories=memories):
+            for token in generate(model, tokens, steps, tokenizer.vocab_size, eos, memories=memories):
                 written.append(token.item())
                 if written[-1] in eos or any(stop in tokenizer.decode(written) for stop in until):
                     break

@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from data import BadInput, discard
-from data.checkpoint import check_backbone
 from data.corpus import domain_name
 from data.dryrun import enough_memory
 from data.families import value_of
@@ -22,8 +21,8 @@ from data.run import check_complete, check_model, held, open_training, texts_of
 from data.settings import Settings, flag
 
 MAY_DIFFER = (  # settings in which a module can differ from the run that it joins
-    "solve_tokens", "solve_ridge", "steps", "batch", "seq_len", "text_share", "lora_rate", "kv_rate", "decay", "seed",
-    "device", "checkpointing",
+    "solve_tokens", "solve_ridge", "curvature_tokens", "placement", "rank", "alpha", "steps", "batch", "seq_len",
+    "text_share", "lora_rate", "kv_rate", "decay", "seed", "device", "checkpointing",
 )  # fmt: skip
 
 
@@ -58,7 +57,6 @@ def join(run, s, name, path, work, fresh, Trainer, loop):
     opened = open_training(s, run.folder, paths={name: path})
     text = opened.text
     check_model(run, opened.folder)
-    check_backbone(run.folder / "backbone", run.config)
     if fresh:
         discard(work)
     fingerprint = run.config.raw["koff_fingerprint"]
@@ -66,7 +64,7 @@ def join(run, s, name, path, work, fresh, Trainer, loop):
     # The mask is final from the start, so every step is one of `Trainer.recover`.
     _, mask = run.gates(opened.model)
     trainer = Trainer(opened.model, s, text.train)
-    trainer.freeze_mask(mask)
+    trainer.freeze_mask(mask, run.backbone)
     with enough_memory(trainer), Progress(trainer, text, work, time.perf_counter()) as progress:
         loop(trainer, text, progress)
     # The router comes last: its row makes the module part of the run.
@@ -88,7 +86,7 @@ def settings_to_add(run, given):
     domains = value_of(run.config.raw, "koff_domains", int, None, run.folder / "backbone/config.json")
     steps = math.ceil(run.settings.steps / domains)
     # With one domain and no gates, settings that choose domains or concern gates are irrelevant.
-    irrelevant = dict(gate_init="constant", gate_share=0.0, ramp=0.0, focus=0, order="joint", retention="")
+    irrelevant = dict(gate_init="constant", gate_share=0.0, rise=0.0, focus=0, order="joint", retention="")
     return replace(run.settings, **{"steps": steps, **given}, **irrelevant)
 
 

@@ -185,6 +185,18 @@ class Progress:
         if stop:
             self.interrupt(f"step {done}")
 
+    def after_repair(self, explained):
+        """Log the repair of the backbone. explained: see `solve.repair`. (A run that goes on repairs it again.)"""
+        shares = {block: share.item() for block, share in explained.items()}
+        if self.start <= self.trainer.s.gate_steps and not self.solved:
+            self.log.write(step=self.trainer.s.gate_steps, repaired=shares)
+        percent = ", ".join(f"{share:.0%}" for share in shares.values())
+        where = f"after blocks {min(shares)} to {max(shares)}, on the text of the repair"
+        tqdm.write(f"repaired the backbone: explains {percent} of what is missing {where}")
+        if self.signals:
+            self.save(self.trainer.s.gate_steps)
+            self.interrupt("the backbone was repaired")
+
     def after_solving(self, domain, explained):
         """Log a solved module; save a checkpoint after the last one. explained: see `solve_memories`."""
         self.solved.append(domain)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import BadInput, only_process
+from data import BadInput, fast, only_process
 from data.chat_template import ChatTemplate
 from data.checkpoint import check_backbone, digest, load, load_gates, load_module, possible_sizes, same_model
 from data.corpus import Split, domains_in, find_domains, load_text
@@ -93,11 +93,13 @@ def fitting_gates(s, config):
 class Text:
     """The text of a run. A stopped run continues only with the same inputs.
 
-    train {domain: ids}; general: ids for retention, or None; splits {domain: `Split`}; inputs {input: its hash}.
+    train {domain: ids}; general: ids for retention, or None; repair {name: ids}, on which the backbone is repaired, or
+    empty; splits {domain: `Split`}; inputs {input: its hash}.
     """
 
     train: dict[str, np.ndarray]
     general: np.ndarray | None = None
+    repair: dict[str, np.ndarray] = field(default_factory=dict)
     splits: dict[str, Split] = field(default_factory=dict)
     inputs: dict[str, str] = field(default_factory=dict)
 
@@ -146,6 +148,11 @@ def read_training_text(s, reader, paths=None):
     elif s.retention:
         text.splits["--retention"] = reader.read(s.retention, training, 0)  # no domain can have this name
         text.general = text.splits["--retention"].train
+    if s.repair == "domains":
+        text.repair = text.train
+    elif s.repair != "none":
+        text.splits["--repair"] = reader.read(s.repair, training, 0)
+        text.repair = {"--repair": text.splits["--repair"].train}
     for name, split in text.splits.items():
         text.inputs[f"text of {name}"] = split.key
     return text
@@ -185,6 +192,7 @@ class Run:
     """A saved run: settings, backbone, modules, router. Only `gates` needs the pretrained model.
 
     run = Run("out/handbook"); run.backbone(tokens, memories=run.memories("french")) -> logits [B, T, V]
+    model, memories = run.attached("french"); model(tokens, memories=memories) -> the same, in less time for long texts
     """
 
     def __init__(self, folder, device="auto", dtype=None):
@@ -199,6 +207,7 @@ class Run:
         self.router = Router.load(self.folder / "router.safetensors")
         self.names = [name for name in self.router.domains if self.module_path(name).exists()]
         self.loaded = {}  # {domain: its memories}, once somebody asked for them
+        self.merged = {}  # {domain: `attached`}, of the last one only
 
     @cached_property
     def config(self):
@@ -219,6 +228,16 @@ class Run:
         if name not in self.loaded:
             self.loaded[name] = load_module(self.module_path(name), self.config, self.dtype, self.device)
         return self.loaded[name]
+
+    def attached(self, name=None):
+        """(model, memories) that read a text with the module `name`, or with none. See `fast.merged`."""
+        if name is None:
+            return self.backbone, None
+        if name not in self.merged:
+            memories = self.memories(name)
+            self.merged.clear()  # matrices of one module at a time
+            self.merged[name] = fast.merged(self.backbone, memories)
+        return self.merged[name]
 
     @property
     def modules(self):

@@ -4,6 +4,7 @@ Gates start from a score: the lowest scores are closest to closing. A KV memory 
 frozen model has for a passage of the domain's text.
 """
 
+import contextlib
 import math
 
 import torch
@@ -111,6 +112,101 @@ def drawn_token_loss(logits):
 
 
 koff.SCORES["fisher"] = fisher_scores
+
+
+def surgeon_scores(model, gates, texts):
+    """`fisher_scores`, in which a neuron counts only for the part of its effect that other neurons cannot take over.
+
+    Least squares will repair what can be repaired (data/solve.py), so two neurons that say the same need not both stay.
+    """
+    scores = fisher_scores(model, gates, texts)
+    inputs = {}  # {block: H^T H [F, F]} of `down`'s inputs, over all texts
+    curvature = {}
+    for batches in texts:
+        for i, (h, c) in down_statistics(model, batches, gates.first_block).items():
+            inputs[i] = inputs.get(i, 0) + h
+            curvature[i] = curvature.get(i, 0) + c
+    shares = []
+    for i in range(gates.first_block, len(model.layers)):
+        shares.append(irreplaceable(inputs[i], model.layers[i].mlp.down_proj.weight.double(), curvature[i]))
+    for name in scores.keys() & {"gate", "up", "neuron"}:
+        scores[name] = scores[name] * torch.stack(shares).float()
+    return scores
+
+
+def irreplaceable(gram, down, curvature, at_once=8):
+    """The share [F] of each neuron's effect that is lost if it is removed, and the neurons still there are refitted.
+
+    Neurons leave in the order of the least loss (Optimal Brain Surgeon, Hassibi and Stork 1993; for whole neurons:
+    ZipLM, arXiv 2302.04089), `at_once` of them in a round. All arguments are float64: gram [F, F] of down's inputs, its
+    weights [D, F], curvature [D, D] of the loss in its outputs.
+    """
+    alone = (down * (curvature @ down)).sum(0) * gram.diagonal()  # the loss if nobody took over, [F]
+    damped = gram + 0.01 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    inverse = torch.linalg.inv(damped).float()
+    left = torch.arange(len(gram), device=gram.device)
+    w = down.float()
+    cw = (curvature @ down).float()
+    lost = torch.zeros_like(alone)
+    level = alone.new_zeros(())  # what a neuron costs never falls, so that all blocks close theirs in this order
+    while len(left) > 0:
+        loss = (w * cw).sum(0) / inverse.diagonal()
+        out = loss.topk(min(at_once, len(left)), largest=False).indices
+        level = torch.maximum(level, loss[out].mean())
+        lost[left[out]] = level.double()
+        stay = torch.ones_like(left, dtype=torch.bool)
+        stay[out] = False
+        take_over = torch.linalg.solve(inverse[out][:, out], inverse[out][:, stay])  # [out, stay]
+        w = w[:, stay] - w[:, out] @ take_over
+        cw = cw[:, stay] - cw[:, out] @ take_over
+        inverse = inverse[stay][:, stay] - inverse[stay][:, out] @ take_over
+        left = left[stay]
+    tiny = torch.finfo(alone.dtype).tiny
+    return (lost / alone.clamp(min=tiny)).clamp(max=1)
+
+
+koff.SCORES["surgeon"] = surgeon_scores
+
+
+def down_statistics(model, batches, first_block, memories=None):
+    """{block: (H^T H [F, F], C [D, D])} of `down` from `first_block` on, float64 means over tokens.
+
+    H are its inputs. C is the curvature of the loss in its outputs: like the Fisher score, the mean outer product of
+    gradients of log p of tokens that the model draws. Tokens count as in `solve.Regression`. batches: tokens [B, T].
+    """
+    found = {}
+    for tokens in batches:
+        with torch.no_grad():
+            x = model.run(model.embed_tokens(tokens), 0, first_block, memories=memories)
+        x.requires_grad_()
+        inputs = {}
+        after = {}  # hidden states after each block
+        for i in range(first_block, len(model.layers)):
+            with inputs_to(model.layers[i].mlp.down_proj) as seen:
+                x = model.run(x, i, i + 1, memories=memories)
+            inputs[i] = seen[0].detach()
+            after[i] = x
+        loss = in_chunks(model, x.flatten(0, 1), drawn_token_loss)
+        gradients = torch.autograd.grad(loss, list(after.values()))
+        for i, gradient in zip(after, gradients, strict=True):
+            length = after[i].detach().float().square().mean(-1, keepdim=True).sqrt()  # RMS of the hidden state
+            h = (inputs[i].float() / length).flatten(0, 1)
+            g = (gradient.float() * length).flatten(0, 1)
+            gram, curvature = found.get(i, (0, 0))
+            found[i] = gram + (h.T @ h).double(), curvature + (g.T @ g).double()
+    n = sum(tokens.numel() for tokens in batches)
+    return {i: (gram / n, curvature / n) for i, (gram, curvature) in found.items()}
+
+
+@contextlib.contextmanager
+def inputs_to(projection):
+    """Yield a list to which every call of the projection under it adds its input."""
+    inputs = []
+    hook = projection.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    try:
+        yield inputs
+    finally:
+        hook.remove()
 
 
 # KV memories ---------------------------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ ABLATIONS = {
     "LoRA, both": dict(kv_tokens=0),
     "LoRA + KV, both": {},
     "the same, teacher has not read the text": dict(teacher_context=False),
-    "the same, mask not learned": dict(gate_rate=0.0, gate_share=0.01, ramp=0.01),  # the score decides
+    "the same, mask not learned": dict(gate_rate=0.0, gate_share=0.01, rise=0.01),  # the score decides
     "the same, prune first, recover afterwards": dict(order="prune-first"),
     "the same, with retention": dict(retention="domains", retention_every=1),
 }
@@ -75,7 +75,7 @@ SWEEPS = {
         | {"LoRA on down only": dict(lora="down", rank=150, alpha=150.0)}
         | each("beta", 2.0)
         | each("objective", "next-token", "blend", "kl-renormalise", "kl-drop")
-        | {"target at once": dict(ramp=0.0)}
+        | {"target at once": dict(rise=0.0)}
         | each("constraint", "hinge", "lagrangian")
         | each("gated", "kv", "qkv", sparsity=0.02)
         | each("gated", "kv+mlp+o")
@@ -88,14 +88,14 @@ SWEEPS = {
     "convergence": Sweep(
         each("gated", *GATED, sparsity=0.02),
         common=dict(
-            constraint="hinge", ramp=0.0, penalty=60.0, gate_init="constant", granularity="projection",
+            constraint="hinge", rise=0.0, penalty=60.0, gate_init="constant", granularity="projection",
             gate_share=1.0, solve_tokens=0,
         ),
     ),
     "domains": Sweep(each("domains", "1", "2", "3", "4", "5", "6")),
     "text": Sweep(each("text_share", 0.1, 0.25, 0.5, 1.0)),
     "retention": Sweep(INTERVALS, common=dict(retention="domains", gate_share=1.0)),
-    "lambda": Sweep(each("penalty", 15.0, 40.0, 60.0, 80.0, 120.0), common=dict(constraint="hinge", ramp=0.0)),
+    "lambda": Sweep(each("penalty", 15.0, 40.0, 60.0, 80.0, 120.0), common=dict(constraint="hinge", rise=0.0)),
 }  # fmt: skip
 
 

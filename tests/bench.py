@@ -191,7 +191,8 @@ def peer_step(model, settings, adapters="float32", times=4):
 
 
 def in_inference(model, rounds, prompt=512, new=128):
-    """{name: {"prefill": seconds for the prompt, "decode": for a new token, greedy}}, and the seconds of a module's swap.
+    """{name: {"prefill": seconds for the prompt, "decode": for a new token, greedy}}, and the seconds that a module
+    takes to be read from its file ("swap") and to be added to the matrices ("merge").
 
     (All in one process, in turns, since a ratio of 0.9 is less than what two minutes change on a shared machine.)
     """
@@ -227,8 +228,10 @@ def in_inference(model, rounds, prompt=512, new=128):
             save_module(path, koff.materialise_memories(trainer.memories("one"), trainer.kept), "here")
             memory = load_module(path, config, DTYPE)
             swap = fastest(lambda a=(path, config, DTYPE): load_module(*a), 20)
+        merge = fastest(lambda a=(trainer.student, memory): fast.merged(*a), 20)
         subjects[f"compact, {sparsity:.0%}"] = ours(trainer.student)
-        subjects[f"compact, {sparsity:.0%}, with a module"] = ours(trainer.student, memory)
+        subjects[f"compact, {sparsity:.0%}, LoRA beside the matrices"] = ours(trainer.student, memory)
+        subjects[f"compact, {sparsity:.0%}, with a module"] = ours(*fast.merged(trainer.student, memory))
     found = {name: {"prefill": [], "decode": []} for name in subjects}
     with torch.inference_mode():
         for name in list(subjects) * rounds:
@@ -241,7 +244,7 @@ def in_inference(model, rounds, prompt=512, new=128):
             for _ in range(new):
                 x = forward(x, cache)
             seconds["decode"].append((time.perf_counter() - begun) / new)
-    return {"swap": swap} | {name: {key: min(x) for key, x in r.items()} for name, r in found.items()}
+    return {"swap": swap, "merge": merge} | {name: {key: min(x) for key, x in r.items()} for name, r in found.items()}
 
 
 # Tables --------------------------------------------------------------------------------------------------------------
@@ -302,16 +305,15 @@ def solve(model, rounds):
 
 def inference(model, rounds):
     found = measured(in_inference, dict(model=model, rounds=3 * rounds), True)
-    swap, dense = found.pop("swap"), found["ours, dense"]
+    swap, merge, dense = found.pop("swap"), found.pop("merge"), found["ours, dense"]
     rows = {
         name: [x for key in ("prefill", "decode") for x in (f"{r[key] * 1e3:.1f}", f"{r[key] / dense[key]:.2f} x")]
         for name, r in found.items()
     }
     print("\n**Inference, one sequence**\n")
     print(table("", ["ms for 512 tokens", "/ dense", "ms a new token", "/ dense"], rows))
-    print(
-        f"\nLoading a module from its file takes {swap * 1e3:.1f} ms. A module in memory is an argument of the next call."
-    )
+    times = f"its file takes {swap * 1e3:.1f} ms, adding its LoRA to the matrices {merge * 1e3:.1f} ms"
+    print(f"\nReading a module from {times}.")
 
 
 def growth(model, rounds):

@@ -148,21 +148,22 @@ class Bytes:
 
 
 def test_a_character_is_shown_when_its_last_token_has_come(monkeypatch):
-    ends = SimpleNamespace(eos_token_ids=(0,))
+    model = SimpleNamespace(config=SimpleNamespace(eos_token_ids=(0,)))
     written = [torch.tensor([byte]) for byte in [*"aé€".encode(), 0xC3, 0]]
     monkeypatch.setattr(chat, "generate", lambda *given: iter(written))
-    run = SimpleNamespace(tokenizer=Bytes(), device="cpu", backbone=SimpleNamespace(config=ends))
+    run = SimpleNamespace(tokenizer=Bytes(), device="cpu")
     args = SimpleNamespace(seed=0, tokens=9, temperature=0.0, top_p=1.0)
-    assert list(chat.stream(run, "x", None, args)) == ["a", "", "é", "", "", "€", "", "\N{REPLACEMENT CHARACTER}"]
+    shown = list(chat.stream(run, "x", model, None, args))
+    assert shown == ["a", "", "é", "", "", "€", "", "\N{REPLACEMENT CHARACTER}"]
     with pytest.raises(BadInput, match="the prompt is empty"):
-        list(chat.stream(run, "", None, args))
+        list(chat.stream(run, "", model, None, args))
 
 
 def test_which_module_answers():
     router = SimpleNamespace(route=lambda ids: ["french"], best=lambda ids: ("french", 0.75))
-    run = SimpleNamespace(tokenizer=Bytes(), router=router, names=["french"], memories=lambda name: {0: name})
-    assert chat.pick_module(run, "x") == ({0: "french"}, "french, the router's choice (75.0%)")
-    assert chat.pick_module(run, "", "german") == ({0: "german"}, "german")
+    run = SimpleNamespace(tokenizer=Bytes(), router=router, names=["french"])
+    assert chat.pick_module(run, "x") == ("french", "french, the router's choice (75.0%)")
+    assert chat.pick_module(run, "", "german") == ("german", "german")
     with pytest.raises(BadInput, match="the prompt is empty"):
         chat.pick_module(run, "")
     unsure = (None, "none, the router is unsure (french would be the first choice)")

@@ -1,5 +1,7 @@
 """Everything in data/fast.py equals its plain form in model.py or koff.py."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,8 +9,8 @@ import torch.nn.functional as F
 import koff
 from data import fast
 from data.objectives import next_tokens
-from model import Attention, Cache, attend, causal_mask
-from test_koff import Head, random_memory
+from model import Attention, Cache, Memory, attend, causal_mask, matrix_name
+from test_koff import KINDS, Head, random_mask, random_memory
 
 LENGTHS = [(7, 7), (5, 12), (1, 9), (1, 1), (128, 140), (300, 345)]  # T rows of text, S keys
 
@@ -116,6 +118,64 @@ def test_decoding_with_a_cache_is_the_same(tiny, kind):
     cache = Cache(room=11)
     parts = [model(tokens[:, a:b], memories=memory, cache=cache) for a, b in ((0, 9), (9, 10), (10, 17), (17, 20))]
     assert (torch.cat(parts, 1) - whole).abs().max() < 1e-4
+
+
+# LoRA in the matrices -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_lora_in_the_matrices_is_lora_beside_them_and_the_model_stays_as_it_is(tiny, kind, cut):
+    model, tokens = tiny(**KINDS[kind]), torch.randint(0, 131, (2, 30))
+    memories = random_memory(model, 1).by_block(torch.float32)
+    if cut:
+        kept = koff.kept_channels(random_mask(koff.Gates(model.config, 1)), model.config, 1, "cpu")
+        model, memories = koff.materialise(model, kept), koff.materialise_memories(memories, kept)
+    alone, beside = model(tokens), model(tokens, memories=memories)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    whole, rest = fast.merged(model, memories)
+    found = whole(tokens, memories=rest)
+    assert (found - beside).abs().max() < 1e-5 * beside.abs().max()
+    assert (beside - alone).abs().max() > 0.1 * beside.abs().max()  # the module does something
+
+    touched = {f"{matrix_name(i, name)}.weight" for i in (1, 2) for name in ("k", "v", "gate", "up", "down")}
+    assert before.keys() == model.state_dict().keys() == whole.state_dict().keys()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+        assert (whole.state_dict()[name].data_ptr() == tensor.data_ptr()) == (name not in touched), name
+    assert all(memory.lora for memory in memories.values())
+    assert not any(p.requires_grad for p in whole.parameters())
+
+
+@dataclass
+class Scaled(Memory):
+    """What a fork may make of a memory."""
+
+    scale: torch.Tensor | None = None
+
+
+def test_all_but_lora_stays_a_memory(tiny):
+    model = tiny()
+    memories = {}
+    for i, memory in random_memory(model, 1).by_block(torch.float32).items():
+        memories[i] = Scaled(memory.lora, memory.keys, memory.values, torch.ones(24))
+    _, rest = fast.merged(model, memories)
+    assert list(rest) == [1, 2]
+    for i, memory in rest.items():
+        assert type(memory) is Scaled and memory.lora == {}
+        assert all(getattr(memory, name) is getattr(memories[i], name) for name in ("keys", "values", "scale"))
+
+
+def test_the_sum_is_rounded_once(tiny):
+    model = tiny().bfloat16()
+    memories = random_memory(model, 1).by_block(torch.bfloat16)
+    whole, _ = fast.merged(model, memories)
+    for i, memory in memories.items():
+        for name, (a, b) in memory.lora.items():
+            w, found = (m.get_submodule(matrix_name(i, name)).weight for m in (model, whole))
+            exact = w.double() + b.double() @ a.double()
+            assert found.dtype == torch.bfloat16
+            assert ((found.double() - exact).abs() <= 2**-8 * exact.abs() + 1e-6).all()  # half a unit of 8 bits
 
 
 # Logits in chunks ---------------------------------------------------------------------------------------------------

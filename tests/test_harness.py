@@ -20,6 +20,7 @@ from data.harness import log_likelihoods, remember, variants_on
 from data.run import Run
 from data.tokenizer import Tokenizer
 from test_damage import BYTES, nested, other_kind, other_line_ends
+from test_modules import beside
 from test_train import flags, make_world
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm_eval is not installed")
@@ -294,6 +295,13 @@ def test_a_run_is_measured_with_all_its_parts(world, monkeypatch, capsys):
             assert of[name][i] == pytest.approx(scores, abs=1e-3)
     assert not np.allclose(of["german"], of["backbone"], atol=1e-2)
     assert not np.allclose(of["unpruned"], of["backbone"], atol=1e-2)
+
+
+def test_a_module_is_in_the_matrices(world, tasks, monkeypatch):
+    seen = beside(monkeypatch)
+    for task in "koff_arc", "text_local", "rolling_local":
+        assert bench(world, task, "--include", tasks, "--limit", 2, "--on", "german") == 0
+    assert seen and not any(seen)
 
 
 def test_the_published_rows_are_read_to_the_last():

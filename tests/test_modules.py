@@ -1,7 +1,10 @@
 """The modules of a finished run: one more on the frozen backbone, one less."""
 
+import io
 import json
 import shutil
+import sys
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,13 +14,13 @@ from safetensors.torch import load_file, save_file
 
 import eval as evaluation
 import train
-from data import tables
+from data import fast, tables
 from data.families import parse_config
 from data.router import Router
 from data.run import Run, open_finished
 from data.settings import Settings
 from data.tokenizer import Tokenizer
-from model import Model
+from model import Model, Projection
 from test_train import CONFIG, ROOT, ctrl_c_in_step_5, flags, world  # noqa: F401 (a fixture)
 
 
@@ -93,6 +96,50 @@ def test_the_perplexity_of_any_text(run, capsys):
     (run / "short.txt").write_text("too short")
     assert evaluation.main(["perplexity", str(run), str(run / "short.txt")]) == 2
     assert "short.txt is shorter than a window of 16 tokens" in capsys.readouterr().err
+
+
+def test_a_module_changes_and_the_copies_of_the_last_one_go(run):
+    opened, tokens = Run(run), torch.arange(20)[None]
+    backbone = opened.backbone(tokens)
+    expected = {}
+    for name in opened.names:
+        model, memories = fast.merged(opened.backbone, opened.memories(name))
+        expected[name] = model(tokens, memories=memories)
+    assert not torch.equal(expected["french"], expected["german"])
+    alive = weakref.WeakSet()
+    for name in ("french", "german", None, "german", "french", None):
+        model, memories = opened.attached(name)
+        assert opened.attached(name)[0] is model
+        assert torch.equal(model(tokens, memories=memories), expected[name] if name else backbone)
+        if name:
+            alive.add(model)
+        del model, memories
+        assert len(alive) == 1
+
+
+def beside(monkeypatch):
+    """A list of whether a projection had a LoRA beside its matrix, one entry per call from now on."""
+    seen, forward = [], Projection.forward
+
+    def spy(self, x, z=None, lora=None):
+        seen.append(lora is not None)
+        return forward(self, x, z, lora)
+
+    monkeypatch.setattr(Projection, "forward", spy)
+    return seen
+
+
+def test_where_one_module_reads_a_text_its_lora_is_in_the_matrices(run, monkeypatch):
+    seen = beside(monkeypatch)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("/domain german\nDer Kernel\n/domain french\nLe noyau\n"))
+    text = str(run.parent.parent / "italian.txt")
+    short = ["--tokens", "5"]
+    for command in ["generate", "Der Kernel", "--module", "german", *short], ["chat", *short], ["perplexity", text]:
+        name, *more = command
+        assert evaluation.main([name, str(run), *more]) == 0
+    assert seen and not any(seen)
+    assert evaluation.main(["report", str(run)]) == 0
+    assert any(seen)
 
 
 def ratios(out):
