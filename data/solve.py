@@ -289,7 +289,7 @@ def reduced_rank_regression(fit, ridge, curvature=None):
     fitted = root @ fit.cross.T @ w @ root  # C^1/2 W^T (H^T H + lambda) W C^1/2, symmetric
     gains, directions = torch.linalg.eigh(fitted)  # in rising order
     r = min(w.shape)
-    gains = gains.flip(0)[:r]
+    gains = gains.flip(0)[:r].clamp(min=0)
     directions = directions.flip(1)[:, :r]
     b = inverse @ directions
     a = (w @ root @ directions).T

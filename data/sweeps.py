@@ -31,24 +31,26 @@ def each(setting, *values, **more):
     return {f"{name} {value}": {setting: value, **more} for value in values}
 
 
-PRUNING = dict(memory=False, gate_share=1.0)  # gates that learn to the last step: the stronger baseline
+PRUNING = dict(memory=False, steps=0)
+LEARNED = dict(gate_share=1.0, gate_init="fisher")  # gates that learn to the last step
+JOINT = dict(gate_share=0.3)
 
-# The paper's table of ablations, and more. Each row leaves something out.
+# What is each part worth? Each row leaves something out.
 ABLATIONS = {
-    "pruning only": PRUNING,
+    "pruning only, gates learned": dict(LEARNED, memory=False, repair="none"),
+    "pruning only": dict(PRUNING, repair="none"),
+    "pruning only, repaired": PRUNING,
     "KV of text": dict(steps=0, solve_tokens=0),
     "LoRA, solved": dict(steps=0, kv_tokens=0),
     "LoRA + KV, solved": dict(steps=0),
-    "LoRA + KV, solved under the learned mask": dict(order="prune-first", gate_share=1.0),
-    "LoRA, trained": dict(solve_tokens=0, kv_tokens=0),
-    "KV, trained": dict(rank=0),
-    "LoRA + KV, trained": dict(solve_tokens=0),
-    "LoRA, both": dict(kv_tokens=0),
-    "LoRA + KV, both": {},
-    "the same, teacher has not read the text": dict(teacher_context=False),
-    "the same, mask not learned": dict(gate_rate=0.0, gate_share=0.01, rise=0.01),  # the score decides
-    "the same, prune first, recover afterwards": dict(order="prune-first"),
-    "the same, with retention": dict(retention="domains", retention_every=1),
+    "LoRA + KV, solved, not repaired": dict(steps=0, repair="none"),
+    "LoRA, solved and trained": dict(kv_tokens=0),
+    "LoRA + KV, solved and trained": {},
+    "the same, not repaired": dict(repair="none"),
+    "the same, mask by the Fisher score": dict(gate_init="fisher"),
+    "the same, gates learned first": JOINT,
+    "the same, ranks uniform": dict(placement="uniform"),
+    "the same, LoRA on five projections": dict(lora="kv+mlp", rank=19, alpha=19.0, placement="uniform"),
 }
 
 # Retention: how often, and in batches of which size. (The paper compares 20, 50 and 100, in many more steps.)
@@ -59,37 +61,40 @@ for every in (1, 2, 5):
 
 QUALITY = {}
 for sparsity in (0.05, 0.1, 0.15, 0.2, 0.25, 0.3):
-    QUALITY[f"sparsity {sparsity}, pruning only"] = dict(PRUNING, sparsity=sparsity)
+    QUALITY[f"sparsity {sparsity}, pruning only"] = dict(LEARNED, memory=False, repair="none", sparsity=sparsity)
+    QUALITY[f"sparsity {sparsity}, repaired"] = dict(PRUNING, sparsity=sparsity)
     QUALITY[f"sparsity {sparsity}, solved"] = dict(steps=0, sparsity=sparsity)
-    QUALITY[f"sparsity {sparsity}, trained"] = dict(solve_tokens=0, sparsity=sparsity)
     QUALITY[f"sparsity {sparsity}, both"] = dict(sparsity=sparsity)
 
 SWEEPS = {
     "ablations": Sweep(ABLATIONS),
     # Four ways at each sparsity: `eval.py plot` draws four curves.
     "sparsity": Sweep(QUALITY),
+    # Other ways to do the same. Gates, where a row is about them, learn for a third of the steps.
     "choices": Sweep(
-        {"both": {}, "beta 2 to 0.5": dict(beta=2.0, beta_end=0.5)}
-        # With these ranks the shipped model's modules are as large as by default. For another model choose new ranks.
-        | {"upper four blocks": dict(blocks=4, rank=60, alpha=60.0)}
-        | {"LoRA on down only": dict(lora="down", rank=150, alpha=150.0)}
-        | each("beta", 2.0)
+        {"both": {}, "gates learned": JOINT, "prune first": dict(JOINT, order="prune-first")}
+        | {"retention": dict(JOINT, retention="domains", retention_every=1)}
+        | {"teacher has not read the text": dict(teacher_context=False)}
+        | {"plain squares": dict(curvature_tokens=0), "trained, not solved": dict(solve_tokens=0)}
+        | {"beta 2 to 0.5": dict(JOINT, beta=2.0, beta_end=0.5)}
+        | {"upper four blocks": dict(blocks=4)}
+        | each("beta", 2.0, **JOINT)
         | each("objective", "next-token", "blend", "kl-renormalise", "kl-drop")
-        | {"target at once": dict(rise=0.0)}
-        | each("constraint", "hinge", "lagrangian")
+        | {"target at once": dict(JOINT, rise=0.0)}
+        | each("constraint", "hinge", "lagrangian", **JOINT)
         | each("gated", "kv", "qkv", sparsity=0.02)
         | each("gated", "kv+mlp+o")
         | each("granularity", "projection")
-        | each("gate_init", "constant")
+        | each("gate_init", "constant", **JOINT)
         | each("kv_init", "normal")
-        | each("kv_passages", 8)
+        | each("kv_passages", 1)
     ),
     # How many steps does each set of gates take to its target, under a constant lambda?
     "convergence": Sweep(
         each("gated", *GATED, sparsity=0.02),
         common=dict(
             constraint="hinge", rise=0.0, penalty=60.0, gate_init="constant", granularity="projection",
-            gate_share=1.0, solve_tokens=0,
+            gate_share=1.0, repair="none", solve_tokens=0,
         ),
     ),
     "domains": Sweep(each("domains", "1", "2", "3", "4", "5", "6")),

@@ -12,7 +12,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import koff
 from data.objectives import kl_drop, kl_renormalise
-from data.solve import reduced_rank_regression
+from data.solve import Regression, reduced_rank_regression
 from data.starts import text_context
 from model import Config, Model, Projection
 
@@ -130,7 +130,7 @@ def penalty_and_final_mask():
 
 
 def memory_module():
-    """A module is LoRA on five projections and M trainable keys and values, in each block; one module per domain."""
+    """A module is LoRA (in the paper on five projections) and M trainable keys and values, in each block."""
     module = koff.MemoryModule(CONFIG, first_block=0, rank=2, alpha=2.0, kv_tokens=3)
     memory = module.by_block(torch.float32)[0]
     for name, (a, b) in memory.lora.items():
@@ -166,19 +166,23 @@ def distillation():
 
 
 def least_squares():
-    """Ours, not the paper's: once the mask is final, LoRA on `down` has a closed form."""
-    activations = torch.eye(3, dtype=torch.float64)  # H [tokens, neurons] of the student
-    say("The student's output of down lacks the following, for three tokens that activate one neuron each.")
+    """Ours, not the paper's: once the mask is final, least squares mends the backbone and finds LoRA on `down`."""
+    say("Three tokens activate one neuron each. The student lacks the following behind `down`.")
     missing = torch.tensor([[2.0, 4.0, 2.0], [1.0, 2.0, 1.0], [0.0, 0.0, 1.0]], dtype=torch.float64)  # R [tokens, D]
-    gram = activations.T @ activations
-    cross = activations.T @ missing
-    a, b, explained = reduced_rank_regression(gram, cross, rank=1, ridge=1e-9)
-    restored = activations @ a.T @ b.T
+    fit = Regression()
+    fit.gram = torch.eye(3, dtype=torch.float64)  # H^T H, where H [tokens, neurons] are the activations
+    fit.cross = missing  # H^T R
+    fit.square = missing.square().sum()
     for token in range(3):
         show(f"token {token}: what the cut removed", missing[token].tolist())
+    say("With the text of all domains the whole solution is added to the backbone's `down`: the repair.")
+    show("share of the squares that it explains", [fit.explained_by(fit.solution(ridge=1e-9)) / fit.square])
+    say("With the text of one domain the best low-rank solution is that domain's LoRA.")
+    a, b, gains = reduced_rank_regression(fit, ridge=1e-9)
+    show("share that each further rank explains", gains / fit.square)
     for token in range(3):
-        show(f"token {token}: what rank 1 restores", restored[token].tolist())
-    say(f"Rank 1 explains {explained / missing.square().sum():.0%} of the sum of squares. Training goes on from there.")
+        show(f"token {token}: what rank 1 restores", (b[:, :1] @ a[:1])[:, token].tolist())
+    say("Blocks get as many ranks as they gain from. Training goes on from there.")
 
 
 PARTS = (
