@@ -18,10 +18,10 @@ The paper's symbols, and where they are:
 
 Our additions and the paper's alternatives are in `data/`. They enter through the registries below:
 
-    data/starts.py       how gates and memories start: Fisher scores, keys and values of a text
+    data/starts.py       how gates and memories start: scores, keys and values of a text
     data/penalties.py    a lambda that adapts (the default), a Lagrangian
     data/objectives.py   other treatments of the outcomes outside the top K; next-token training
-    data/solve.py        LoRA on `down` by least squares, once the mask is final
+    data/solve.py        least squares, once the mask is final: a repair of the backbone, LoRA on `down`
     data/fast.py         equivalent functions in less time and memory
 
 Shapes as in `model.py`. N is the number of blocks that a `Gates` or a `MemoryModule` covers.
@@ -65,7 +65,7 @@ GATED = {
 
 # Registry of scores that decide where log alpha starts: (model, gates, token tensors of each domain) ->
 # {name: [N, channels]}. None: every gate starts at the same log alpha; the paper gives no start. `data/starts.py` adds
-# the Fisher score, the default.
+# the Fisher score and "surgeon", the default.
 SCORES = {"constant": None}
 
 
