@@ -101,7 +101,8 @@ SWEEPS = {
     "text": Sweep(each("text_share", 0.1, 0.25, 0.5, 1.0)),
     "retention": Sweep(INTERVALS, common=dict(retention="domains", gate_share=1.0)),
     "lambda": Sweep(
-        each("penalty", 15.0, 40.0, 60.0, 80.0, 120.0), common=dict(constraint="hinge", rise=0.0, gate_share=1.0)
+        each("penalty", 15.0, 40.0, 60.0, 80.0, 120.0),
+        common=dict(constraint="hinge", rise=0.0, gate_share=1.0),
     ),
 }  # fmt: skip
 
