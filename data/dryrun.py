@@ -21,8 +21,8 @@ from data.families import read_config
 from data.hub import model_folder
 from data.run import fitting_gates
 from data.settings import flag
-from data.solve import solve_module
-from data.starts import spread_by_rank, text_context
+from data.solve import repair_student, solve_module
+from data.starts import fisher_scores, spread_by_rank, surgeon_scores, text_context
 from model import Model
 
 
@@ -94,7 +94,10 @@ def estimate(s, Trainer, domains):
         # Only one domain's module is at work at a time, and only one phase.
         tokens = torch.zeros(s.batch, s.seq_len, dtype=torch.int64)
         phases = {}
-        if score := koff.SCORES[s.gate_init]:
+        score = koff.SCORES[s.gate_init]
+        if score is surgeon_scores:  # its loop over neurons takes long here, and no more memory
+            score = fisher_scores
+        if score:
             phases["a batch of the gates' score"] = usage.of(score, model, trainer.gates, [[tokens]])
         if s.steps:
             trainer.learn(tokens, "one", 0)  # the first step makes AdamW's state
@@ -107,7 +110,10 @@ def estimate(s, Trainer, domains):
         student = usage.now - before
         recover = usage.of(trainer.recover, tokens, "one", 0) if s.memory and s.steps else 0
         phases["the materialised student, and a step under the final mask"] = student + recover
+        if text := text_of_repair(s, domains):
+            phases["the materialised student, and repairing"] = student + usage.of(repair_student, trainer, text)
         if s.solves:
+            trainer.s = replace(trainer.s, placement="uniform")  # placing ranks needs numbers, and less memory
             ids = np.zeros(s.solve_tokens + s.seq_len, dtype=np.int64)
             phases["the materialised student, and solving"] = student + usage.of(solve_module, trainer, "one", ids)
 
@@ -115,6 +121,12 @@ def estimate(s, Trainer, domains):
     stay["modules and gates, float32"] = 4 * on_device
     stay["their AdamW state"] = 8 * on_device if s.steps else 0
     return stay, phases
+
+
+def text_of_repair(s, domains):
+    """Text of the repair's size, {name: ids}."""
+    names = {"none": (), "domains": range(domains)}.get(s.repair, ["a text"])
+    return {name: np.zeros(s.repair_tokens // len(names) + s.seq_len, dtype=np.int64) for name in names}
 
 
 def size_of_module(s, config):

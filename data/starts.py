@@ -151,11 +151,11 @@ def irreplaceable(gram, down, curvature, at_once=8):
     level = alone.new_zeros(())  # what a neuron costs never falls, so that all blocks close theirs in this order
     while len(left) > 0:
         loss = (w * cw).sum(0) / inverse.diagonal()
-        out = loss.topk(min(at_once, len(left)), largest=False).indices
+        order = loss.argsort()
+        out = order[:at_once]
+        stay = order[at_once:]
         level = torch.maximum(level, loss[out].mean())
         lost[left[out]] = level.double()
-        stay = torch.ones_like(left, dtype=torch.bool)
-        stay[out] = False
         take_over = torch.linalg.solve(inverse[out][:, out], inverse[out][:, stay])  # [out, stay]
         w = w[:, stay] - w[:, out] @ take_over
         cw = cw[:, stay] - cw[:, out] @ take_over

@@ -19,12 +19,11 @@ A table stands between `<!-- results: NAME -->` and `<!-- /results -->`. It is m
                                                       each sparsity and a column for each way
     ... import NAME FILE.md [--title WORDS]           a printed table, the first one after these words
     ... import NAME RUN --report                      NAME-perplexity, -swap, -holds, -ledger and -router of one run
-    ... import NAME RUN [RUN ...] --pruned RUN ... [--solved RUN ...]
-                                                      one run or several seeds, beside runs with --no-memory and runs
-                                                      with --steps 0
-    ... import NAME SWEEP [--net RUN ...] [--stranger RUN ...]
-                                                      the folder of --sweep ablations, beside runs with --no-memory of
-                                                      KOFF's net size, and copies of KOFF's runs with one more module
+    ... import NAME RUN [RUN ...] --summary           one run or several seeds, without modules and with them
+    ... import NAME SWEEP --controls                  the folder of --sweep ablations, and the controls of its last rows
+
+`--also "LABEL" RUN [RUN ...]` adds a row of other runs to the last two, and `--stranger LABEL RUN ...` a row of runs with
+one more module at their end: this module on the texts of the others.
 
 Each needs --machine. A new NAME also needs --command. The commit is the current one unless --commit is given.
 """
@@ -41,7 +40,6 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data.settings import Settings
 from data.tables import by_way, quality, ratios, saved_results, spread, table, together
 
 DOCUMENTS = (ROOT / "README.md", ROOT / "data/RESULTS.md", ROOT / "tests/SPEED.md")
@@ -152,14 +150,12 @@ def from_rows(found):
     return {"columns": columns, "rows": rows, "format": "{:.3f}"}
 
 
-def from_sweep(path, net, strangers):
-    """The table of one sweep.json. The sweeps `sparsity` and `ablations` have tables of their own."""
+def from_sweep(path):
+    """The table of one sweep.json. The sweep `sparsity` has a table of its own."""
     sweep = json.loads(path.read_text(encoding="utf-8"))
     rows = sweep["rows"]  # {label: a `together`, with the folders of its runs under "runs"}
     if sweep["sweep"] == "sparsity":
         return from_tradeoff(rows)
-    if sweep["sweep"] == "ablations":
-        return from_controls(rows, net, strangers)
     for row in rows.values():
         del row["runs"]
     return from_rows(rows)
@@ -220,70 +216,62 @@ def from_report(folder):
     return parts
 
 
-def from_runs_and_pruned(folders, pruned, solved):
-    """The README's summary: runs unpruned, as a backbone alone and with modules, beside `pruned` runs without modules
-    and `solved` runs without a training step."""
-    results = [saved_results(folder) for folder in folders]
-    ledger = results[0]["ledger"]
-    backbone = ledger["total"] - ledger["removed"]
-    ours = {
-        "unpruned": ("unpruned", ledger["total"]),
-        "backbone alone": ("backbone", backbone),
-        "KOFF: backbone and the text's own module": ("koff", backbone + ledger["one_module"]),
-    }
+def from_summary(folders, also):
+    """The README's summary: runs unpruned, as a backbone alone and with modules, and the runs `also` {label: folders}
+    with the module where they have any."""
     rows = {}
 
-    def add(label, parameters, some, variant):
+    def add(label, some, variant):
         found = [ratios(one)[variant] for one in some]
+        ledger = some[0]["ledger"]
+        size = ledger["total"]
+        if variant != "unpruned":
+            size -= ledger["removed"]
+        if variant == "koff":
+            size += ledger["one_module"]
         means = [float(np.mean(ratio)) for ratio in found]
-        worst = [max(ratio) for ratio in found]
-        rows[label] = [parameters / 1e6, mean_of(means), mean_of(worst)]
+        rows[label] = [size / 1e6, mean_of(means), mean_of([max(ratio) for ratio in found])]
 
-    for label, (variant, parameters) in ours.items():
-        add(label, parameters, results, variant)
-    if solved:
-        add(
-            "the same, solved and not trained",
-            backbone + ledger["one_module"],
-            list(map(saved_results, solved)),
-            "koff",
-        )
-    others = [saved_results(folder) for folder in pruned]
-    for fixed in (True, False):  # gates that learn to the last step are the stronger baseline
-        some = [one for one in others if (Settings.from_saved(one["settings"]).gate_share < 1) == fixed]
-        if some:
-            how = "KOFF's schedule" if fixed else "gates learn to the end"
-            size = some[0]["ledger"]["total"] - some[0]["ledger"]["removed"]
-            add(f"pruning only, {how}", size, some, "backbone")
+    results = [saved_results(folder) for folder in folders]
+    add("unpruned", results, "unpruned")
+    add("backbone alone", results, "backbone")
+    add("KOFF: backbone and the text's own module", results, "koff")
+    for label, others in also.items():
+        some = [saved_results(folder) for folder in others]
+        add(label, some, "koff" if some[0]["swap"] else "backbone")
     columns = ["parameters at work", "perplexity / unpruned", "worst language"]
     return {"columns": columns, "rows": rows, "format": ["{:.2f}M", "{:.3f}", "{:.3f}"]}
 
 
-def from_controls(sweep, net, strangers):
-    """Where the gain comes from (context, capacity, knowledge, joint learning): perplexity / unpruned, in one table."""
-    columns = ["backbone", "koff", "worst", "minutes"]
+def from_controls(sweep, also, strangers):
+    """What each part is worth: perplexity / unpruned. `also` and `strangers` are {label: folders}."""
     rows = {}
-    for label, row in sweep.items():
-        rows[label] = cells_of(row, columns)
-        if label == "pruning only" and net:
-            rows["the same, net size of KOFF"] = cells_of(together(net), columns)
-    whole = [saved_results(run)["controls"] for run in sweep["LoRA + KV, both"]["runs"]]
 
-    def add(label, ratios):  # for each seed, the ratios of all domains
-        means = [np.mean(ratio) for ratio in ratios]
-        worst = [max(ratio) for ratio in ratios]
-        rows[label] = [None, mean_of(means), mean_of(worst), None]
+    def add(label, runs):
+        row = together(runs)
+        sizes = [saved_results(run)["ledger"]["one_module"] for run in runs]
+        size = f"{np.mean(sizes) / 1e3:.0f}k" if max(sizes) else None
+        rows[label] = [*cells_of(row, ["backbone", "koff", "worst"]), size, mean_of(row["minutes"])]
 
+    def add_ratios(label, found):  # for each seed, the ratios of all domains
+        means = [np.mean(ratio) for ratio in found]
+        worst = [max(ratio) for ratio in found]
+        rows[label] = [None, mean_of(means), mean_of(worst), None, None]
+
+    runs_of = {label: row["runs"] for label, row in sweep.items()}
+    for label, runs in {**runs_of, **also}.items():
+        add(label, runs)
+    whole = [saved_results(run)["controls"] for run in runs_of["LoRA + KV, solved and trained"]]
     for label in whole[0]:
-        add(label, [list(one[label].values()) for one in whole])
-    ratios = []
-    for folder in strangers:
-        results = saved_results(folder)
-        *domains, stranger = results["swap"]
-        unpruned = results["perplexity"]["unpruned"]
-        ratios.append([results["swap"][domain][stranger] / unpruned[domain] for domain in domains])
-    if strangers:
-        add(f"a stranger's module: {stranger}", ratios)
+        add_ratios(label, [list(one[label].values()) for one in whole])
+    for label, runs in strangers.items():
+        found = []
+        for results in map(saved_results, runs):
+            *domains, stranger = results["swap"]
+            unpruned = results["perplexity"]["unpruned"]
+            found.append([results["swap"][domain][stranger] / unpruned[domain] for domain in domains])
+        add_ratios(label, found)
+    columns = ["backbone", "koff", "worst", "a module", "minutes"]
     return {"columns": columns, "rows": rows, "format": "{:.3f}"}
 
 
@@ -341,11 +329,21 @@ def import_results(args):
         for part, result in from_report(folder).items():
             save(f"{args.name}-{part}", result, args)
     elif (folder / "sweep.json").exists():
-        save(args.name, from_sweep(folder / "sweep.json", args.net, args.stranger), args)
-    elif args.pruned:
-        save(args.name, from_runs_and_pruned(args.source, args.pruned, args.solved), args)
+        sweep = folder / "sweep.json"
+        if args.controls:
+            rows = json.loads(sweep.read_text(encoding="utf-8"))["rows"]
+            save(args.name, from_controls(rows, labelled(args.also), labelled(args.stranger)), args)
+        else:
+            save(args.name, from_sweep(sweep), args)
+    elif args.summary:
+        save(args.name, from_summary(args.source, labelled(args.also)), args)
     else:
         save(args.name, from_runs(args.source), args)
+
+
+def labelled(rows):
+    """[[label, run, ...], ...] of the command line as {label: runs}."""
+    return {label: runs for label, *runs in rows}
 
 
 def main(argv=None):
@@ -356,10 +354,10 @@ def main(argv=None):
     one.add_argument("name")
     one.add_argument("source", nargs="+", type=Path)
     one.add_argument("--report", action="store_true")
-    one.add_argument("--pruned", nargs="+", type=Path, default=[])
-    one.add_argument("--solved", nargs="+", type=Path, default=[])
-    one.add_argument("--net", nargs="+", type=Path, default=[])
-    one.add_argument("--stranger", nargs="+", type=Path, default=[])
+    one.add_argument("--summary", action="store_true")
+    one.add_argument("--controls", action="store_true")
+    one.add_argument("--also", nargs="+", action="append", default=[], metavar=("LABEL", "RUN"))
+    one.add_argument("--stranger", nargs="+", action="append", default=[], metavar=("LABEL", "RUN"))
     one.add_argument("--title", default="")
     one.add_argument("--command", action="append", help="one line of the command; repeat it for further lines")
     one.add_argument("--machine", required=True)
