@@ -38,7 +38,7 @@ from data.later import remove
 from data.objectives import token_losses
 from data.pictures import plot
 from data.run import Run, TextReader, check_complete, held, open_finished, unpruned_model
-from data.settings import ROOT
+from data.settings import ROOT, Settings
 from data.starts import starting_context
 from data.tables import as_saved, ledger, ratios, save, saved_results, side_by_side, table, together
 
@@ -354,8 +354,11 @@ def router_and_ledger(results):
     removed = results["sparsity"]
     sparsity = f"Sparsity: {removed['physical']:.4f} physical (parameters removed / all), "
     sparsity += f"{removed['paper']:.4f} by the paper's count (closed channels x fan-in / all). "
-    sparsity += f"When the gates stopped learning they had reached {removed['expected']:.4f} in expectation "
-    sparsity += f"({results['settings']['count']}); the final mask closes the rest by rank."
+    if Settings.from_saved(results["settings"]).gate_steps:
+        sparsity += f"When the gates stopped learning they had reached {removed['expected']:.4f} in expectation "
+        sparsity += f"({results['settings']['count']}); the final mask closes the rest by rank."
+    else:
+        sparsity += "No step trained the gates: their score decides."
     sizes = results["ledger"]
     shown = {}
     for name in ("removed", "one_module", "all_modules"):

@@ -21,7 +21,7 @@ from data.corpus import windows
 from data.starts import down_statistics, inputs_to
 from model import NO_MEMORY, causal_mask, rope_table
 
-AT_ONCE = 4096  # tokens of a batch: without gradients more fit than in a training step
+AT_ONCE = 2048  # tokens of a batch: without gradients more fit than in a training step
 FEWER = 8  # ranks are placed by a first solution on this fraction of the tokens
 
 

@@ -32,7 +32,7 @@ def each(setting, *values, **more):
 
 
 PRUNING = dict(memory=False, steps=0)
-LEARNED = dict(gate_share=1.0, gate_init="fisher")  # gates that learn to the last step
+LEARNED = dict(gate_share=1.0, gate_init="fisher", rise=0.12, steps=250)  # gates that learn to the last step
 JOINT = dict(gate_share=0.3)
 
 # What is each part worth? Each row leaves something out.
