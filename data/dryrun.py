@@ -6,6 +6,7 @@ Its steps run on fake tensors, which have shapes and no numbers, while the bytes
 import contextlib
 import weakref
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from data.hub import model_folder
 from data.run import fitting_gates
 from data.settings import flag
 from data.solve import repair_student, solve_module
-from data.starts import fisher_scores, spread_by_rank, surgeon_scores, text_context
+from data.starts import spread_by_rank, surgeon_scores, text_context
 from model import Model
 
 
@@ -95,11 +96,11 @@ def estimate(s, Trainer, domains):
         tokens = torch.zeros(s.batch, s.seq_len, dtype=torch.int64)
         phases = {}
         score = koff.SCORES[s.gate_init]
-        if score is surgeon_scores:  # its loop over neurons takes long here, and no more memory
-            score = fisher_scores
+        if score is surgeon_scores:  # otherwise its loop over neurons takes long here
+            score = partial(score, at_once=4096)
         if score:
             phases["a batch of the gates' score"] = usage.of(score, model, trainer.gates, [[tokens]])
-        if s.steps:
+        if s.gate_steps:
             trainer.learn(tokens, "one", 0)  # the first step makes AdamW's state
             phases["a step with sampled gates"] = usage.of(trainer.learn, tokens, "one", 0)
         before = usage.now
@@ -108,10 +109,14 @@ def estimate(s, Trainer, domains):
         trainer.student = koff.materialise(model, kept)
         trainer.attached = s.memory
         student = usage.now - before
-        recover = usage.of(trainer.recover, tokens, "one", 0) if s.memory and s.steps else 0
-        phases["the materialised student, and a step under the final mask"] = student + recover
         if text := text_of_repair(s, domains):
             phases["the materialised student, and repairing"] = student + usage.of(repair_student, trainer, text)
+            student = usage.now - before  # now it has matrices of its own
+        recover = 0
+        if s.memory and s.steps > s.gate_steps:
+            trainer.recover(tokens, "one", 0)  # again, without AdamW's state
+            recover = usage.of(trainer.recover, tokens, "one", 0)
+        phases["the materialised student, and a step under the final mask"] = student + recover
         if s.solves:
             trainer.s = replace(trainer.s, placement="uniform")  # placing ranks needs numbers, and less memory
             ids = np.zeros(s.solve_tokens + s.seq_len, dtype=np.int64)
@@ -147,7 +152,8 @@ def dry_run(s, Trainer):
     # Without a folder of text, the fewest domains that make sense.
     domains = len(find_domains(s.data, s.domains)) if Path(s.data).is_dir() else 2
     print(f"{gates.total:,} parameters; {koff.count_parameters(gates):,} gates in {gates.blocks} blocks")
-    print(f"{size_of_module(s, config):,} parameters a module, {domains} modules")
+    saved = size_of_module(replace(s, placement="uniform"), config)  # without the room in which ranks are placed
+    print(f"{saved:,} parameters a module, {domains} modules")
     stay, phases = estimate(s, Trainer, domains)
     for what, size in (stay | phases).items():
         print(f"{size / 1e9:9.3f} GB  {what}")

@@ -87,6 +87,7 @@ def settings_to_add(run, given):
     steps = math.ceil(run.settings.steps / domains)
     # With one domain and no gates, settings that choose domains or concern gates are irrelevant.
     irrelevant = dict(gate_init="constant", gate_share=0.0, rise=0.0, focus=0, order="joint", retention="")
+    irrelevant["repair"] = "none"  # the backbone is the run's
     return replace(run.settings, **{"steps": steps, **given}, **irrelevant)
 
 

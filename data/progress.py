@@ -38,7 +38,7 @@ class Log:
         with atomic(self.path) as partial, open(partial, "w") as file:
             for entry in entries:
                 # What was written after the checkpoint comes again.
-                if entry["step"] < start or entry.get("solved") in solved:
+                if entry["step"] < start or entry.get("solved") in solved or (solved and "repaired" in entry):
                     file.write(json.dumps(entry) + "\n")
 
     def write(self, **entry):

@@ -75,10 +75,12 @@ def fitting_gates(s, config):
             raise BadInput(f"{flag(name)} is {wanted}, but {s.model} has {blocks} blocks; give fewer.")
     with possible_sizes(s.model):
         gates = s.new_gates(config)
+    memories = {}
     if s.solves:
         with torch.device("meta"):
-            module = s.new_module(config)
-        check_solvable(config, module.by_block(torch.float32))
+            memories = s.new_module(config).by_block(torch.float32)
+    if s.solves or s.repair != "none":
+        check_solvable(config, memories)
     if s.granularity == "neuron" and s.multiple > config.intermediate_size:
         raise BadInput(f"--multiple is {s.multiple}, but a block has {config.intermediate_size} neurons; give less.")
     all_closed = {name: torch.zeros_like(log_alpha) for name, log_alpha in gates.log_alpha.items()}

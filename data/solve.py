@@ -56,7 +56,7 @@ def solve_module(trainer, domain, ids):
     if s.curvature_tokens:
         torch.manual_seed(s.seed)  # it draws tokens
         few = batches_of(ids, s.curvature_tokens, trainer, s.batch * s.seq_len)
-        statistics = down_statistics(trainer.model, few, module.first_block, context)
+        statistics = down_statistics(trainer.model, few, module.first_block, context, grams=False)
         curvature = {i: c for i, (_, c) in statistics.items()}
     with solvable(domain):
         if s.placement == "gain":

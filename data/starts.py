@@ -114,21 +114,18 @@ def drawn_token_loss(logits):
 koff.SCORES["fisher"] = fisher_scores
 
 
-def surgeon_scores(model, gates, texts):
+def surgeon_scores(model, gates, texts, at_once=8):
     """`fisher_scores`, in which a neuron counts only for the part of its effect that other neurons cannot take over.
 
     Least squares will repair what can be repaired (data/solve.py), so two neurons that say the same need not both stay.
     """
     scores = fisher_scores(model, gates, texts)
-    inputs = {}  # {block: H^T H [F, F]} of `down`'s inputs, over all texts
-    curvature = {}
-    for batches in texts:
-        for i, (h, c) in down_statistics(model, batches, gates.first_block).items():
-            inputs[i] = inputs.get(i, 0) + h
-            curvature[i] = curvature.get(i, 0) + c
+    every = [tokens for batches in texts for tokens in batches]
+    statistics = down_statistics(model, every, gates.first_block)
     shares = []
-    for i in range(gates.first_block, len(model.layers)):
-        shares.append(irreplaceable(inputs[i], model.layers[i].mlp.down_proj.weight.double(), curvature[i]))
+    for i, (gram, curvature) in statistics.items():
+        down = model.layers[i].mlp.down_proj.weight.double()
+        shares.append(irreplaceable(gram, down, curvature, at_once))
     for name in scores.keys() & {"gate", "up", "neuron"}:
         scores[name] = scores[name] * torch.stack(shares).float()
     return scores
@@ -168,11 +165,12 @@ def irreplaceable(gram, down, curvature, at_once=8):
 koff.SCORES["surgeon"] = surgeon_scores
 
 
-def down_statistics(model, batches, first_block, memories=None):
+def down_statistics(model, batches, first_block, memories=None, grams=True):
     """{block: (H^T H [F, F], C [D, D])} of `down` from `first_block` on, float64 means over tokens.
 
-    H are its inputs. C is the curvature of the loss in its outputs: like the Fisher score, the mean outer product of
-    gradients of log p of tokens that the model draws. Tokens count as in `solve.Regression`. batches: tokens [B, T].
+    H are its inputs; without `grams` H^T H, which is large, is None. C is the curvature of the loss in its outputs:
+    like the Fisher score, the mean outer product of gradients of log p of tokens that the model draws. Tokens count as
+    in `solve.Regression`. batches: tokens [B, T].
     """
     found = {}
     for tokens in batches:
@@ -192,10 +190,15 @@ def down_statistics(model, batches, first_block, memories=None):
             length = after[i].detach().float().square().mean(-1, keepdim=True).sqrt()  # RMS of the hidden state
             h = (inputs[i].float() / length).flatten(0, 1)
             g = (gradient.float() * length).flatten(0, 1)
-            gram, curvature = found.get(i, (0, 0))
-            found[i] = gram + (h.T @ h).double(), curvature + (g.T @ g).double()
+            of_block = {"gram": h, "curvature": g} if grams else {"curvature": g}
+            sums = found.setdefault(i, {name: 0.0 for name in of_block})
+            for name, x in of_block.items():
+                sums[name] += (x.T @ x).double()  # in place, after the first batch
     n = sum(tokens.numel() for tokens in batches)
-    return {i: (gram / n, curvature / n) for i, (gram, curvature) in found.items()}
+    for sums in found.values():
+        for total in sums.values():
+            total /= n
+    return {i: (sums.get("gram"), sums["curvature"]) for i, sums in found.items()}
 
 
 @contextlib.contextmanager

@@ -43,15 +43,20 @@ def finished(where, kind="llama", **more):
     save_file(state, where / "base/model.safetensors")
     (where / "base/config.json").write_text(json.dumps(config))
     if kind == "olmo2":
-        more["solve_tokens"] = 0  # there LoRA on down has no closed form
+        more |= dict(repair="none", solve_tokens=0)  # there nothing has a closed form
     assert train.main(flags(where, lora_rate=0.05, **more)) == 0
     return where / "runs/one"
 
 
 def masked(where, out):
-    """tokens -> logits of the pretrained model under the run's final mask, and with a module: the reference."""
+    """tokens -> logits of the pretrained model under the run's final mask, and with a module: the reference. What is
+    open of o_proj and down is the backbone's, in which it may have been repaired."""
     base, run = load(where / "base"), Run(out, "cpu", torch.float32)
     gates, mask = run.gates(base)
+    for i, index in koff.kept_channels(mask, base.config, gates.first_block, "cpu").items():
+        whole, small = base.layers[i], run.backbone.layers[i]
+        whole.self_attn.o_proj.weight[index["o"]] = small.self_attn.o_proj.weight
+        whole.mlp.down_proj.weight[index["down"][:, None], index["neuron"]] = small.mlp.down_proj.weight
     z = gates.by_block({name: m.float() for name, m in mask.items()}, torch.float32)
     return run, lambda tokens, module=None: base(tokens, z=z, memories=module)
 
@@ -63,9 +68,12 @@ def close(a, b):
 TOKENS = torch.randint(4000, (2, 20), generator=torch.Generator().manual_seed(3))
 
 
+SHAPES = [dict(lora="kv+mlp"), dict(granularity="projection"), dict(gated="kv+mlp+o", repair="none"), dict(gated="qkv")]
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape", [dict(), dict(granularity="projection"), dict(gated="kv+mlp+o"), dict(gated="qkv")])
+@pytest.mark.parametrize("shape", SHAPES)
 def test_transformers_and_peft_give_the_logits_of_the_run(world, kind, shape, capsys):  # noqa: F811
     if "gated" in shape and kind != "llama with biases":
         pytest.skip("one kind of model is enough for the other sets of gates")
@@ -132,6 +140,31 @@ def test_keys_and_values_in_all_blocks_are_a_cartridge_and_a_merged_lora_makes_i
     assert close(theirs(TOKENS).logits, reference(TOKENS, {i: Memory(m.lora) for i, m in whole.items()}))
 
 
+@torch.no_grad()
+def test_blocks_of_different_rank_are_told_apart_by_peft_and_merged(world, monkeypatch):  # noqa: F811
+    """Also blocks 1 and 11, of which the name of one ends like that of the other."""
+    monkeypatch.setitem(KINDS, "deep", dict(num_hidden_layers=12))
+    out = finished(world, "deep", blocks=11, rank=4, alpha=2.0)
+    run, reference = masked(world, out)
+    ranks = {i: len(memory.lora["down"][0]) for i, memory in run.memories("french").items()}
+    assert ranks[1] != ranks[11] and 1 <= min(ranks.values()) < max(ranks.values()) <= 8
+    for given in (["hf"], ["hf", "--module", "french"], ["peft"]):
+        assert evaluation.main(["export", str(out), *given]) == 0
+    config = json.loads((out / "export/peft/french/adapter_config.json").read_text())
+    expected = {f"layers.{i}.mlp.down_proj": r for i, r in ranks.items()}
+    assert config["rank_pattern"] == config["alpha_pattern"] == expected
+    theirs, merged = (
+        AutoModelForCausalLM.from_pretrained(out / "export" / n, dtype=torch.float32) for n in ("hf", "hf-french")
+    )
+    adapted = PeftModel.from_pretrained(theirs, out / "export/peft/french")
+    for i, r in ranks.items():
+        layer = adapted.base_model.model.model.layers[i].mlp.down_proj
+        assert (layer.r["default"], layer.scaling["default"]) == (r, 1.0)
+    logits = reference(TOKENS, whole_modules(world, run, lora_only=True)["french"])
+    assert close(adapted(TOKENS).logits, logits) and close(merged(TOKENS).logits, logits)
+    assert not close(logits, reference(TOKENS))
+
+
 def test_adapters_are_never_for_the_export_of_another_run_nor_for_two_modules_at_once(world, capsys):  # noqa: F811
     shutil.copy(world / "data/german.txt", world / "data/german-kv.txt")
     out = finished(world)
@@ -153,7 +186,7 @@ def test_a_module_without_lora_has_nothing_to_merge(world, capsys):  # noqa: F81
 
 
 def test_an_export_that_differs_is_not_kept_and_a_folder_is_not_overwritten(world, capsys, monkeypatch):  # noqa: F811
-    out = finished(world)
+    out = finished(world, lora="kv+mlp")
     expand, expand_memories = export.expand, export.expand_memories
     save, back = export.save_file, export.save_backbone
     assert evaluation.main(["export", str(out), "hf", "--module", "dutch"]) == 2

@@ -177,7 +177,7 @@ def some_text(folder):
 def tiny_life(world):  # noqa: F811
     """The commands of a life with a tiny random model."""
     run = world / "life/runs/one"
-    return [("train.py", flags(world, out=run)), *after_training(run, some_text(world))]
+    return [("train.py", flags(world, out=run, sparsity=0.03)), *after_training(run, some_text(world))]
 
 
 def test_the_same_life_again_leaves_the_same_bytes(tiny_life, tmp_path):

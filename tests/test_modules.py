@@ -134,12 +134,11 @@ def test_where_one_module_reads_a_text_its_lora_is_in_the_matrices(run, monkeypa
     monkeypatch.setattr(sys, "stdin", io.StringIO("/domain german\nDer Kernel\n/domain french\nLe noyau\n"))
     text = str(run.parent.parent / "italian.txt")
     short = ["--tokens", "5"]
-    for command in ["generate", "Der Kernel", "--module", "german", *short], ["chat", *short], ["perplexity", text]:
-        name, *more = command
+    generate = ["generate", "Der Kernel", "--module", "german", *short]
+    for name, *more in generate, ["chat", *short], ["perplexity", text], ["report"]:
+        seen.clear()
         assert evaluation.main([name, str(run), *more]) == 0
-    assert seen and not any(seen)
-    assert evaluation.main(["report", str(run)]) == 0
-    assert any(seen)
+        assert seen and not any(seen)
 
 
 def ratios(out):

@@ -258,37 +258,50 @@ def test_several_runs_become_the_table_of_compare(home, imported, capsys):
     assert ours == figures_in(capsys.readouterr().out)
 
 
-def test_pruned_runs_stand_beside_runs_with_modules(home, imported, tmp_path):
-    run = home / "out/handbook"
-    results = saved_results(run)
-    (tmp_path / "pruned").mkdir()
-    results["settings"]["gate_share"] = 1.0
+@pytest.fixture
+def pruned(home, tmp_path):
+    """The folder of a run without modules that is otherwise that of `home`."""
+    results = saved_results(home / "out/handbook")
     results["perplexity"] |= {"koff": {}, "routed": {}}
+    results["swap"] = {}
+    results["ledger"]["one_module"] = 0
+    (tmp_path / "pruned").mkdir()
     (tmp_path / "pruned/results.json").write_text(json.dumps(results))
-    imported("summary", run, "--pruned", tmp_path / "pruned")
+    return tmp_path / "pruned"
+
+
+def test_pruned_runs_stand_beside_runs_with_modules(home, imported, pruned):
+    run = home / "out/handbook"
+    imported("summary", run, "--summary", "--also", "pruning only", pruned, "--also", "the same", run, run)
     rows = make_results.read("summary")["rows"]
     assert rows["unpruned"][1:] == [1.0, 1.0]
-    assert rows["pruning only, gates learn to the end"] == rows["backbone alone"]
+    assert rows["pruning only"] == rows["backbone alone"]
+    ours = rows["KOFF: backbone and the text's own module"]
+    assert rows["the same"] == pytest.approx(ours)
+    assert rows["unpruned"][0] > ours[0] > rows["pruning only"][0]
 
 
-def test_the_controls_are_one_table(home, imported, tmp_path):
+def test_the_controls_are_one_table(home, imported, pruned, tmp_path):
     run = home / "out/handbook"
     results = saved_results(run)
-    pruned = {"backbone": [1.25], "koff": None, "worst": None, "minutes": [1.0]}
-    both = {"backbone": [1.2, 1.4], "koff": [1.1, 1.2], "worst": [1.3] * 2, "minutes": [2.0, 2.0]}
-    rows = {"pruning only": {"runs": ["a"], **pruned}, "LoRA + KV, both": {"runs": [str(run)] * 2, **both}}
+    runs = {"pruning only": [pruned], "LoRA + KV, solved and trained": [run, run]}
+    rows = {label: {"runs": [str(folder) for folder in folders]} for label, folders in runs.items()}
     (tmp_path / "sweep.json").write_text(json.dumps({"sweep": "ablations", "rows": rows}))
-    imported("controls", tmp_path, "--net", run, "--stranger", run)
+    more = ["--also", "another", run, "--stranger", "a stranger's module", run]
+    imported("controls", tmp_path, "--controls", *more)
     rows = make_results.read("controls")["rows"]
-    assert rows["pruning only"] == [1.25, None, None, 1.0]
-    assert rows["LoRA + KV, both"] == ["1.300 +/- 0.141", "1.150 +/- 0.071", 1.3, 2.0]
-    ratio = ratios(results)["backbone"]
-    assert rows["the same, net size of KOFF"][0] == pytest.approx(sum(ratio) / len(ratio))
+    means = {kind: sum(ratio) / len(ratio) for kind, ratio in ratios(results).items()}
+    minutes = pytest.approx(results["seconds"] / 60)
+    size = f"{results['ledger']['one_module'] / 1e3:.0f}k"
+    assert rows["pruning only"] == [pytest.approx(means["backbone"]), None, None, None, minutes]
+    worst = pytest.approx(max(ratios(results)["koff"]))
+    assert rows["another"] == [pytest.approx(means["backbone"]), pytest.approx(means["koff"]), worst, size, minutes]
+    assert rows["LoRA + KV, solved and trained"][1] == pytest.approx(means["koff"])
     for label, ratio in results["controls"].items():
         assert rows[label][1] == pytest.approx(sum(ratio.values()) / len(ratio))
     *domains, last = results["swap"]  # as if the last one had been added later
     ratio = [results["swap"][domain][last] / results["perplexity"]["unpruned"][domain] for domain in domains]
-    assert rows[f"a stranger's module: {last}"][1:3] == pytest.approx([sum(ratio) / len(ratio), max(ratio)])
+    assert rows["a stranger's module"][1:3] == pytest.approx([sum(ratio) / len(ratio), max(ratio)])
 
 
 def test_a_sweep_of_sparsity_has_a_column_for_each_way(imported, tmp_path):

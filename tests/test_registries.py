@@ -146,9 +146,9 @@ class FrozenA(koff.MemoryModule):
 def test_a_kind_of_memory(world, monkeypatch):  # noqa: F811
     monkeypatch.setitem(koff.MEMORIES, "frozen-a", FrozenA)
     runs = {
-        "drawn": trained(world, "drawn", solve_tokens=0, steps=0),
-        "ours": trained(world, "ours", solve_tokens=0, memory_kind="frozen-a"),
-        "usual": trained(world, "usual", solve_tokens=0),
+        "drawn": trained(world, "drawn", lora="kv+mlp", solve_tokens=0, steps=0),
+        "ours": trained(world, "ours", lora="kv+mlp", solve_tokens=0, memory_kind="frozen-a"),
+        "usual": trained(world, "usual", lora="kv+mlp", solve_tokens=0),
     }
     modules = {name: load_file(out / "modules/german.safetensors") for name, out in runs.items()}
     for i in (1, 2):

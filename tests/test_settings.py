@@ -9,7 +9,7 @@ import pytest
 
 import train
 from data import BadInput, sweeps
-from data.settings import PRESETS, Settings
+from data.settings import NOT_THERE, PRESETS, Settings
 from data.sweeps import SWEEPS
 from test_train import flags, world  # noqa: F401 (a fixture)
 
@@ -25,11 +25,11 @@ VOID = [
     dict(lora_rate=0.0, kv_rate=0.0),
     dict(lora_rate=0.0, kv_tokens=0),
     dict(kv_rate=0.0, rank=0),
-    dict(ramp=0.5, gate_share=0.4),
     dict(top=1, objective="kl-renormalise"),
     dict(beta=0.5, beta_end=2.0),
     dict(retention="domains", gate_rate=0.0),
-    dict(retention="domains", steps=40, retention_every=20),  # the mask is final after 6 steps
+    dict(retention="domains", steps=40, gate_share=0.15, retention_every=20),  # the mask is final after 6 steps
+    dict(retention="domains", retention_every=1),  # the gates do not learn
 ]
 FINE = [
     dict(gate_share=1.0),
@@ -44,8 +44,8 @@ FINE = [
     dict(lora_rate=0.0),
     dict(kv_rate=0.0),
     dict(lora_rate=0.0, kv_rate=0.0, steps=0),
-    dict(ramp=0.4, gate_share=0.4),
-    dict(retention="domains", steps=40, retention_every=5),
+    dict(rise=1.0, gate_share=0.4),
+    dict(retention="domains", steps=40, gate_share=0.15, retention_every=5),
 ]
 
 
@@ -89,11 +89,13 @@ EARLIER = dict(
 @pytest.mark.parametrize("earlier,today", [
     ({}, {}),
     (dict(text=1.0), dict(text_share=1.0)),
-    (dict(fix_mask=0.0), dict(gate_share=1.0)),
-    (dict(fix_mask=0.85), dict(gate_share=0.15)),  # not 0.15000000000000002
+    (dict(fix_mask=0.0), dict(gate_share=1.0, rise=0.1)),  # the ramp was a share of all steps
+    (dict(fix_mask=0.85), dict(gate_share=0.15, rise=0.1 / (1 - 0.85))),  # not 0.15000000000000002
+    (dict(fix_mask=1.0), dict(gate_share=0.0, rise=0.0)),
+    (dict(ramp=0.5), dict(rise=1.0)),
     (dict(scaled=False), dict(constraint="hinge")),  # lambda stays, the target rises
-    (dict(constraint="hinge"), dict(ramp=0.0)),  # lambda adapts, the target is there at once
-    (dict(constraint="hinge", scaled=False), dict(constraint="hinge", ramp=0.0)),  # the paper's, as it is written
+    (dict(constraint="hinge"), dict(rise=0.0)),  # lambda adapts, the target is there at once
+    (dict(constraint="hinge", scaled=False), dict(constraint="hinge", rise=0.0)),  # the paper's, as it is written
     (dict(constraint="lagrangian"), dict(constraint="lagrangian")),
     (dict(constraint="lagrangian", scaled=False), dict(constraint="lagrangian")),
     (dict(tail="drop"), dict(objective="kl-drop")),
@@ -104,18 +106,28 @@ EARLIER = dict(
 ], ids=str)  # fmt: skip
 def test_settings_of_an_earlier_version_are_read_as_todays(earlier, today):
     usual = dict(
-        model="base", text_share=0.5, gate_share=0.25, constraint="scaled", ramp=0.1, objective="kl", memory_blocks=2
+        model="base", text_share=0.5, gate_share=0.25, constraint="scaled", rise=0.4, objective="kl", memory_blocks=2
     )
-    assert Settings.from_saved(EARLIER | earlier) == Settings(**usual | today)
+    assert Settings.from_saved(EARLIER | earlier) == Settings(**NOT_THERE | usual | today)
 
 
-def test_missing_settings_have_their_defaults_and_todays_come_back_as_they_are(tmp_path):
-    assert Settings.from_saved({}) == Settings()
+def test_a_ramp_is_a_share_of_the_gates_steps_also_beside_todays_name_of_their_share():
+    assert Settings.from_saved(dict(ramp=0.12, gate_share=0.15)).rise == pytest.approx(0.8)
+
+
+def test_a_run_from_before_the_repair_was_neither_repaired_nor_placed():
+    before = Settings.from_saved({})
+    assert before.repair == "none" and before.placement == "uniform"
+    assert (before.curvature_tokens, before.kv_passages) == (0, 1)
+
+
+def test_missing_settings_are_as_before_and_todays_come_back_as_they_are(tmp_path):
+    assert Settings.from_saved({}) == Settings(**NOT_THERE)
     saved = asdict(Settings(**PRESETS["paper"]))
     assert Settings.from_saved(saved) == Settings(**PRESETS["paper"])
     for name in saved:
         less = {other: value for other, value in saved.items() if other != name}
-        assert getattr(Settings.from_saved(less), name) == getattr(Settings(), name)
+        assert getattr(Settings.from_saved(less), name) == NOT_THERE.get(name, getattr(Settings(), name))
     before = json.dumps(EARLIER)
     (tmp_path / "settings.json").write_text(before)
     Settings.from_file(tmp_path / "settings.json").to_file(tmp_path / "again.json")

@@ -1,19 +1,22 @@
-"""Memories in closed form, against numpy's least squares, the SVD, random rivals, and a case that can be exact."""
+"""Repair and memories by least squares, against numpy, the SVD, brute force, random rivals, and cases that can be exact."""
 
 import json
 import signal
 from dataclasses import dataclass, replace
+from itertools import product
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import koff
 import train
-from data import BadInput, solve
+from data import BadInput, solve, starts
+from data.checkpoint import load, load_module, save_module
 from data.corpus import windows
 from data.families import parse_config
+from data.run import Run
 from data.starts import start
 from model import Memory, Model
 from test_koff import KINDS
@@ -34,23 +37,43 @@ def data():
     return H, R
 
 
+def regression_of(H, R):
+    """The `Regression` of H [n, F] and R [n, D], whose tokens all weigh the same."""
+    fit = solve.Regression()
+    fit.gram, fit.cross = torch.from_numpy(H.T @ H), torch.from_numpy(H.T @ R)
+    fit.square = torch.tensor(np.square(R).sum())
+    return fit
+
+
+def best_of(fit, rank, ridge, curvature=None):
+    """(A, B) of that rank, and the gains of all."""
+    a, b, gains = solve.reduced_rank_regression(fit, ridge, curvature)
+    F, D = fit.cross.shape
+    full = min(F, D)
+    assert a.shape == (full, F) and b.shape == (D, full) and gains.shape == (full,)
+    assert torch.allclose(a.norm(dim=1), b.norm(dim=0)) and (gains.diff() <= 0).all()
+    return a[:rank], b[:, :rank], gains
+
+
 def regression(H, R, rank, ridge):
     """(H A^T B^T, the share of R that it says it explains)."""
-    gram, cross = torch.from_numpy(H.T @ H), torch.from_numpy(H.T @ R)
-    a, b, explained = solve.reduced_rank_regression(gram, cross, rank, ridge)
-    assert a.shape == (min(rank, R.shape[1]), H.shape[1]) and b.shape == (R.shape[1], len(a))
-    assert torch.allclose(a.norm(dim=1), b.norm(dim=0))
-    return H @ a.T.numpy() @ b.T.numpy(), explained.item() / np.square(R).sum()
+    fit = regression_of(H, R)
+    a, b, _ = best_of(fit, rank, ridge)
+    return H @ (b @ a).T.numpy(), (fit.explained_by((b @ a).T) / fit.square).item()
+
+
+def ridge_by_lstsq(H, R, ridge):
+    """(W of ridge regression as plain least squares, H with one more row for each of its coefficients)."""
+    more = np.vstack([H, np.sqrt(ridge * np.square(H).sum() / H.shape[1]) * np.eye(H.shape[1])])
+    W, *_ = np.linalg.lstsq(more, np.vstack([R, np.zeros((H.shape[1], R.shape[1]))]), rcond=None)
+    return W, more
 
 
 @pytest.mark.parametrize("ridge", [1e-12, 0.1])
 @pytest.mark.parametrize("rank", [1, 4, 9, 20])
 def test_the_regression_is_numpys_least_squares_and_the_svd_of_what_it_fits(data, rank, ridge):
     H, R = data
-    # Ridge regression as plain least squares: one more row for each of the F coefficients.
-    root = np.sqrt(ridge * np.square(H).sum() / 12)
-    more = np.vstack([H, root * np.eye(12)])
-    W, *_ = np.linalg.lstsq(more, np.vstack([R, np.zeros((12, 9))]), rcond=None)
+    W, more = ridge_by_lstsq(H, R, ridge)
     U, S, V = np.linalg.svd(more @ W, full_matrices=False)
     best = (U[:, :rank] * S[:rank] @ V[:rank])[:300]  # without the rows that were added
     ours, explained = regression(H, R, rank, ridge)
@@ -73,8 +96,82 @@ def test_no_other_regression_of_its_rank_is_better(data):
 
 def test_where_nothing_is_missing_nothing_is_added(data):
     H, _ = data
-    a, b, explained = solve.reduced_rank_regression(torch.from_numpy(H.T @ H), torch.zeros(12, 9).double(), 3, 0.01)
-    assert (b @ a).abs().max() == 0 and explained == 0
+    a, b, gains = best_of(regression_of(H, np.zeros((300, 9))), 3, 0.01)
+    assert (b @ a).abs().max() == 0 and (gains == 0).all()
+
+
+@pytest.mark.parametrize("ridge", [1e-12, 0.1])
+@pytest.mark.parametrize("rank", [1, 4, 9])
+def test_with_a_curvature_the_svd_is_of_what_is_fitted_in_its_measure(data, rank, ridge):
+    """The best is that of the SVD of H W C^1/2, and what a rank gains is its singular value, squared."""
+    H, R = data
+    root = np.random.default_rng(2).normal(size=(9, 9))
+    C = root @ root.T + 0.1 * np.eye(9)
+    values, vectors = np.linalg.eigh(C)
+    root, inverse = vectors * np.sqrt(values) @ vectors.T, vectors / np.sqrt(values) @ vectors.T
+    W, more = ridge_by_lstsq(H, R, ridge)
+    U, S, V = np.linalg.svd(more @ W @ root, full_matrices=False)
+    best = (U[:, :rank] * S[:rank] @ V[:rank])[:300] @ inverse
+    a, b, gains = best_of(regression_of(H, R), rank, ridge, torch.from_numpy(C))
+    np.testing.assert_allclose(H @ (b @ a).T.numpy(), best, atol=1e-8)
+    np.testing.assert_allclose(gains, np.square(S), atol=1e-8)
+    if ridge < 1e-9:  # all ranks together gain what least squares explains
+        squares = [np.square(x @ root).sum() for x in (R, R - H @ W)]
+        assert gains.sum().item() == pytest.approx(squares[0] - squares[1])
+    if rank == 1:
+        plain, _ = regression(H, R, rank, ridge)
+        assert np.square((R - best) @ root).sum() < np.square((R - plain) @ root).sum() - 1e-3
+
+
+def test_a_direction_without_curvature_is_not_free(data):
+    H, R = data
+    C = np.zeros((9, 9))
+    C[:3, :3] = np.eye(3)
+    a, b, gains = best_of(regression_of(H, R), 9, 1e-12, torch.from_numpy(C))
+    W, _ = ridge_by_lstsq(H, R, 1e-12)
+    np.testing.assert_allclose((b @ a).T.numpy(), W, atol=1e-6)  # at full rank no measure matters
+    assert (gains[3:] < 1e-3 * gains[0]).all()
+
+
+# Ranks by block -----------------------------------------------------------------------------------------------------
+
+
+def placed(gains, costs, mean, most):
+    """The ranks that `place_ranks` gives to blocks 1, 2, ... of these gains and costs."""
+    config = parse_config(CONFIG)
+    module = koff.MemoryModule(config, 1, most, 1.0, 0, ("down",))
+    module.ranks = [0] * len(gains)
+    module.first_block = 1
+    kept = {i: {"neuron": range(cost - 1), "down": range(1)} for i, cost in enumerate(costs, 1)}
+    solve.place_ranks(module, {i: torch.tensor(g) for i, g in enumerate(gains, 1)}, kept, mean)
+    return module.ranks
+
+
+@pytest.mark.parametrize("costs", [(7, 7, 7), (5, 7, 11)])
+@pytest.mark.parametrize("seed", range(5))
+def test_ranks_are_placed_as_brute_force_would_place_them(costs, seed):
+    rng = np.random.default_rng(seed)
+    gains = [np.sort(rng.exponential(scale, 6))[::-1].tolist() for scale in (1, 3, 9)]
+    ranks = placed(gains, costs, mean=3, most=5)
+    budget = 3 * sum(costs)
+
+    def cost(ranks):
+        return sum(r * c for r, c in zip(ranks, costs, strict=True))
+
+    def gain(ranks):
+        return sum(sum(g[:r]) for g, r in zip(gains, ranks, strict=True))
+
+    assert all(1 <= r <= 5 for r in ranks) and budget - max(costs) < cost(ranks) <= budget
+    allowed = budget - (max(costs) if len(set(costs)) > 1 else 0)  # of unequal costs the last one may not fit
+    best = max(gain(other) for other in product(range(1, 6), repeat=3) if cost(other) <= allowed)
+    assert gain(ranks) >= best - 1e-9
+
+
+def test_no_block_is_left_without_a_rank_nor_gets_more_than_there_is_room_for():
+    assert placed([[9.0] * 8, [1e-9] * 8, [0.0] * 8], (5, 5, 5), mean=3, most=6) == [6, 2, 1]
+    assert placed([[9.0] * 8, [1.0] * 8], (5, 5), mean=1, most=2) == [1, 1]
+    # What counts is the gain a parameter: here the budget is 55 beyond the first ranks.
+    assert placed([[9.0, 3.0, 3.0, 3.0], [9.0, 4.0, 4.0, 4.0]], (5, 50), mean=2, most=4) == [4, 1]
 
 
 # A whole module -----------------------------------------------------------------------------------------------------
@@ -95,14 +192,14 @@ def solved(model, student, kept, batches, rank=4, first=1, kv_tokens=0, ridge=0.
     torch.manual_seed(3)
     with model.head.device:
         module = koff.MemoryModule(model.config, first, rank, 2.0 * rank, kv_tokens)  # alpha / r is not 1
-    explained = solve.solve_memories(model, student, module, kept, batches, ridge)
+    explained, gains = solve.solve_memories(model, student, module, kept, batches, ridge)
+    assert list(gains) == list(explained)
     return module, explained
 
 
-@pytest.mark.parametrize("kind", SOLVED)
-def test_it_is_exact_where_the_removed_neurons_are_linear_in_those_that_stay(tiny, kind):
-    """Every second neuron is a multiple of the one before: without it, down can say the same of that one alone."""
-    model = tiny(**KINDS[kind])
+def with_copies(model):
+    """The neurons that can go: every second one is made a multiple of the one before. Without it, down can say the same
+    of that one alone."""
     closed = torch.arange(1, 40, 2)
     factor = torch.linspace(-2, 2, 20)[:, None]
     for block in model.layers:
@@ -110,7 +207,13 @@ def test_it_is_exact_where_the_removed_neurons_are_linear_in_those_that_stay(tin
             for p in projection.parameters():  # the matrix, and its bias where there is one
                 rows = p.view(40, -1)
                 rows[closed] = multiple * rows[closed - 1]
-    student, kept = pruned(model, closed)
+    return closed
+
+
+@pytest.mark.parametrize("kind", SOLVED)
+def test_it_is_exact_where_the_removed_neurons_are_linear_in_those_that_stay(tiny, kind):
+    model = tiny(**KINDS[kind])
+    student, kept = pruned(model, with_copies(model))
     tokens = torch.randint(0, 131, (8, 64))
     module, explained = solved(model, student, kept, [tokens], rank=24, ridge=1e-10)
     new = torch.randint(0, 131, (2, 50))
@@ -131,7 +234,7 @@ def parts(model, tokens, **more):
 def test_batches_are_only_a_way_to_save_memory(tiny):
     tokens = torch.randint(0, 131, (12, 32))
     whole, explained = parts(tiny(), [tokens])
-    for size in (1, 5):
+    for size in (1, 2, 5):
         split, other = parts(tiny(), tokens.split(size))
         assert (whole - split).abs().max() < 1e-4 * whole.abs().max()
         for i, share in other.items():
@@ -151,7 +254,7 @@ def test_what_it_explains_is_what_is_missing_less(tiny, kind, memories):
     for p in module.parameters():
         torch.nn.init.normal_(p, std=0.2)
     before = {name: p.clone() for name, p in module.named_parameters()}
-    explained = solve.solve_memories(model, student, module, kept, [tokens], 0.01)
+    explained, _ = solve.solve_memories(model, student, module, kept, [tokens], 0.01)
     assert list(explained) == list(range(max(1, memories), 3))
     for name, p in module.named_parameters():
         assert torch.equal(p, before[name]) == ("down" not in name)
@@ -193,7 +296,7 @@ def test_what_keys_and_values_add_is_not_missing(tiny):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_it_stays_on_its_device_and_asks_for_no_number(tiny, dtype):
+def test_it_stays_on_its_device_and_asks_for_no_number(tiny, dtype, monkeypatch):
     with torch.device("meta"):
         model = tiny().to(dtype)
         shape = {name: range(channels - 3) for name, (channels, _) in model.config.shapes.items()}
@@ -203,9 +306,368 @@ def test_it_stays_on_its_device_and_asks_for_no_number(tiny, dtype):
     tokens = torch.zeros(2, 16, dtype=torch.int64, device="meta")
     module, explained = solved(model, student, kept, [tokens, tokens], kv_tokens=3)
     assert all(share.is_meta for share in explained.values()) and all(p.is_meta for p in module.parameters())
-    index["down"] = torch.arange(len(shape["down"]))  # on the CPU: that it is elsewhere is noticed
+    shares = solve.repair(model, student, kept, [tokens, tokens], 0.01)
+    assert all(share.is_meta for share in shares.values()) and all(p.is_meta for p in student.parameters())
+    with torch.device("meta"):
+        gates = koff.Gates(model.config, 1, "neuron")
+    for name, scores in starts.surgeon_scores(model, gates, [[tokens], [tokens]]).items():
+        assert scores.is_meta and scores.shape == gates.log_alpha[name].shape
+    eye = torch.eye
+    monkeypatch.setattr(torch, "eye", lambda *size, dtype, device: eye(*size, dtype=dtype))  # on the CPU: noticed
     with pytest.raises(Exception, match="device"):
-        solved(model, student, {i: {**index, "neuron": index["gate"]} for i in (1, 2)}, [tokens])
+        solve.repair(model, student, kept, [tokens], 0.01)
+
+
+# The backbone -------------------------------------------------------------------------------------------------------
+
+
+def seen_by(model, tokens, *names):
+    """{name: the input of that part of a model, for all tokens}, float64 [n, channels]."""
+    seen, hooks = {}, []
+
+    def keep(name, x):
+        seen[name] = x.flatten(0, 1).double().numpy()
+
+    for name in names:
+        hooks.append(
+            model.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: keep(name, args[0]))
+        )
+    model(tokens)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+@pytest.mark.parametrize("kind", SOLVED)
+def test_the_first_repaired_block_is_ridge_regression(tiny, kind):
+    """By numpy, on what hooks see: o_proj, then down behind the new o_proj; each token weighs 1 / RMS of the teacher's."""
+    model = tiny(**KINDS[kind])
+    closed = dict(k=[1, 2], v=[3], down=[0, 5, 23])
+    student, kept = pruned(model, torch.arange(25, 40), **closed)
+    half, _ = pruned(model, torch.arange(25, 40), **closed)
+    tokens = torch.randint(0, 131, (8, 64))
+    solve.repair(model, student, kept, tokens.split(3), 0.01)
+    old, new = half.layers[1], student.layers[1]
+    for name, after, rows in (
+        ("self_attn.o_proj", "layers.1.post_attention_layernorm", list(range(24))),
+        ("mlp.down_proj", "layers.2.input_layernorm", [c for c in range(24) if c not in closed["down"]]),
+    ):
+        ours = seen_by(half, tokens, f"layers.1.{name}", after)
+        teacher = seen_by(model, tokens, after)[after]
+        weight = 1 / np.sqrt(np.square(teacher).mean(-1, keepdims=True))
+        missing = weight * (teacher - ours[after])
+        W, _ = ridge_by_lstsq(weight * ours[f"layers.1.{name}"], missing[:, rows], 0.01)
+        matrix = old.get_submodule(name)
+        np.testing.assert_allclose(new.get_submodule(name).weight.numpy(), matrix.weight.numpy() + W.T, atol=2e-4)
+        assert np.abs(W).max() > 0.02
+        matrix.weight = new.get_submodule(name).weight
+
+
+@pytest.mark.parametrize("kind", SOLVED)
+def test_a_repair_is_exact_where_what_was_cut_is_linear_in_what_is_left(tiny, kind):
+    model = tiny(**KINDS[kind])
+    student, kept = pruned(model, with_copies(model))
+    new = torch.randint(0, 131, (2, 50))
+    assert (student(new) - model(new)).abs().max() > 0.1
+    explained = solve.repair(model, student, kept, torch.randint(0, 131, (8, 64)).split(3), 1e-10)
+    assert (student(new) - model(new)).abs().max() < 1e-4
+    assert all(share == pytest.approx(1, abs=1e-6) for share in explained.values())
+
+
+def test_a_repair_in_other_batches_is_the_same(tiny):
+    tokens = torch.randint(0, 131, (12, 32))
+    found = {}
+    for size in (12, 1, 2, 5):
+        student, kept = pruned(tiny(), torch.arange(25, 40), k=[1, 2], v=[3], down=[0, 5, 23])
+        shares = solve.repair(tiny(), student, kept, tokens.split(size), 0.01)
+        found[size] = torch.cat([p.flatten() for p in student.parameters()]), torch.stack(list(shares.values()))
+        assert (found[size][0] - found[12][0]).abs().max() < 5e-5  # of weights up to 1
+        assert (found[size][1] - found[12][1]).abs().max() < 1e-5
+    assert (found[12][1] > 0.1).all() and (found[12][1] < 1).all()
+
+
+def test_a_repair_explains_what_it_says_and_changes_two_matrices_of_the_student_only(tiny):
+    model = tiny()
+    student, kept = pruned(model, torch.arange(20, 40), v=[3], down=[0, 5])
+    before, teacher = ({n: t.clone() for n, t in m.state_dict().items()} for m in (student, model))
+    tokens = torch.randint(0, 131, (6, 40))
+    explained = solve.repair(model, student, kept, [tokens], 0.01)
+    assert all(torch.equal(t, teacher[n]) for n, t in model.state_dict().items())
+    changed = {n for n, t in student.state_dict().items() if not torch.equal(t, before[n])}
+    parts = ("self_attn.o_proj", "mlp.down_proj")
+    assert changed == {f"layers.{i}.{part}.weight" for i in (1, 2) for part in parts}
+    assert all(t.shape == before[n].shape and t.dtype == before[n].dtype for n, t in student.state_dict().items())
+    assert not any(p.requires_grad for p in student.parameters())
+    # What is left behind the last block is what was missing there with its old down, less what it says.
+    y = model.run(model.embed_tokens(tokens), 0, 3)
+    left = y - student.run(student.embed_tokens(tokens), 0, 3)
+    student.layers[2].mlp.down_proj.weight = torch.nn.Parameter(before["layers.2.mlp.down_proj.weight"])
+    missing = y - student.run(student.embed_tokens(tokens), 0, 3)
+    squares = [
+        (x / y.square().mean(-1, keepdim=True).sqrt())[..., kept[2]["down"]].square().sum() for x in (left, missing)
+    ]
+    assert explained[2].item() == pytest.approx(1 - (squares[0] / squares[1]).item(), abs=1e-4)
+
+
+def backbone_of(out):
+    return {name.removeprefix("model."): t for name, t in load_file(out / "backbone/model.safetensors").items()}
+
+
+@pytest.mark.parametrize("gated", ["kv+mlp", "kv+mlp+o"])
+def test_without_a_repair_every_weight_of_the_backbone_is_the_pretrained_one(world, gated):  # noqa: F811
+    """Bit for bit. With it all but o_proj and down are, in the blocks with gates."""
+    for repair, out in ("none", world / "runs/none"), ("domains", world / "runs/domains"):
+        argv = flags(world, out=out, repair=repair, sparsity=0.03, gated=gated, gate_init="constant", gate_share=0.5)
+        assert train.main(argv) == 0
+        base = load(world / "base")
+        _, mask = Run(out).gates(base)
+        kept = koff.kept_channels(mask, base.config, 1, "cpu")
+        assert any(len(index["neuron"]) < 40 for index in kept.values())
+        expected, found = {}, backbone_of(out)
+        for name, tensor in base.state_dict().items():
+            for matrix in ("q", "k", "v", "o", "gate", "up", "down"):
+                if f".{matrix}_proj." in name and int(name.split(".")[1]) in kept:
+                    index = kept[int(name.split(".")[1])]
+                    tensor = tensor[index[matrix]]
+                    if matrix == "down":
+                        tensor = tensor[:, index["neuron"]]
+            expected[name] = tensor
+        assert expected.keys() == {name for name in found if not name.endswith(".kept")}
+        differ = {name for name, tensor in expected.items() if not torch.equal(found[name], tensor)}
+        parts = ("self_attn.o_proj", "mlp.down_proj")
+        repaired = {f"layers.{i}.{part}.weight" for i in (1, 2) for part in parts}
+        if repair == "none":
+            assert not differ
+        else:  # where only rows of o_proj are closed, nothing is missing in the others
+            assert {name for name in repaired if "down" in name} <= differ <= repaired
+
+
+def watched(monkeypatch):
+    """A list of the texts {name: ids} of each repair from now on."""
+    seen, repair = [], train.repair_student
+    monkeypatch.setattr(train, "repair_student", lambda trainer, texts: seen.append(texts) or repair(trainer, texts))
+    return seen
+
+
+def test_a_backbone_is_repaired_on_a_text_of_ones_own_and_on_no_other(world, monkeypatch, capsys):  # noqa: F811
+    seen, text = watched(monkeypatch), world / "general.txt"
+    text.write_text((world / "data/french.txt").read_text()[::-1])
+    given = dict(repair=text, repair_tokens=300, sparsity=0.03)
+    assert train.main(flags(world, **given)) == 0
+    (texts,) = seen
+    run = Run(world / "runs/one")
+    ids = run.tokenizer.encode(text.read_text(), bos=True)
+    assert list(texts) == ["--repair"] and texts["--repair"].tolist() == ids[: len(texts["--repair"])]
+    trainer, opened = trainer_of(world, **given)
+    whole = {"french": opened["french"], "german": opened["german"]}
+    used, fit = [], solve.repair
+    monkeypatch.setattr(solve, "repair", lambda *given: used.append(torch.cat(given[3])) or fit(*given))
+    freeze(trainer)
+    solve.repair_student(trainer, texts)
+    solve.repair_student(trainer, whole)
+    assert torch.equal(used[0], torch.from_numpy(windows(texts["--repair"], 16, 19)))  # 300 tokens, in windows of 16
+    assert torch.equal(used[1], torch.cat([torch.from_numpy(windows(ids, 16, 10)) for ids in whole.values()]))
+    # A text that is not there, and another one.
+    capsys.readouterr()
+    assert train.main(flags(world, out=world / "runs/two", repair=world / "none.txt")) == 2
+    said = capsys.readouterr().err
+    assert (
+        f"{world / 'none.txt'} does not exist" in said and said.count("\n") == 1 and not (world / "runs/two").exists()
+    )
+    with in_step(monkeypatch, 4, lambda: signal.raise_signal(signal.SIGTERM)):
+        assert train.main(flags(world, out=world / "runs/two", **given)) == 143
+    before = text.read_text()
+    text.write_text(before + "more of it\n")
+    assert train.main(flags(world, out=world / "runs/two", **given)) == 2
+    assert "began with another text of --repair" in capsys.readouterr().err
+    assert train.main(flags(world, out=world / "runs/two", **given | dict(repair="domains"))) == 2
+    assert "(--repair differs)" in capsys.readouterr().err
+    text.write_text(before)
+    assert train.main(flags(world, out=world / "runs/two", **given)) == 0
+    assert outputs(world / "runs/two") == outputs(world / "runs/one")
+    # A later module is for the backbone as it is: it does not need the text.
+    text.unlink()
+    (world / "dutch.txt").write_text((world / "data/german.txt").read_text())
+    assert train.main(["--add", str(world / "dutch.txt"), "--out", str(world / "runs/one")]) == 0
+
+
+@pytest.mark.parametrize("how", ["kill", "signal"])
+def test_a_run_that_is_stopped_while_it_is_repaired_ends_as_any_other(world, monkeypatch, how, capsys):  # noqa: F811
+    more = dict(gate_share=0.5, sparsity=0.03)
+    assert train.main(flags(world, **more)) == 0
+    repair = train.repair_student
+
+    def interrupted(*given):
+        if how == "kill":
+            raise Killed
+        signal.raise_signal(signal.SIGTERM)
+        return repair(*given)
+
+    argv = flags(world, out=world / "runs/two", **more)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "repair_student", interrupted)
+        if how == "kill":
+            with pytest.raises(Killed):
+                train.main(argv)
+        else:
+            assert train.main(argv) == 143 and "stopped after the backbone was repaired" in capsys.readouterr().err
+    assert train.main(argv) == 0
+    assert outputs(world / "runs/two") == outputs(world / "runs/one")
+    logs = [(world / "runs" / name / "log.jsonl").read_text() for name in ("one", "two")]
+    assert logs[0] == logs[1] and logs[0].count("repaired") == 1
+
+
+@pytest.mark.parametrize("repair", ["domains", "none"])
+def test_a_later_module_learns_on_the_backbone_of_the_run(world, monkeypatch, repair, capsys):  # noqa: F811
+    out, seen = world / "runs/one", []
+    assert train.main(flags(world, repair=repair, sparsity=0.03)) == 0
+    (world / "dutch.txt").write_text((world / "data/german.txt").read_text()[::-1])
+    recover = Trainer.recover
+
+    def noted(self, *given):
+        seen.append(self.student)
+        return recover(self, *given)
+
+    monkeypatch.setattr(Trainer, "recover", noted)
+    texts = watched(monkeypatch)
+    before = backbone_of(out)
+    assert train.main(["--add", str(world / "dutch.txt"), "--out", str(out), "--steps", "5"]) == 0
+    assert len(seen) == 5 and len(set(map(id, seen))) == 1 and not texts
+    student = seen[0].state_dict()
+    assert all(torch.equal(t, student[name]) for name, t in before.items())
+    assert "dutch" in json.loads((out / "results.json").read_text())["swap"]
+
+
+# The score that knows what can be repaired --------------------------------------------------------------------------
+
+
+def cost_of(H, W, C, left, ridge):
+    """What it costs to keep only the neurons `left`: min over down of |e C^1/2|^2 + lambda |W - W'|^2 in the same measure."""
+    root = np.linalg.cholesky(C)
+    more = np.vstack([H, np.sqrt(ridge) * np.eye(H.shape[1])])
+    target = more @ W @ root
+    fitted, *_ = np.linalg.lstsq(more[:, left], target, rcond=None)
+    return np.square(target - more[:, left] @ fitted).sum()
+
+
+def test_what_is_irreplaceable_is_found_by_brute_force():
+    rng = np.random.default_rng(0)
+    n, F, D = 80, 7, 5
+    H = rng.normal(size=(n, F)) @ rng.normal(size=(F, F))
+    W = rng.normal(size=(F, D))  # down, transposed
+    C = rng.normal(size=(D, D))
+    C = C @ C.T + 0.1 * np.eye(D)
+    gram = H.T @ H
+    ridge = 0.01 * gram.diagonal().mean()
+    left, lost, level = list(range(F)), np.zeros(F), 0.0
+    while left:
+        now = cost_of(H, W, C, left, ridge)
+        costs = {j: cost_of(H, W, C, [k for k in left if k != j], ridge) - now for j in left}
+        out = min(costs, key=costs.get)
+        level = max(level, costs[out])
+        lost[out] = level
+        left.remove(out)
+    alone = np.einsum("fd,de,fe->f", W, C, W) * gram.diagonal()
+    given = [torch.from_numpy(x) for x in (gram, W.T.copy(), C)]
+    found = starts.irreplaceable(*given, at_once=1)
+    np.testing.assert_allclose(found, np.minimum(lost / alone, 1), rtol=2e-3)
+    assert found.min() < 0.5 * found.max()
+    assert starts.irreplaceable(*given, at_once=3).shape == (7,) and (starts.irreplaceable(*given) <= 1).all()
+
+
+def test_of_two_equal_neurons_the_first_to_go_costs_nothing():
+    rng = np.random.default_rng(0)
+    H, down = rng.normal(size=(300, 8)), torch.from_numpy(rng.normal(size=(6, 8)))
+    H[:, 5] = H[:, 2]
+    found = starts.irreplaceable(torch.from_numpy(H.T @ H), down, torch.eye(6).double(), at_once=1)
+    first, second = found[[2, 5]].sort().values
+    assert first < 0.03 and second > 0.5 and found[[0, 1, 3, 4, 6, 7]].min() > 0.5
+
+
+@pytest.mark.parametrize("memory", [False, True])
+def test_what_the_surgeon_knows_of_down_is_what_autograd_says(tiny, memory):
+    """H^T H of down's inputs, and the outer products of the gradients behind each block, each token as `Regression` has it."""
+    model, tokens = tiny(), torch.randint(0, 131, (3, 20))
+    memories = None
+    if memory:
+        torch.manual_seed(4)
+        module = koff.MemoryModule(model.config, 1, 0, 0.0, 4)
+        memories = module.requires_grad_(False).by_block(torch.float32)
+    torch.manual_seed(7)
+    found = starts.down_statistics(model, [tokens], 1, memories)
+    moved = {i: torch.zeros(3, 20, 24, requires_grad=True) for i in (1, 2)}  # added behind each block
+    after, inputs, hooks = {}, {}, []
+
+    def add(i, out):
+        after[i] = out.detach()
+        return out + moved[i]
+
+    def keep(i, x):
+        inputs[i] = x.detach()
+
+    for i in moved:
+        hooks.append(model.layers[i].register_forward_hook(lambda _, args, out, i=i: add(i, out)))
+        down = model.layers[i].mlp.down_proj
+        hooks.append(down.register_forward_pre_hook(lambda _, args, i=i: keep(i, args[0])))
+    log_p = model(tokens, memories=memories).flatten(0, 1).log_softmax(-1)
+    for hook in hooks:
+        hook.remove()
+    torch.manual_seed(7)
+    drawn = torch.multinomial(log_p.detach().exp(), 1)
+    gradients = torch.autograd.grad(-log_p.gather(1, drawn).sum(), list(moved.values()))
+    assert list(found) == [1, 2]
+    for i, gradient in zip(moved, gradients, strict=True):
+        gram, curvature = np.zeros((40, 40)), np.zeros((24, 24))
+        for x, h, g in zip(*(t.flatten(0, 1).double().numpy() for t in (after[i], inputs[i], gradient)), strict=True):
+            square = np.square(x).mean()
+            gram += np.outer(h, h) / square / 60
+            curvature += np.outer(g, g) * square / 60
+        np.testing.assert_allclose(found[i][0], gram, atol=1e-5 * np.abs(gram).max())
+        np.testing.assert_allclose(found[i][1], curvature, atol=1e-4 * np.abs(curvature).max())
+
+
+def test_only_neurons_are_judged_by_what_can_be_repaired(tiny):
+    model = tiny()
+    gates, texts = (
+        koff.Gates(model.config, 1, "neuron"),
+        [[torch.randint(0, 131, (4, 32))] * 2, [torch.randint(0, 131, (4, 32))]],
+    )
+    torch.manual_seed(5)
+    fisher = starts.fisher_scores(model, gates, texts)
+    torch.manual_seed(5)
+    surgeon = starts.surgeon_scores(model, gates, texts)
+    assert all(torch.equal(surgeon[name], fisher[name]) for name in ("k", "v", "down"))
+    share = surgeon["neuron"] / fisher["neuron"]
+    assert (share <= 1).all() and (share > 0).all() and share.std() > 0.05
+
+
+# Ranks that are placed, through every file ---------------------------------------------------------------------------
+
+
+def test_placed_ranks_pass_through_checkpoints_and_files(world, monkeypatch, tmp_path):  # noqa: F811
+    more = dict(rank=4, alpha=2.0, sparsity=0.03, lora="kv+mlp")
+    assert train.main(flags(world, **more)) == 0
+    run = Run(world / "runs/one", dtype=torch.float32)
+    ranks = {}
+    for name, memories in run.modules.items():
+        for i, memory in memories.items():
+            assert len({len(a) for a, _ in memory.lora.values()}) == 1
+            assert all(len(a) == b.shape[1] for a, b in memory.lora.values())
+            ranks[name, i] = len(memory.lora["down"][0])
+    assert len(set(ranks.values())) > 1 and all(1 <= r <= 8 for r in ranks.values())
+    with in_step(monkeypatch, 5, killed), pytest.raises(Killed):  # all is solved, and saved after step 3
+        train.main(flags(world, out=world / "runs/two", **more))
+    assert train.main(flags(world, out=world / "runs/two", **more)) == 0
+    assert outputs(world / "runs/two") == outputs(world / "runs/one")
+    memories = run.memories("french")
+    save_module(tmp_path / "again.safetensors", memories, run.config.raw["koff_fingerprint"])
+    again = load_module(tmp_path / "again.safetensors", run.config, torch.float32)
+    tokens = torch.arange(20)[None]
+    assert torch.equal(run.backbone(tokens, memories=again), run.backbone(tokens, memories=memories))
+    uniform = flags(world, out=world / "runs/uniform", placement="uniform", **more)
+    assert train.main(uniform) == 0
+    for memories in Run(world / "runs/uniform").modules.values():
+        assert {len(memory.lora["down"][0]) for memory in memories.values()} == {4}
 
 
 # What has no closed form --------------------------------------------------------------------------------------------
@@ -225,10 +687,12 @@ def test_where_a_norm_follows_down_a_run_says_to_leave_it_out(world, tiny, capsy
     make_olmo2(world / "base")
     assert train.main(flags(world)) == 2
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "olmo2 has a norm behind down" in said and "say --solve-tokens 0" in said
+    assert said.count("\n") == 1 and "olmo2 has a norm behind down" in said and "--repair none --solve-tokens 0" in said
+    for more in (dict(solve_tokens=0), dict(repair="none")):  # one of the two is left
+        assert train.main(flags(world, **more)) == 2
     assert not (world / "runs").exists()
     for more in (dict(solve_tokens=0), dict(rank=0)):  # nothing is to be solved
-        assert train.main(flags(world, out=world / "runs" / min(more), **more)) == 0
+        assert train.main(flags(world, out=world / "runs" / min(more), repair="none", **more)) == 0
     model = tiny(**KINDS["olmo2"])
     student, kept = pruned(model, [7])
     with pytest.raises(BadInput, match="olmo2 has a norm"):
@@ -272,7 +736,7 @@ def lora(trainer, name):
 
 
 def test_a_trainer_solves_once_the_mask_is_final(world):  # noqa: F811
-    trainer, text = trainer_of(world, gate_share=0.5)
+    trainer, text = trainer_of(world, gate_share=0.5, lora="kv+mlp")
     start(trainer, text)
     tokens = torch.arange(32).view(2, 16)
     for index in range(4):
@@ -289,7 +753,7 @@ def test_a_trainer_solves_once_the_mask_is_final(world):  # noqa: F811
     assert not any(map(torch.equal, moved[2:], lora(trainer, "down")[2:]))
 
 
-def test_a_run_solves_between_its_two_kinds_of_steps(world, monkeypatch):  # noqa: F811
+def test_a_run_repairs_and_solves_between_its_two_kinds_of_steps(world, monkeypatch):  # noqa: F811
     came = []
 
     def noted(name, work):
@@ -298,19 +762,21 @@ def test_a_run_solves_between_its_two_kinds_of_steps(world, monkeypatch):  # noq
     for name in ("learn", "recover"):
         monkeypatch.setattr(Trainer, name, noted(name, getattr(Trainer, name)))
     monkeypatch.setattr(train, "solve_module", noted("solve", train.solve_module))
+    monkeypatch.setattr(train, "repair_student", noted("repair", train.repair_student))
     assert train.main(flags(world, gate_share=0.5)) == 0
-    assert came == 4 * ["learn"] + 2 * ["solve"] + 4 * ["recover"]
+    assert came == 4 * ["learn"] + ["repair"] + 2 * ["solve"] + 4 * ["recover"]
 
 
 @pytest.mark.parametrize("tokens", [40, 10**6])  # some of the text, all of it
 def test_it_is_solved_on_windows_of_the_whole_text(world, monkeypatch, tokens):  # noqa: F811
-    trainer, text = trainer_of(world, solve_tokens=tokens, solve_ridge=0.25, steps=0)
+    plain = dict(placement="uniform", curvature_tokens=0)
+    trainer, text = trainer_of(world, solve_tokens=tokens, solve_ridge=0.25, steps=0, **plain)
     freeze(trainer)
-    monkeypatch.setattr(solve, "AT_ONCE", 48)
-    monkeypatch.setattr(solve, "solve_memories", lambda *given: given)
-    model, student, module, kept, batches, ridge = solve.solve_module(trainer, "french", text["french"])
+    monkeypatch.setattr(solve.batches_of, "__defaults__", (48,))
+    monkeypatch.setattr(solve, "solve_memories", lambda *given: (given, None))
+    model, student, module, kept, batches, ridge, curvature = solve.solve_module(trainer, "french", text["french"])
     assert (model, student, module) == (trainer.model, trainer.student, trainer.modules["french"])
-    assert kept is trainer.kept and ridge == 0.25
+    assert kept is trainer.kept and ridge == 0.25 and curvature is None
     expected = windows(text["french"], 16, 3 if tokens == 40 else None)
     assert torch.equal(torch.cat(batches), torch.from_numpy(expected)) and len(batches[0]) == 3
     assert expected[-1].tolist() == text["french"][: len(text["french"]) // 16 * 16][-16:].tolist()
@@ -318,7 +784,7 @@ def test_it_is_solved_on_windows_of_the_whole_text(world, monkeypatch, tokens): 
 
 def test_the_size_of_a_module_does_not_change_the_mask(world):  # noqa: F811
     masks = []
-    for more in (dict(rank=2), dict(rank=4, lora="down"), dict(kv_tokens=0)):
+    for more in (dict(rank=2), dict(rank=4, lora="mlp"), dict(kv_tokens=0), dict(placement="uniform")):
         trainer, text = trainer_of(world, steps=0, **more)
         start(trainer, text)
         masks.append(trainer.gates.final_mask(0.05))
@@ -352,13 +818,15 @@ def test_what_is_solved_and_what_is_not(world, more, capsys):  # noqa: F811
     printed = capsys.readouterr().out
     assert ("solved german: explains" in printed) == ("memory_blocks" in more or "lora" in more)
     log = [json.loads(line) for line in (world / "runs/one/log.jsonl").read_text().splitlines()]
-    assert [entry["solved"] for entry in log] == (["french", "german"] if "solved french" in printed else [])
+    solved = [entry["solved"] for entry in log if "solved" in entry]
+    assert solved == (["french", "german"] if "solved french" in printed else [])
+    assert [list(entry["repaired"]) for entry in log if "repaired" in entry] == [["1", "2"]]
 
 
 @pytest.mark.parametrize("steps,gate_share", [(8, 0.5), (8, 0.0), (0, 0.75)])
 @pytest.mark.parametrize("how", ["kill", "signal"])
 def test_a_run_that_is_stopped_while_it_solves_ends_as_any_other(world, monkeypatch, how, steps, gate_share, capsys):  # noqa: F811
-    more = dict(steps=steps, gate_share=gate_share, ramp=0.0)
+    more = dict(steps=steps, gate_share=gate_share, sparsity=0.03)
     assert train.main(flags(world, **more)) == 0
     whole, solve_one = outputs(world / "runs/one"), train.solve_module
 
@@ -386,13 +854,16 @@ def test_a_run_that_is_stopped_while_it_solves_ends_as_any_other(world, monkeypa
 
 
 def test_what_was_solved_is_not_solved_again_after_a_kill(world, monkeypatch, capsys):  # noqa: F811
-    argv = flags(world, steps=8, gate_share=0.5, save_every=100)
+    argv = flags(world, steps=8, gate_share=0.5, save_every=100, sparsity=0.03)
     with in_step(monkeypatch, 6, killed), pytest.raises(Killed):
         train.main(argv)
     assert "solved german" in capsys.readouterr().out
+    log = world / "runs/one/log.jsonl"
+    before = log.read_text().splitlines()
     assert train.main(argv) == 0
     printed = capsys.readouterr().out
     assert "at step 4" in printed and "solved german" not in printed
+    assert log.read_text().splitlines()[: len(before)] == before and len(before) == 1 + 1 + 2
 
 
 def test_a_later_module_is_solved_first(world, capsys):  # noqa: F811

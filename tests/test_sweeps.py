@@ -80,8 +80,8 @@ def test_the_temperature_falls_while_the_gates_learn(world, monkeypatch):  # noq
 
 def test_the_target_rises_and_a_penalty_answers_to_it(world):  # noqa: F811
     tokens = torch.arange(32).view(2, 16)
-    for ramp, targets in (0.5, [0.0125, 0.025, 0.0375, 0.05, 0.05]), (0.0, [0.05] * 5):
-        trainer, _ = trainer_of(world, ramp=ramp, gate_share=0.5)
+    for rise, targets in (1.0, [0.0125, 0.025, 0.0375, 0.05, 0.05]), (0.5, [0.025] + [0.05] * 4), (0.0, [0.05] * 5):
+        trainer, _ = trainer_of(world, rise=rise, gate_share=0.5)
         assert [trainer.target(index) for index in range(5)] == pytest.approx(targets)
     multipliers = {}
     for kind in koff.PENALTIES:
@@ -95,7 +95,7 @@ def test_part_of_the_domains_and_of_their_text(world, capsys):  # noqa: F811
     _, text = trainer_of(world)
     trainer, part = trainer_of(world, domains="german", text_share=0.5)
     assert trainer.domains == ["german"] and len(part["german"]) == len(text["german"]) // 2
-    _, mixed = open_run(flags(world, retention="domains", retention_every=2))
+    _, mixed = open_run(flags(world, retention="domains", retention_every=2, gate_share=0.5))
     assert len(mixed.general) == sum(map(len, text.values()))
     assert train.main(flags(world, domains="german", out=world / "runs/german")) == 0
     assert train.main(flags(world, domains="klingon", out=world / "runs/klingon")) == 2
@@ -143,12 +143,14 @@ def test_a_sweep_goes_on_where_it_was_interrupted(world, monkeypatch, capsys):  
 
 
 def test_the_curve_of_a_run_has_one_line_every_ten_steps_also_after_a_kill(world, monkeypatch):  # noqa: F811
-    argv = flags(world, steps=40, save_every=15)
+    argv = flags(world, steps=40, gate_share=0.15, save_every=15)
     with in_step(monkeypatch, 25, killed), pytest.raises(Killed):
         train.main(argv)
     assert train.main(argv) == 0
     lines = [json.loads(line) for line in (world / "runs/one/log.jsonl").open()]
-    assert [line["solved"] for line in lines if "loss" not in line] == ["french", "german"]
+    assert [line["solved"] for line in lines if "solved" in line] == ["french", "german"]
+    assert [list(line["repaired"]) for line in lines if "repaired" in line] == [["1", "2"]]
+    assert len(lines) == 3 + 4
     lines = [line for line in lines if "loss" in line]
     names = {"step", "domain", "loss", "retention", "physical", "paper", "lambda", "rates"}
     assert [line["step"] for line in lines] == [0, 10, 20, 30] and all(line.keys() == names for line in lines)
@@ -174,7 +176,7 @@ def test_a_line_of_the_log_says_whose_loss_it_is_and_under_which_rates(world, mo
     for name in ("learn", "retain", "recover"):
         monkeypatch.setattr(Trainer, name, noted(name, getattr(Trainer, name)))
     rates = dict(gate_rate=0.05, lora_rate=0.01, kv_rate=0.02, decay=0.5)
-    more = dict(steps=41, gate_share=0.5, retention="domains", retention_every=6, solve_tokens=0)
+    more = dict(steps=41, gate_share=0.5, retention="domains", retention_every=6, solve_tokens=0, repair="none")
     assert train.main(flags(world, **more, **rates)) == 0
     lines = [json.loads(line) for line in (world / "runs/one/log.jsonl").open()]
     assert [(line["step"], (line["domain"], line["loss"])) for line in lines] == [
@@ -202,4 +204,5 @@ def test_without_memories_no_step_follows_the_final_mask(world, monkeypatch):  #
     assert train.main(argv) == 0
     assert taken == list(range(15)) and train.main(argv) == 0 and len(taken) == 15
     lines = [json.loads(line) for line in (world / "runs/one/log.jsonl").open()]
+    assert lines.pop().keys() == {"step", "repaired"}
     assert [line["step"] for line in lines] == [0, 10] and all(line["loss"] > 0 for line in lines)

@@ -387,7 +387,7 @@ def test_a_damaged_part_of_a_run_is_named(run, capsys, damage, name):  # noqa: F
 
 def test_a_text_of_every_name(world, capsys):  # noqa: F811
     shutil.copy(world / "data/french.txt", world / "data/retention.txt")
-    argv = flags(world, retention=world / "data/german.txt", retention_every=1)
+    argv = flags(world, retention=world / "data/german.txt", retention_every=1, gate_share=0.5)
     assert train.main(argv) == 0  # a domain may be called like a part of a run,
     for name in ("backbone", "x" * 101):  # but not like a variant of it
         shutil.copy(world / "data/french.txt", world / f"data/{name}.txt")
