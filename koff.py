@@ -18,7 +18,8 @@ The paper's symbols, and where they are:
 
 Our additions and the paper's alternatives are in `data/`. They enter through the registries below:
 
-    data/starts.py       how gates and memories start: scores, keys and values of a text
+    data/scores.py       how much each gate matters
+    data/starts.py       how gates and memories start: from a score, from keys and values of a text
     data/penalties.py    a lambda that adapts (the default), a Lagrangian
     data/objectives.py   other treatments of the outcomes outside the top K; next-token training
     data/solve.py        least squares, once the mask is final: a repair of the backbone, LoRA on `down`
@@ -64,7 +65,7 @@ GATED = {
 }
 
 # Registry of scores that decide where log alpha starts: (model, gates, token tensors of each domain) ->
-# {name: [N, channels]}. None: every gate starts at the same log alpha; the paper gives no start. `data/starts.py` adds
+# {name: [N, channels]}. None: every gate starts at the same log alpha; the paper gives no start. `data/scores.py` adds
 # the Fisher score and "surgeon", the default.
 SCORES = {"constant": None}
 

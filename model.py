@@ -203,7 +203,7 @@ class Projection(nn.Module):
     def forward(self, x, z=None, lora=None):
         """x [B, T, fan-in] -> [B, T, channels]. lora: (A [r, fan-in], B [rows, r]).
 
-        z: [channels], while no row is cut; or [B, T, channels], a gate for each token (data/starts.py).
+        z: [channels], while no row is cut; or [B, T, channels], a gate for each token (data/scores.py).
         """
         y = F.linear(x, self.weight, self.bias)  # [B, T, rows]
         if lora is not None:

@@ -21,9 +21,10 @@ from data.corpus import find_domains
 from data.families import read_config
 from data.hub import model_folder
 from data.run import fitting_gates
+from data.scores import surgeon_scores
 from data.settings import flag
 from data.solve import repair_student, solve_module
-from data.starts import spread_by_rank, surgeon_scores, text_context
+from data.starts import spread_by_rank, text_context
 from model import Model
 
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import koff
-from data import MALFORMED, BadInput, atomic, objectives, penalties, starts  # noqa: F401 (they add to the registries of koff.py)
+from data import MALFORMED, BadInput, atomic, objectives, penalties, scores  # noqa: F401 (they add to the registries of koff.py)
 
 ROOT = Path(__file__).resolve().parent.parent
 PATHS = ("model", "data", "retention", "repair")  # settings that can name a file or a folder

@@ -18,7 +18,7 @@ import koff
 from data import BadInput
 from data.checkpoint import refuse_other_tensors
 from data.corpus import windows
-from data.starts import down_statistics, inputs_to
+from data.scores import down_statistics, inputs_to
 from model import NO_MEMORY, causal_mask, rope_table
 
 AT_ONCE = 2048  # tokens of a batch: without gradients more fit than in a training step

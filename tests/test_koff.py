@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import koff
-from data import BadInput, fast, objectives, penalties, starts, tables
+from data import BadInput, fast, objectives, penalties, scores, starts, tables
 from data.checkpoint import load, load_module, save_backbone, save_module
 from data.corpus import passages
 from data.router import Router
@@ -230,7 +230,7 @@ def test_fisher_score_is_the_squared_gradient_of_each_token(tiny):
             square[name][n, channel] += ((loss[0] - loss[1]) / (2 * step)).square().sum()
     whole, frees = sum(q.sum() for q in square.values()), {"k": 24, "v": 24, "neuron": 3 * 24, "down": 40}
     torch.manual_seed(5)
-    score = starts.fisher_scores(model, gates, [[tokens]])
+    score = scores.fisher_scores(model, gates, [[tokens]])
     for name, s in score.items():
         expected = square[name] / whole / frees[name]
         assert (s - expected).abs().max() < 0.01 * expected.max(), name
@@ -246,10 +246,10 @@ def test_fisher_score_of_a_gate_is_that_of_the_domain_that_needs_it_most(tiny):
     gates = koff.Gates(model.config, 1, "neuron")
     one, two, three = torch.randint(0, 131, (3, 2, 12))
     torch.manual_seed(5)
-    first = starts.fisher_scores(model, gates, [[one, two]])
-    second = starts.fisher_scores(model, gates, [[three]])
+    first = scores.fisher_scores(model, gates, [[one, two]])
+    second = scores.fisher_scores(model, gates, [[three]])
     torch.manual_seed(5)  # the same tokens are drawn
-    both = starts.fisher_scores(model, gates, [[one, two], [three]])
+    both = scores.fisher_scores(model, gates, [[one, two], [three]])
     frees = {"k": 24, "v": 24, "neuron": 3 * 24, "down": 40}
     for alone in (first, second):
         assert sum((score * frees[name]).sum() for name, score in alone.items()) == pytest.approx(1)
@@ -270,7 +270,7 @@ def test_fisher_score_is_the_curvature_of_the_kl_to_the_teacher(tiny):
             student = model(tokens, gates.by_block(z, torch.float64)).log_softmax(-1)
             curvature[n, channel] += (teacher.exp() * (teacher - student)).sum()
             z["neuron"][n, :, place, channel] = 1
-    score = starts.fisher_scores(model, gates, [[tokens] * 200])["neuron"].double()
+    score = scores.fisher_scores(model, gates, [[tokens] * 200])["neuron"].double()
     assert torch.corrcoef(torch.stack([score.flatten(), curvature.double().flatten()]))[0, 1] > 0.99
 
 

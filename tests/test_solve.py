@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import koff
 import train
-from data import BadInput, solve, starts
+from data import BadInput, scores, solve
 from data.checkpoint import load, load_module, save_module
 from data.corpus import windows
 from data.families import parse_config
@@ -310,8 +310,8 @@ def test_it_stays_on_its_device_and_asks_for_no_number(tiny, dtype, monkeypatch)
     assert all(share.is_meta for share in shares.values()) and all(p.is_meta for p in student.parameters())
     with torch.device("meta"):
         gates = koff.Gates(model.config, 1, "neuron")
-    for name, scores in starts.surgeon_scores(model, gates, [[tokens], [tokens]]).items():
-        assert scores.is_meta and scores.shape == gates.log_alpha[name].shape
+    for name, score in scores.surgeon_scores(model, gates, [[tokens], [tokens]]).items():
+        assert score.is_meta and score.shape == gates.log_alpha[name].shape
     eye = torch.eye
     monkeypatch.setattr(torch, "eye", lambda *size, dtype, device: eye(*size, dtype=dtype))  # on the CPU: noticed
     with pytest.raises(Exception, match="device"):
@@ -569,17 +569,17 @@ def test_what_is_irreplaceable_is_found_by_brute_force():
         left.remove(out)
     alone = np.einsum("fd,de,fe->f", W, C, W) * gram.diagonal()
     given = [torch.from_numpy(x) for x in (gram, W.T.copy(), C)]
-    found = starts.irreplaceable(*given, at_once=1)
+    found = scores.irreplaceable(*given, at_once=1)
     np.testing.assert_allclose(found, np.minimum(lost / alone, 1), rtol=2e-3)
     assert found.min() < 0.5 * found.max()
-    assert starts.irreplaceable(*given, at_once=3).shape == (7,) and (starts.irreplaceable(*given) <= 1).all()
+    assert scores.irreplaceable(*given, at_once=3).shape == (7,) and (scores.irreplaceable(*given) <= 1).all()
 
 
 def test_of_two_equal_neurons_the_first_to_go_costs_nothing():
     rng = np.random.default_rng(0)
     H, down = rng.normal(size=(300, 8)), torch.from_numpy(rng.normal(size=(6, 8)))
     H[:, 5] = H[:, 2]
-    found = starts.irreplaceable(torch.from_numpy(H.T @ H), down, torch.eye(6).double(), at_once=1)
+    found = scores.irreplaceable(torch.from_numpy(H.T @ H), down, torch.eye(6).double(), at_once=1)
     first, second = found[[2, 5]].sort().values
     assert first < 0.03 and second > 0.5 and found[[0, 1, 3, 4, 6, 7]].min() > 0.5
 
@@ -594,7 +594,7 @@ def test_what_the_surgeon_knows_of_down_is_what_autograd_says(tiny, memory):
         module = koff.MemoryModule(model.config, 1, 0, 0.0, 4)
         memories = module.requires_grad_(False).by_block(torch.float32)
     torch.manual_seed(7)
-    found = starts.down_statistics(model, [tokens], 1, memories)
+    found = scores.down_statistics(model, [tokens], 1, memories)
     moved = {i: torch.zeros(3, 20, 24, requires_grad=True) for i in (1, 2)}  # added behind each block
     after, inputs, hooks = {}, {}, []
 
@@ -633,9 +633,9 @@ def test_only_neurons_are_judged_by_what_can_be_repaired(tiny):
         [[torch.randint(0, 131, (4, 32))] * 2, [torch.randint(0, 131, (4, 32))]],
     )
     torch.manual_seed(5)
-    fisher = starts.fisher_scores(model, gates, texts)
+    fisher = scores.fisher_scores(model, gates, texts)
     torch.manual_seed(5)
-    surgeon = starts.surgeon_scores(model, gates, texts)
+    surgeon = scores.surgeon_scores(model, gates, texts)
     assert all(torch.equal(surgeon[name], fisher[name]) for name in ("k", "v", "down"))
     share = surgeon["neuron"] / fisher["neuron"]
     assert (share <= 1).all() and (share > 0).all() and share.std() > 0.05
