@@ -125,7 +125,7 @@ def repair(model, student, kept, batches, ridge):
         w = fit.solution(ridge)
         add_to(block.mlp.down_proj, w.T)
         students = [block.add_mlp(x) for x in students]
-        explained[i] = fit.explained_by(w) / fit.square
+        explained[i] = (fit.explained_by(w) / fit.square).nan_to_num()  # nothing may be missing
     return explained
 
 
@@ -185,7 +185,7 @@ def solve_memories(model, student, module, kept, batches, ridge, curvature=None)
         set_lora(module, i, "down", a, b, kept[i]["neuron"], rows)
         memory.lora["down"] = (a.to(dtype), b.to(dtype))
         students = [block.add_mlp(x, memory=memory) for x in students]
-        explained[i] = fit.explained_by((b @ a).T) / fit.square
+        explained[i] = (fit.explained_by((b @ a).T) / fit.square).nan_to_num()
     return explained, gains
 
 
@@ -283,7 +283,7 @@ def reduced_rank_regression(fit, ridge, curvature=None):
         root = inverse = torch.eye(w.shape[1], dtype=w.dtype, device=w.device)
     else:
         values, vectors = torch.linalg.eigh(curvature)
-        values = values.clamp(min=1e-4 * values[-1])  # no direction is free
+        values = values.clamp(min=1e-4 * values[-1:])  # no direction is free; there may be none at all
         root = vectors * values.sqrt() @ vectors.T
         inverse = vectors / values.sqrt() @ vectors.T
     fitted = root @ fit.cross.T @ w @ root  # C^1/2 W^T (H^T H + lambda) W C^1/2, symmetric

@@ -36,8 +36,9 @@ def values(f):
     return st.sampled_from([low]) | st.integers(low, min(high, 60))
 
 
-DRAWN = {f.name: values(f) for f in fields(Settings) if f.name not in (*NOT_DRAWN, "retention", "dtype")}
+DRAWN = {f.name: values(f) for f in fields(Settings) if f.name not in (*NOT_DRAWN, "retention", "repair", "dtype")}
 DRAWN["retention"] = st.sampled_from(["", "domains"])
+DRAWN["repair"] = st.sampled_from(["domains", "none"])
 DRAWN["dtype"] = st.sampled_from(["float32", "bfloat16"])
 # Most of them as they are: else nearly all would be refused.
 SOME = st.sets(st.sampled_from(sorted(DRAWN)), max_size=6).flatmap(

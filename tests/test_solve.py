@@ -374,6 +374,23 @@ def test_a_repair_is_exact_where_what_was_cut_is_linear_in_what_is_left(tiny, ki
     assert all(share == pytest.approx(1, abs=1e-6) for share in explained.values())
 
 
+@pytest.mark.parametrize(
+    "more", [dict(down=list(range(24))), dict(closed=40), dict(closed=40, down=list(range(24))), dict()]
+)
+def test_a_block_of_which_nothing_is_left_and_one_that_is_whole_are_no_special_cases(tiny, more):
+    model, tokens = tiny(), torch.randint(0, 131, (4, 32))
+    student, kept = pruned(model, torch.arange(more.pop("closed", 0)), **more)
+    statistics = scores.down_statistics(model, [tokens], 1, grams=False)
+    explained = solve.repair(model, student, kept, [tokens], 0.01)
+    module = koff.MemoryModule(model.config, 1, 4, 4.0, 0, ("down",), room=2)
+    curvature = {i: c for i, (_, c) in statistics.items()}
+    shares, gains = solve.solve_memories(model, student, module, kept, [tokens], 0.01, curvature)
+    solve.place_ranks(module, gains, kept, 4)
+    assert all(0 <= share < 1e-3 for share in [*explained.values(), *shares.values()])  # and not NaN
+    memories = koff.materialise_memories(module.by_block(torch.float32), kept)
+    assert torch.allclose(student(tokens, memories=memories), student(tokens), atol=1e-4)
+
+
 def test_a_repair_in_other_batches_is_the_same(tiny):
     tokens = torch.randint(0, 131, (12, 32))
     found = {}

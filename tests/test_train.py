@@ -930,7 +930,8 @@ print(grown())
 @pytest.mark.skipif("KOFF_SMOLLM2" not in os.environ, reason="set KOFF_SMOLLM2 to the folder of SmolLM2-135M")
 @pytest.mark.parametrize("more", [[], ["--checkpointing"]])
 def test_a_dry_run_estimates_the_peak_that_is_then_measured(more, capsys):
-    flags = ["--preset", "best", "--model", os.environ["KOFF_SMOLLM2"], "--seq-len", "512", *more]
+    few = ["--repair-tokens", "8192", "--solve-tokens", "8192"]
+    flags = ["--preset", "best", "--model", os.environ["KOFF_SMOLLM2"], "--seq-len", "512", *few, *more]
     assert train.main(["--dry-run", *flags]) == 0
     estimate = float(re.search(r"([\d.]+) GB  peak memory", capsys.readouterr().out)[1])
     command, env = [sys.executable, "-c", STEPS, *flags], os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000"}
