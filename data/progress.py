@@ -194,7 +194,7 @@ class Progress:
         where = f"after blocks {min(shares)} to {max(shares)}, on the text of the repair"
         tqdm.write(f"repaired the backbone: explains {percent} of what is missing {where}")
         if self.signals:
-            self.save(self.trainer.s.gate_steps)
+            self.save(max(self.start, self.trainer.s.gate_steps))  # a run that goes on may be far behind its gates
             self.interrupt("the backbone was repaired")
 
     def after_solving(self, domain, explained):

@@ -74,7 +74,7 @@ def trains(world, chosen):
     moved = {who for who, _ in changed(before, after)}
     if s.memory:
         assert moved >= set(trainer.domains), "nothing of a module moved"
-    elif s.gate_rate:
+    elif s.gate_rate and s.gate_steps:
         assert moved == {"gates"}
     assert all(p.isfinite().all() for p in after.values())
     removed = trainer.gates.sparsity(trainer.mask, s.count).item()

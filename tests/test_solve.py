@@ -508,7 +508,7 @@ def test_a_backbone_is_repaired_on_a_text_of_ones_own_and_on_no_other(world, mon
     assert train.main(["--add", str(world / "dutch.txt"), "--out", str(world / "runs/one")]) == 0
 
 
-@pytest.mark.parametrize("how", ["kill", "signal"])
+@pytest.mark.parametrize("how", ["kill", "signal", "signal when it goes on later"])
 def test_a_run_that_is_stopped_while_it_is_repaired_ends_as_any_other(world, monkeypatch, how, capsys):  # noqa: F811
     more = dict(gate_share=0.5, sparsity=0.03)
     assert train.main(flags(world, **more)) == 0
@@ -521,6 +521,9 @@ def test_a_run_that_is_stopped_while_it_is_repaired_ends_as_any_other(world, mon
         return repair(*given)
 
     argv = flags(world, out=world / "runs/two", **more)
+    if "later" in how:
+        with in_step(monkeypatch, 7, killed), pytest.raises(Killed):
+            train.main(argv)
     with monkeypatch.context() as patch:
         patch.setattr(train, "repair_student", interrupted)
         if how == "kill":
