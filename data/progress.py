@@ -108,6 +108,12 @@ def load_checkpoint(path, trainer, inputs, folder):
 # Between two steps ---------------------------------------------------------------------------------------------------
 
 
+def in_words(shares):
+    """What least squares explains, {block: share}, as text."""
+    percent = ", ".join(f"{share:.0%}" for share in shares.values())
+    return f"explains {percent} of what is missing after blocks {min(shares)} to {max(shares)}"
+
+
 @contextlib.contextmanager
 def stop_signals():
     """Yield a list of the signals that came, see `on_signals`. The loop looks at it between two steps."""
@@ -190,9 +196,7 @@ class Progress:
         shares = {block: share.item() for block, share in explained.items()}
         if self.start <= self.trainer.s.gate_steps and not self.solved:
             self.log.write(step=self.trainer.s.gate_steps, repaired=shares)
-        percent = ", ".join(f"{share:.0%}" for share in shares.values())
-        where = f"after blocks {min(shares)} to {max(shares)}, on the text of the repair"
-        tqdm.write(f"repaired the backbone: explains {percent} of what is missing {where}")
+        tqdm.write(f"repaired the backbone: {in_words(shares)}, on the text of the repair")
         if self.signals:
             self.save(max(self.start, self.trainer.s.gate_steps))  # a run that goes on may be far behind its gates
             self.interrupt("the backbone was repaired")
@@ -202,9 +206,7 @@ class Progress:
         self.solved.append(domain)
         shares = {block: share.item() for block, share in explained.items()}
         self.log.write(step=self.trainer.s.gate_steps, solved=domain, explained=shares)
-        percent = ", ".join(f"{share:.0%}" for share in shares.values())
-        where = f"after blocks {min(shares)} to {max(shares)}, on the text that it was solved on"
-        tqdm.write(f"solved {domain}: explains {percent} of what is missing {where}")
+        tqdm.write(f"solved {domain}: {in_words(shares)}, on the text that it was solved on")
         if self.signals or not self.unsolved():  # with a real model it took minutes
             self.save(self.trainer.s.gate_steps)
         if self.signals:

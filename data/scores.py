@@ -67,13 +67,16 @@ def surgeon_scores(model, gates, texts, at_once=8):
     Least squares will repair what can be repaired (data/solve.py), so two neurons that say the same need not both stay.
     """
     scores = fisher_scores(model, gates, texts)
+    neurons = scores.keys() & {"gate", "up", "neuron"}
+    if not neurons:  # only the attention has gates
+        return scores
     every = [tokens for batches in texts for tokens in batches]
     statistics = down_statistics(model, every, gates.first_block)
     shares = []
     for i, (gram, curvature) in statistics.items():
         down = model.layers[i].mlp.down_proj.weight.double()
         shares.append(irreplaceable(gram, down, curvature, at_once))
-    for name in scores.keys() & {"gate", "up", "neuron"}:
+    for name in neurons:
         scores[name] = scores[name] * torch.stack(shares).float()
     return scores
 
