@@ -259,16 +259,17 @@ def tiles(ids, length):
     return np.asarray(ids[: n * length]).reshape(n, length)
 
 
-def passages(ids, n, length, judged=64):
+def passages(ids, n, length, places=32, judged=32):
     """Candidates for the start of a KV memory, and text to compare them on, int64.
 
-    The text is cut into n equal parts, fewer if it is short. Returns their beginnings [n, length], the candidates, and
-    their middles [n, judged].
+    The text is cut into equal parts, one for each of `places`, fewer if it is short. Returns the beginnings of n of
+    them [n, length], the candidates, and the middles of all [places, judged].
     """
-    n = max(1, min(n, len(ids) // (2 * max(length, judged))))
-    parts = tiles(ids, len(ids) // n)[:n]
+    places = max(1, min(max(n, places), len(ids) // (2 * max(length, judged))))
+    parts = tiles(ids, len(ids) // places)[:places].astype(np.int64)
     middle = parts.shape[1] // 2
-    return parts[:, :length].astype(np.int64), parts[:, middle : middle + judged].astype(np.int64)
+    chosen = np.linspace(0, places - 1, min(n, places)).astype(int)
+    return parts[chosen, :length], parts[:, middle : middle + judged]
 
 
 def windows(ids, length, limit=None):

@@ -13,7 +13,7 @@ import koff
 from data.fast import in_chunks
 
 
-def fisher_scores(model, gates, texts):
+def fisher_scores(model, gates, texts, statistics=None):
     """{name: [N, channels]}: how much each gate matters, per parameter that closing it frees.
 
     How fast does the KL to the teacher grow as a gate moves away from 1? Its gradient there is zero, so we use its
@@ -21,7 +21,9 @@ def fisher_scores(model, gates, texts):
     per-token gradients instead of squaring the summed gradient, because a module can undo an effect that is the same at
     every token. texts: a list of token tensors [B, T] for each domain. Each domain's scores are normalised to sum to
     one; otherwise domains that the model knows badly would dominate. A gate gets its highest score in any domain.
+    statistics: a `Statistics` that gathers more from the same passes.
     """
+    statistics = statistics or Statistics(model, gates.first_block)
     c = model.config
     frees = {name: fan_in for name, (_, fan_in) in c.shapes.items()}
     for name in ("gate", "up", "neuron"):
@@ -30,26 +32,12 @@ def fisher_scores(model, gates, texts):
     for batches in texts:
         squares = {name: torch.zeros_like(a) for name, a in gates.log_alpha.items()}
         for tokens in batches:
-            for name, gradient in gate_gradients(model, gates, tokens).items():
+            for name, gradient in statistics.add(tokens, gates).items():
                 squares[name] += gradient.float().square().sum(dim=(1, 2))
         total = sum(square.sum() for square in squares.values())
         for name, square in squares.items():
             scores[name] = torch.maximum(scores[name], square / total / frees[name])
     return scores
-
-
-def gate_gradients(model, gates, tokens):
-    """{name: [N, B, T, channels]}: gradient of `drawn_token_loss` with respect to gates set to 1, with a separate gate
-    for every block and token."""
-    z = {}
-    for name, log_alpha in gates.log_alpha.items():
-        ones = log_alpha.new_ones(gates.blocks, *tokens.shape, log_alpha.shape[1], dtype=model.head.dtype)
-        z[name] = ones.requires_grad_()
-    with torch.no_grad():
-        x = model.run(model.embed_tokens(tokens), 0, gates.first_block)
-    hidden = model.run(x, gates.first_block, model.config.num_hidden_layers, gates.by_block(z, x.dtype))
-    loss = in_chunks(model, hidden.flatten(0, 1), drawn_token_loss)
-    return dict(zip(z, torch.autograd.grad(loss, list(z.values())), strict=True))
 
 
 def drawn_token_loss(logits):
@@ -66,16 +54,15 @@ def surgeon_scores(model, gates, texts, at_once=8):
 
     Least squares will repair what can be repaired (data/solve.py), so two neurons that say the same need not both stay.
     """
-    scores = fisher_scores(model, gates, texts)
+    statistics = Statistics(model, gates.first_block, grams=True)
+    scores = fisher_scores(model, gates, texts, statistics)
     neurons = scores.keys() & {"gate", "up", "neuron"}
     if not neurons:  # only the attention has gates
         return scores
-    every = [tokens for batches in texts for tokens in batches]
-    statistics = down_statistics(model, every, gates.first_block)
     shares = []
-    for i, (gram, curvature) in statistics.items():
+    for i, gram in statistics.gram.items():
         down = model.layers[i].mlp.down_proj.weight.double()
-        shares.append(irreplaceable(gram, down, curvature, at_once))
+        shares.append(irreplaceable(gram, down, statistics.curvature[i], at_once))
     for name in neurons:
         scores[name] = scores[name] * torch.stack(shares).float()
     return scores
@@ -115,40 +102,51 @@ def irreplaceable(gram, down, curvature, at_once=8):
 koff.SCORES["surgeon"] = surgeon_scores
 
 
-def down_statistics(model, batches, first_block, memories=None, grams=True):
-    """{block: (H^T H [F, F], C [D, D])} of `down` from `first_block` on, float64 means over tokens.
+class Statistics:
+    """What backward passes show of `down` in each block from `first_block` on, {block: sum over tokens}, float64.
 
-    H are its inputs; without `grams` H^T H, which is large, is None. C is the curvature of the loss in its outputs:
-    like the Fisher score, the mean outer product of gradients of log p of tokens that the model draws. Tokens count as
-    in `solve.Regression`. batches: tokens [B, T].
+    gram [F, F] is H^T H of its inputs H, only with `grams`: it is large. curvature [D, D] is that of the loss in its
+    outputs: like the Fisher score, outer products of gradients of log p of tokens that the model draws. Tokens count as
+    in `solve.Regression`.
     """
-    found = {}
-    for tokens in batches:
+
+    def __init__(self, model, first_block, memories=None, grams=False):
+        self.model = model
+        self.first_block = first_block
+        self.memories = memories
+        self.grams = grams
+        self.gram = {}
+        self.curvature = {}
+
+    def add(self, tokens, gates=None):
+        """Add tokens [B, T]. Returns {name: [N, B, T, channels]}: the gradient of `drawn_token_loss` with respect to
+        `gates` set to 1, with a separate gate for every block and token."""
+        model = self.model
+        z = {}
+        for name, log_alpha in gates.log_alpha.items() if gates else ():
+            ones = log_alpha.new_ones(gates.blocks, *tokens.shape, log_alpha.shape[1], dtype=model.head.dtype)
+            z[name] = ones.requires_grad_()
         with torch.no_grad():
-            x = model.run(model.embed_tokens(tokens), 0, first_block, memories=memories)
+            x = model.run(model.embed_tokens(tokens), 0, self.first_block, memories=self.memories)
         x.requires_grad_()
+        by_block = gates.by_block(z, x.dtype) if gates else None
         inputs = {}
         after = {}  # hidden states after each block
-        for i in range(first_block, len(model.layers)):
+        for i in range(self.first_block, len(model.layers)):
             with inputs_to(model.layers[i].mlp.down_proj) as seen:
-                x = model.run(x, i, i + 1, memories=memories)
+                x = model.run(x, i, i + 1, by_block, self.memories)
             inputs[i] = seen[0].detach()
             after[i] = x
         loss = in_chunks(model, x.flatten(0, 1), drawn_token_loss)
-        gradients = torch.autograd.grad(loss, list(after.values()))
-        for i, gradient in zip(after, gradients, strict=True):
-            length = after[i].detach().float().square().mean(-1, keepdim=True).sqrt()  # RMS of the hidden state
-            h = (inputs[i].float() / length).flatten(0, 1)
+        gradients = torch.autograd.grad(loss, [*after.values(), *z.values()])
+        for (i, x), gradient in zip(after.items(), gradients, strict=False):
+            length = x.detach().float().square().mean(-1, keepdim=True).sqrt()  # RMS of the hidden state
             g = (gradient.float() * length).flatten(0, 1)
-            of_block = {"gram": h, "curvature": g} if grams else {"curvature": g}
-            sums = found.setdefault(i, {name: 0.0 for name in of_block})
-            for name, x in of_block.items():
-                sums[name] += (x.T @ x).double()  # in place, after the first batch
-    n = sum(tokens.numel() for tokens in batches)
-    for sums in found.values():
-        for total in sums.values():
-            total /= n
-    return {i: (sums.get("gram"), sums["curvature"]) for i, sums in found.items()}
+            self.curvature[i] = self.curvature.get(i, 0.0) + (g.T @ g).double()
+            if self.grams:
+                h = (inputs[i].float() / length).flatten(0, 1)
+                self.gram[i] = self.gram.get(i, 0.0) + (h.T @ h).double()
+        return dict(zip(z, gradients[len(after) :], strict=True))
 
 
 @contextlib.contextmanager

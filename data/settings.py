@@ -108,7 +108,7 @@ class Settings:
     curvature_tokens: int = option(
         1024, "tokens per domain for the measure in which a LoRA's error is least; 0: plain squares", low=0
     )
-    placement: str = option("gain", "ranks by block, where they gain most; or uniform", ("gain", "uniform"))
+    placement: str = option("uniform", "ranks by block: uniform, or where they gain most", ("uniform", "gain"))
     solve_ridge: float = option(
         0.01, "ridge of least squares, relative to the mean diagonal of H^T H (measured)", low=1e-6, high=1e6
     )

@@ -18,7 +18,7 @@ import koff
 from data import BadInput
 from data.checkpoint import refuse_other_tensors
 from data.corpus import windows
-from data.scores import down_statistics, inputs_to
+from data.scores import Statistics, inputs_to
 from model import NO_MEMORY, causal_mask, rope_table
 
 AT_ONCE = 2048  # tokens of a batch: without gradients more fit than in a training step
@@ -56,8 +56,10 @@ def solve_module(trainer, domain, ids):
     if s.curvature_tokens:
         torch.manual_seed(s.seed)  # it draws tokens
         few = batches_of(ids, s.curvature_tokens, trainer, s.batch * s.seq_len)
-        statistics = down_statistics(trainer.model, few, module.first_block, context, grams=False)
-        curvature = {i: c for i, (_, c) in statistics.items()}
+        statistics = Statistics(trainer.model, module.first_block, context)
+        for tokens in few:
+            statistics.add(tokens)
+        curvature = statistics.curvature
     with solvable(domain):
         if s.placement == "gain":
             few = batches_of(ids, s.solve_tokens / FEWER, trainer)

@@ -361,11 +361,14 @@ def test_a_kv_memory_starts_from_the_passage_that_predicts_the_text_best(tiny):
 
 def test_passages_are_the_starts_and_middles_of_equal_parts():
     ids = np.arange(100, dtype=np.uint16)
-    beginnings, middles = passages(ids, 4, 3, judged=5)
-    assert beginnings.tolist() == [[0, 1, 2], [25, 26, 27], [50, 51, 52], [75, 76, 77]]
+    beginnings, middles = passages(ids, 2, 3, places=4, judged=5)
+    assert beginnings.tolist() == [[0, 1, 2], [75, 76, 77]]
     assert middles.tolist() == [[12, 13, 14, 15, 16], [37, 38, 39, 40, 41], [62, 63, 64, 65, 66], [87, 88, 89, 90, 91]]
     assert beginnings.dtype == middles.dtype == np.int64
-    assert len(passages(ids, 50, 3, judged=5)[0]) == 10  # so that starts and middles do not overlap
+    for n, places in ((50, 4), (4, 50)):  # so many that starts and middles would overlap
+        beginnings, middles = passages(ids, n, 3, places, judged=5)
+        assert (len(beginnings), len(middles)) == (min(n, 10), 10)
+    assert passages(ids, 1, 3)[0].tolist() == [[0, 1, 2]]
     assert passages(ids[:9], 4, 3, judged=5)[0].tolist() == [[0, 1, 2]]
     assert passages(ids[:2], 4, 3, judged=5)[0].tolist() == [[0, 1]]
 

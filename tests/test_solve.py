@@ -380,11 +380,11 @@ def test_a_repair_is_exact_where_what_was_cut_is_linear_in_what_is_left(tiny, ki
 def test_a_block_of_which_nothing_is_left_and_one_that_is_whole_are_no_special_cases(tiny, more):
     model, tokens = tiny(), torch.randint(0, 131, (4, 32))
     student, kept = pruned(model, torch.arange(more.pop("closed", 0)), **more)
-    statistics = scores.down_statistics(model, [tokens], 1, grams=False)
+    statistics = scores.Statistics(model, 1)
+    statistics.add(tokens)
     explained = solve.repair(model, student, kept, [tokens], 0.01)
     module = koff.MemoryModule(model.config, 1, 4, 4.0, 0, ("down",), room=2)
-    curvature = {i: c for i, (_, c) in statistics.items()}
-    shares, gains = solve.solve_memories(model, student, module, kept, [tokens], 0.01, curvature)
+    shares, gains = solve.solve_memories(model, student, module, kept, [tokens], 0.01, statistics.curvature)
     solve.place_ranks(module, gains, kept, 4)
     assert all(0 <= share < 1e-3 for share in [*explained.values(), *shares.values()])  # and not NaN
     memories = koff.materialise_memories(module.by_block(torch.float32), kept)
@@ -614,7 +614,8 @@ def test_what_the_surgeon_knows_of_down_is_what_autograd_says(tiny, memory):
         module = koff.MemoryModule(model.config, 1, 0, 0.0, 4)
         memories = module.requires_grad_(False).by_block(torch.float32)
     torch.manual_seed(7)
-    found = scores.down_statistics(model, [tokens], 1, memories)
+    found = scores.Statistics(model, 1, memories, grams=True)
+    found.add(tokens)
     moved = {i: torch.zeros(3, 20, 24, requires_grad=True) for i in (1, 2)}  # added behind each block
     after, inputs, hooks = {}, {}, []
 
@@ -635,15 +636,15 @@ def test_what_the_surgeon_knows_of_down_is_what_autograd_says(tiny, memory):
     torch.manual_seed(7)
     drawn = torch.multinomial(log_p.detach().exp(), 1)
     gradients = torch.autograd.grad(-log_p.gather(1, drawn).sum(), list(moved.values()))
-    assert list(found) == [1, 2]
+    assert list(found.gram) == list(found.curvature) == [1, 2]
     for i, gradient in zip(moved, gradients, strict=True):
         gram, curvature = np.zeros((40, 40)), np.zeros((24, 24))
         for x, h, g in zip(*(t.flatten(0, 1).double().numpy() for t in (after[i], inputs[i], gradient)), strict=True):
             square = np.square(x).mean()
-            gram += np.outer(h, h) / square / 60
-            curvature += np.outer(g, g) * square / 60
-        np.testing.assert_allclose(found[i][0], gram, atol=1e-5 * np.abs(gram).max())
-        np.testing.assert_allclose(found[i][1], curvature, atol=1e-4 * np.abs(curvature).max())
+            gram += np.outer(h, h) / square
+            curvature += np.outer(g, g) * square
+        np.testing.assert_allclose(found.gram[i], gram, atol=1e-5 * np.abs(gram).max())
+        np.testing.assert_allclose(found.curvature[i], curvature, atol=1e-4 * np.abs(curvature).max())
 
 
 def test_only_neurons_are_judged_by_what_can_be_repaired(tiny):
