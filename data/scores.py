@@ -20,7 +20,7 @@ def fisher_scores(model, gates, texts, statistics=None):
     curvature, the Fisher information: squared gradients of log p of tokens that the model itself draws. We sum squared
     per-token gradients instead of squaring the summed gradient, because a module can undo an effect that is the same at
     every token. texts: a list of token tensors [B, T] for each domain. Each domain's scores are normalised to sum to
-    one; otherwise domains that the model knows badly would dominate. A gate gets its highest score in any domain.
+    one; otherwise domains that the model knows badly would dominate. A gate gets the sum of its scores.
     statistics: a `Statistics` that gathers more from the same passes.
     """
     statistics = statistics or Statistics(model, gates.first_block)
@@ -36,7 +36,7 @@ def fisher_scores(model, gates, texts, statistics=None):
                 squares[name] += gradient.float().square().sum(dim=(1, 2))
         total = sum(square.sum() for square in squares.values())
         for name, square in squares.items():
-            scores[name] = torch.maximum(scores[name], square / total / frees[name])
+            scores[name] = scores[name] + square / total / frees[name]
     return scores
 
 
@@ -63,8 +63,9 @@ def surgeon_scores(model, gates, texts, at_once=8):
     for i, gram in statistics.gram.items():
         down = model.layers[i].mlp.down_proj.weight.double()
         shares.append(irreplaceable(gram, down, statistics.curvature[i], at_once))
-    for name in neurons:
-        scores[name] = scores[name] * torch.stack(shares).float()
+    share = torch.stack(shares).float()  # [N, F]
+    for name, score in scores.items():  # we guess that other channels are like the mean neuron: o_proj is repaired, too
+        scores[name] = score * (share if name in neurons else share.mean())
     return scores
 
 

@@ -54,7 +54,7 @@ class Settings:
     granularity: str = option("neuron", "gate whole MLP neurons, or each projection (paper)", ("neuron", "projection"))
     gate_family: str = option("hard-concrete", "distribution of the gates", koff.FAMILIES)
     gate_init: str = option("surgeon", "initial log alpha: ranked by a score, or equal for all gates", koff.SCORES)
-    fisher_sequences: int = option(24, "sequences of the calibration pass for the score (measured)", low=1)
+    fisher_sequences: int = option(48, "sequences of the calibration pass for the score (measured)", low=1)
     multiple: int = option(
         8, "round the neurons kept in a block to a multiple of this (only with --granularity neuron)", low=1
     )
@@ -83,8 +83,8 @@ class Settings:
     memory_kind: str = option("lora+kv", "kind of memory", koff.MEMORIES)
     memory_blocks: int = option(0, "number of upper blocks with memories; 0: same as --blocks", low=0)
     lora: str = option("down", "projections with LoRA (paper: kv+mlp)", LORA)
-    rank: int = option(75, "LoRA rank (paper: 256 for 3B); 0: no LoRA", low=0)
-    alpha: float = option(75.0, "LoRA alpha; the update is scaled by alpha / rank (paper: 128 / 256)", low=0)
+    rank: int = option(77, "LoRA rank (paper: 256 for 3B); 0: no LoRA", low=0)
+    alpha: float = option(77.0, "LoRA alpha; the update is scaled by alpha / rank (paper: 128 / 256)", low=0)
     kv_tokens: int = option(16, "memory tokens per block (paper: 256); 0: none", low=0)
     kv_init: str = option(
         "text", "start of the KV memory: text of the domain, or N(0, 0.02) (paper)", ("text", "normal")
@@ -110,7 +110,7 @@ class Settings:
     )
     placement: str = option("uniform", "ranks by block: uniform, or where they gain most", ("uniform", "gain"))
     solve_ridge: float = option(
-        0.01, "ridge of least squares, relative to the mean diagonal of H^T H (measured)", low=1e-6, high=1e6
+        0.003, "ridge of least squares, relative to the mean diagonal of H^T H (measured)", low=1e-6, high=1e6
     )
 
     # The loss
@@ -127,11 +127,11 @@ class Settings:
     retention_batch: int = option(0, "sequences per retention batch; 0: same as --batch", low=0)
 
     # The training
-    steps: int = option(110, "training steps, each on one batch of one domain; 0: none", low=0)
+    steps: int = option(48, "training steps, each on one batch of one domain; 0: none", low=0)
     focus: int = option(0, "extra steps per round for the domain with the highest loss (measured)", low=0)
     batch: int = option(4, "sequences per batch (paper: 2)", low=1)
     seq_len: int = option(256, "tokens per sequence (paper: 512)", low=8)
-    lora_rate: float = option(5e-4, "AdamW rate of LoRA (measured; paper: 1e-5 over 150M tokens)", low=0, high=10)
+    lora_rate: float = option(2e-4, "AdamW rate of LoRA (measured; paper: 1e-5 over 150M tokens)", low=0, high=10)
     gate_rate: float = option(0.1, "AdamW rate of log alpha (measured; paper: 1e-2)", low=0, high=10)
     kv_rate: float = option(1e-3, "AdamW rate of the KV memory (measured; paper: 1e-2)", low=0, high=10)
     decay: float = option(0.5, "final share of the steps, over which the LoRA and KV rates fall to 0", low=0, high=1)
@@ -332,8 +332,8 @@ def check_value(f, value):
 
 # The best recipe that we know for a real model (measured on SmolLM2-135M).
 BEST = dict(
-    sparsity=0.12, rank=68, alpha=68.0, kv_tokens=64, curvature_tokens=2048, solve_ridge=0.03, steps=240, focus=6,
-    batch=2, lora_rate=3e-4, eval_len=512,
+    sparsity=0.12, rank=68, alpha=68.0, kv_tokens=64, repair_tokens=98304, solve_tokens=32768, curvature_tokens=2048,
+    solve_ridge=0.03, steps=240, focus=6, batch=2, lora_rate=3e-4, eval_len=512,
 )  # fmt: skip
 
 # 150M tokens. Where the paper leaves something open, our choices are: log alpha starts at 3, lambda is scaled, the mask
@@ -341,7 +341,7 @@ BEST = dict(
 PAPER = dict(
     blocks=16, sparsity=0.12, count="paper", granularity="projection", gate_init="constant", multiple=1, beta=2.0,
     constraint="scaled", rise=0.0, penalty=60.0, gate_share=1.0, lora="kv+mlp", rank=256, alpha=128.0, kv_tokens=256,
-    kv_init="normal", kv_passages=1, repair="none", solve_tokens=0, curvature_tokens=0, placement="uniform",
+    kv_init="normal", kv_passages=1, repair="none", solve_tokens=0, curvature_tokens=0,
     teacher_context=False, objective="kl-renormalise", steps=146_500, batch=2, seq_len=512, lora_rate=1e-5,
     gate_rate=1e-2, kv_rate=1e-2, decay=0.0, eval_len=512,
 )  # fmt: skip
@@ -352,8 +352,8 @@ LARGE = BEST | dict(  # the paper's module and batch; steps and LoRA's rate are 
 
 PRESETS = {
     "handbook": {},
-    "quick": dict(steps=30, eval_windows=2, fisher_sequences=12),
-    "solved": dict(steps=0, rank=40, alpha=40.0),
+    "quick": dict(steps=24, eval_windows=2, fisher_sequences=12, solve_tokens=4096),
+    "solved": dict(steps=0, rank=40, alpha=40.0, repair_tokens=12288, solve_tokens=5120),
     "best": BEST,
     "paper": PAPER,
     "paper-matched": PAPER | dict(count="physical"),
