@@ -90,7 +90,7 @@ class Settings:
         "text", "start of the KV memory: text of the domain, or N(0, 0.02) (paper)", ("text", "normal")
     )
     kv_passages: int = option(
-        8, "candidate passages from which a KV memory may start; 1: the beginning of the text", low=1
+        16, "candidate passages from which a KV memory may start; 1: the beginning of the text", low=1
     )
     order: str = option(
         "joint",
@@ -127,7 +127,7 @@ class Settings:
     retention_batch: int = option(0, "sequences per retention batch; 0: same as --batch", low=0)
 
     # The training
-    steps: int = option(48, "training steps, each on one batch of one domain; 0: none", low=0)
+    steps: int = option(36, "training steps, each on one batch of one domain; 0: none", low=0)
     focus: int = option(0, "extra steps per round for the domain with the highest loss (measured)", low=0)
     batch: int = option(4, "sequences per batch (paper: 2)", low=1)
     seq_len: int = option(256, "tokens per sequence (paper: 512)", low=8)
@@ -332,8 +332,8 @@ def check_value(f, value):
 
 # The best recipe that we know for a real model (measured on SmolLM2-135M).
 BEST = dict(
-    sparsity=0.12, rank=68, alpha=68.0, kv_tokens=64, repair_tokens=98304, solve_tokens=32768, curvature_tokens=2048,
-    solve_ridge=0.03, steps=240, focus=6, batch=2, lora_rate=3e-4, eval_len=512,
+    sparsity=0.12, rank=68, alpha=68.0, kv_tokens=64, kv_passages=8, repair_tokens=98304, solve_tokens=32768,
+    curvature_tokens=2048, solve_ridge=0.03, steps=240, focus=6, batch=2, lora_rate=3e-4, eval_len=512,
 )  # fmt: skip
 
 # 150M tokens. Where the paper leaves something open, our choices are: log alpha starts at 3, lambda is scaled, the mask
@@ -353,7 +353,7 @@ LARGE = BEST | dict(  # the paper's module and batch; steps and LoRA's rate are 
 PRESETS = {
     "handbook": {},
     "quick": dict(steps=24, eval_windows=2, fisher_sequences=12, solve_tokens=4096),
-    "solved": dict(steps=0, rank=40, alpha=40.0, repair_tokens=12288, solve_tokens=5120),
+    "solved": dict(steps=0, rank=40, alpha=40.0, kv_passages=8, repair_tokens=12288, solve_tokens=5120),
     "best": BEST,
     "paper": PAPER,
     "paper-matched": PAPER | dict(count="physical"),

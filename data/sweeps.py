@@ -49,8 +49,8 @@ ABLATIONS = {
     "the same, not repaired": dict(repair="none"),
     "the same, mask by the Fisher score": dict(gate_init="fisher"),
     "the same, gates learned first": JOINT,
-    "the same, ranks uniform": dict(placement="uniform"),
-    "the same, LoRA on five projections": dict(lora="kv+mlp", rank=19, alpha=19.0, placement="uniform"),
+    "the same, ranks placed": dict(placement="gain"),
+    "the same, LoRA on five projections": dict(lora="kv+mlp", rank=19, alpha=19.0),
 }
 
 # Retention: how often, and in batches of which size. (The paper compares 20, 50 and 100, in many more steps.)
