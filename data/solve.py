@@ -126,7 +126,8 @@ def repair(model, student, kept, batches, ridge):
             fit.add(neurons[0], teachers[n], after, kept[i]["down"])
         w = fit.solution(ridge)
         add_to(block.mlp.down_proj, w.T)
-        students = [block.add_mlp(x) for x in students]
+        for n in range(len(batches)):  # in place: two lists of hidden states would be held at a time
+            students[n] = block.add_mlp(students[n])
         explained[i] = (fit.explained_by(w) / fit.square).nan_to_num()  # nothing may be missing
     return explained
 
@@ -186,7 +187,8 @@ def solve_memories(model, student, module, kept, batches, ridge, curvature=None)
         a, b = a[:r], b[:, :r]
         set_lora(module, i, "down", a, b, kept[i]["neuron"], rows)
         memory.lora["down"] = (a.to(dtype), b.to(dtype))
-        students = [block.add_mlp(x, memory=memory) for x in students]
+        for n in range(len(batches)):
+            students[n] = block.add_mlp(students[n], memory=memory)
         explained[i] = (fit.explained_by((b @ a).T) / fit.square).nan_to_num()
     return explained, gains
 
