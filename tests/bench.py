@@ -50,7 +50,7 @@ from model import Cache, Model
 from train import Trainer, loop
 
 TARGET = 1.008  # of `quality`: perplexity with a text's own module / unpruned, averaged over the domains
-FIVE = dict(lora="kv+mlp", placement="uniform")  # LoRA on five projections, without room for ranks to be placed
+FIVE = dict(lora="kv+mlp")
 SIZES = {64: dict(rank=64, alpha=64.0, kv_tokens=64), 256: dict(rank=256, alpha=128.0, kv_tokens=256)}
 DTYPE = pick_dtype("auto", torch.device("cpu"))
 KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}  # what `fast.keep_pages` asks for
@@ -465,7 +465,7 @@ def quality(args, rounds):
 def step(args, rounds):
     for rank, size in SIZES.items():
         given = dict(model=args.model, settings={**upper_blocks(args.model), **FIVE, **size})
-        down = {**given["settings"], "lora": "down", "placement": "gain"}
+        down = {**given["settings"], "lora": "down"}
         s = Settings(**given["settings"])
         subjects = {
             "ours": (our_step, given, KEPT),

@@ -657,16 +657,17 @@ def test_only_neurons_are_judged_by_what_can_be_repaired(tiny):
     fisher = scores.fisher_scores(model, gates, texts)
     torch.manual_seed(5)
     surgeon = scores.surgeon_scores(model, gates, texts)
-    assert all(torch.equal(surgeon[name], fisher[name]) for name in ("k", "v", "down"))
     share = surgeon["neuron"] / fisher["neuron"]
     assert (share <= 1).all() and (share > 0).all() and share.std() > 0.05
+    for name in ("k", "v", "down"):  # the mean neuron's share
+        torch.testing.assert_close(surgeon[name], fisher[name] * share.mean())
 
 
 # Ranks that are placed, through every file ---------------------------------------------------------------------------
 
 
 def test_placed_ranks_pass_through_checkpoints_and_files(world, monkeypatch, tmp_path):  # noqa: F811
-    more = dict(rank=4, alpha=2.0, sparsity=0.03, lora="kv+mlp")
+    more = dict(rank=5, alpha=2.0, sparsity=0.03, lora="kv+mlp", placement="gain")
     assert train.main(flags(world, **more)) == 0
     run = Run(world / "runs/one", dtype=torch.float32)
     ranks = {}
@@ -675,7 +676,7 @@ def test_placed_ranks_pass_through_checkpoints_and_files(world, monkeypatch, tmp
             assert len({len(a) for a, _ in memory.lora.values()}) == 1
             assert all(len(a) == b.shape[1] for a, b in memory.lora.values())
             ranks[name, i] = len(memory.lora["down"][0])
-    assert len(set(ranks.values())) > 1 and all(1 <= r <= 8 for r in ranks.values())
+    assert len(set(ranks.values())) > 1 and all(1 <= r <= 10 for r in ranks.values())
     with in_step(monkeypatch, 5, killed), pytest.raises(Killed):  # all is solved, and saved after step 3
         train.main(flags(world, out=world / "runs/two", **more))
     assert train.main(flags(world, out=world / "runs/two", **more)) == 0
@@ -685,10 +686,9 @@ def test_placed_ranks_pass_through_checkpoints_and_files(world, monkeypatch, tmp
     again = load_module(tmp_path / "again.safetensors", run.config, torch.float32)
     tokens = torch.arange(20)[None]
     assert torch.equal(run.backbone(tokens, memories=again), run.backbone(tokens, memories=memories))
-    uniform = flags(world, out=world / "runs/uniform", placement="uniform", **more)
-    assert train.main(uniform) == 0
+    assert train.main(flags(world, out=world / "runs/uniform", **more | {"placement": "uniform"})) == 0
     for memories in Run(world / "runs/uniform").modules.values():
-        assert {len(memory.lora["down"][0]) for memory in memories.values()} == {4}
+        assert {len(memory.lora["down"][0]) for memory in memories.values()} == {5}
 
 
 # What has no closed form --------------------------------------------------------------------------------------------
