@@ -259,7 +259,7 @@ def tiles(ids, length):
     return np.asarray(ids[: n * length]).reshape(n, length)
 
 
-def passages(ids, n, length, places=32, judged=32):
+def passages(ids, n, length, places, judged):
     """Candidates for the start of a KV memory, and text to compare them on, int64.
 
     The text is cut into equal parts, one for each of `places`, fewer if it is short. Returns the beginnings of n of

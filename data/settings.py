@@ -92,6 +92,9 @@ class Settings:
     kv_passages: int = option(
         16, "candidate passages from which a KV memory may start; 1: the beginning of the text", low=1
     )
+    kv_places: int = option(
+        32, "places of 32 tokens in the text on which they are compared; 0: 64 tokens of each candidate's part", low=0
+    )
     order: str = option(
         "joint",
         "joint: gates and memories together (paper); prune-first: memories afterwards",
@@ -275,7 +278,10 @@ def earlier_ramp(saved):
 
 
 # Settings that were not there before, as runs without them were made.
-NOT_THERE = {"repair": "none", "repair_tokens": 1, "curvature_tokens": 0, "placement": "uniform", "kv_passages": 1}
+NOT_THERE = {
+    "repair": "none", "repair_tokens": 1, "curvature_tokens": 0, "placement": "uniform", "kv_passages": 1,
+    "kv_places": 0,
+}  # fmt: skip
 
 # Settings that have another name or form by now: {earlier name: all saved values -> today's settings}.
 EARLIER = {

@@ -72,7 +72,9 @@ def starting_context(model, ids, s, first_block):
     (With --kv-init normal a memory starts from noise; then this context is used for comparison only.)
     """
     device = model.head.device
-    tried, judged = [torch.from_numpy(tokens).to(device) for tokens in passages(ids, s.kv_passages, s.kv_tokens)]
+    places, each = (s.kv_places, 32) if s.kv_places else (s.kv_passages, 64)
+    found = passages(ids, s.kv_passages, s.kv_tokens, places, each)
+    tried, judged = [torch.from_numpy(tokens).to(device) for tokens in found]
     return best_context(model, tried, judged, first_block)
 
 

@@ -144,7 +144,7 @@ def test_keys_and_values_in_all_blocks_are_a_cartridge_and_a_merged_lora_makes_i
 def test_blocks_of_different_rank_are_told_apart_by_peft_and_merged(world, monkeypatch):  # noqa: F811
     """Also blocks 1 and 11, of which the name of one ends like that of the other."""
     monkeypatch.setitem(KINDS, "deep", dict(num_hidden_layers=12))
-    out = finished(world, "deep", blocks=11, rank=4, alpha=2.0)
+    out = finished(world, "deep", blocks=11, rank=4, alpha=2.0, placement="gain")
     run, reference = masked(world, out)
     ranks = {i: len(memory.lora["down"][0]) for i, memory in run.memories("french").items()}
     assert ranks[1] != ranks[11] and 1 <= min(ranks.values()) < max(ranks.values()) <= 8

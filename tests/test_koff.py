@@ -367,9 +367,9 @@ def test_passages_are_the_starts_and_middles_of_equal_parts():
     for n, places in ((50, 4), (4, 50)):  # so many that starts and middles would overlap
         beginnings, middles = passages(ids, n, 3, places, judged=5)
         assert (len(beginnings), len(middles)) == (min(n, 10), 10)
-    assert passages(ids, 1, 3)[0].tolist() == [[0, 1, 2]]
-    assert passages(ids[:9], 4, 3, judged=5)[0].tolist() == [[0, 1, 2]]
-    assert passages(ids[:2], 4, 3, judged=5)[0].tolist() == [[0, 1]]
+    assert passages(ids, 1, 3, 4, judged=5)[0].tolist() == [[0, 1, 2]]
+    assert passages(ids[:9], 4, 3, 4, judged=5)[0].tolist() == [[0, 1, 2]]
+    assert passages(ids[:2], 4, 3, 4, judged=5)[0].tolist() == [[0, 1]]
 
 
 def test_checkpointing_changes_no_gradient(tiny):

@@ -118,7 +118,7 @@ def test_a_ramp_is_a_share_of_the_gates_steps_also_beside_todays_name_of_their_s
 def test_a_run_from_before_the_repair_was_neither_repaired_nor_placed():
     before = Settings.from_saved({})
     assert before.repair == "none" and before.placement == "uniform"
-    assert (before.curvature_tokens, before.kv_passages) == (0, 1)
+    assert (before.curvature_tokens, before.kv_passages, before.kv_places) == (0, 1, 0)
 
 
 def test_missing_settings_are_as_before_and_todays_come_back_as_they_are(tmp_path):
