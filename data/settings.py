@@ -358,7 +358,7 @@ LARGE = BEST | dict(  # the paper's module and batch; steps and LoRA's rate are 
 
 PRESETS = {
     "handbook": {},
-    "quick": dict(steps=24, eval_windows=2, fisher_sequences=12, solve_tokens=4096),
+    "quick": dict(steps=24, eval_windows=2, fisher_sequences=12, kv_passages=4, repair_tokens=6144, solve_tokens=4096),
     "solved": dict(steps=0, rank=40, alpha=40.0, kv_passages=8, repair_tokens=12288, solve_tokens=5120),
     "best": BEST,
     "paper": PAPER,
