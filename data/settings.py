@@ -339,7 +339,7 @@ def check_value(f, value):
 # The best recipe that we know for a real model (measured on SmolLM2-135M).
 BEST = dict(
     sparsity=0.12, rank=68, alpha=68.0, kv_tokens=64, kv_passages=8, repair_tokens=98304, solve_tokens=32768,
-    curvature_tokens=2048, solve_ridge=0.03, steps=240, focus=6, batch=2, lora_rate=3e-4, eval_len=512,
+    curvature_tokens=2048, solve_ridge=0.03, steps=240, focus=6, batch=2, lora_rate=6e-4, eval_len=512,
 )  # fmt: skip
 
 # 150M tokens. Where the paper leaves something open, our choices are: log alpha starts at 3, lambda is scaled, the mask
