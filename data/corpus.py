@@ -262,14 +262,14 @@ def tiles(ids, length):
 def passages(ids, n, length, places, judged):
     """Candidates for the start of a KV memory, and text to compare them on, int64.
 
-    The text is cut into equal parts, one for each of `places`, fewer if it is short. Returns the beginnings of n of
-    them [n, length], the candidates, and the middles of all [places, judged].
+    The text is cut into equal parts, `places` or at least n, fewer if it is short. Returns the beginnings of n of them
+    [n, length], the candidates, and the middles of all [places, judged].
     """
     places = max(1, min(max(n, places), len(ids) // (2 * max(length, judged))))
-    parts = tiles(ids, len(ids) // places)[:places].astype(np.int64)
+    parts = tiles(ids, len(ids) // places)[:places]
     middle = parts.shape[1] // 2
     chosen = np.linspace(0, places - 1, min(n, places)).astype(int)
-    return parts[chosen, :length], parts[:, middle : middle + judged]
+    return parts[chosen, :length].astype(np.int64), parts[:, middle : middle + judged].astype(np.int64)
 
 
 def windows(ids, length, limit=None):

@@ -7,7 +7,7 @@ train.py begins with `open_training`. Everything that uses a finished run begins
 import contextlib
 import math
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -77,7 +77,8 @@ def fitting_gates(s, config):
         gates = s.new_gates(config)
     memories = {}
     if s.solves:
-        memories = replace(s, rank=1).new_module(config).by_block(torch.float32)  # small, but all its tensors are there
+        with torch.device("meta"):
+            memories = s.new_module(config).by_block(torch.float32)
     if s.solves or s.repair != "none":
         check_solvable(config, memories)
     if s.granularity == "neuron" and s.multiple > config.intermediate_size:

@@ -36,7 +36,7 @@ def fisher_scores(model, gates, texts, statistics=None):
                 squares[name] += gradient.float().square().sum(dim=(1, 2))
         total = sum(square.sum() for square in squares.values())
         for name, square in squares.items():
-            scores[name] = scores[name] + square / total / frees[name]
+            scores[name] += square / total / frees[name]
     return scores
 
 
@@ -53,18 +53,19 @@ def surgeon_scores(model, gates, texts, at_once=8):
     """`fisher_scores`, in which a neuron counts only for the part of its effect that other neurons cannot take over.
 
     Least squares will repair what can be repaired (data/solve.py), so two neurons that say the same need not both stay.
+    It mends o_proj, too, so other channels get the mean neuron's share (a guess; the default gains a little by it).
     """
+    neurons = set(gates.log_alpha) & {"gate", "up", "neuron"}
+    if not neurons:  # only the attention has gates
+        return fisher_scores(model, gates, texts)
     statistics = Statistics(model, gates.first_block, grams=True)
     scores = fisher_scores(model, gates, texts, statistics)
-    neurons = scores.keys() & {"gate", "up", "neuron"}
-    if not neurons:  # only the attention has gates
-        return scores
     shares = []
     for i, gram in statistics.gram.items():
         down = model.layers[i].mlp.down_proj.weight.double()
         shares.append(irreplaceable(gram, down, statistics.curvature[i], at_once))
     share = torch.stack(shares).float()  # [N, F]
-    for name, score in scores.items():  # we guess that other channels are like the mean neuron: o_proj is repaired, too
+    for name, score in scores.items():
         scores[name] = score * (share if name in neurons else share.mean())
     return scores
 
@@ -124,13 +125,15 @@ class Statistics:
         `gates` set to 1, with a separate gate for every block and token."""
         model = self.model
         z = {}
-        for name, log_alpha in gates.log_alpha.items() if gates else ():
-            ones = log_alpha.new_ones(gates.blocks, *tokens.shape, log_alpha.shape[1], dtype=model.head.dtype)
-            z[name] = ones.requires_grad_()
+        by_block = None
+        if gates:
+            for name, log_alpha in gates.log_alpha.items():
+                ones = log_alpha.new_ones(gates.blocks, *tokens.shape, log_alpha.shape[1], dtype=model.head.dtype)
+                z[name] = ones.requires_grad_()
+            by_block = gates.by_block(z, model.head.dtype)
         with torch.no_grad():
             x = model.run(model.embed_tokens(tokens), 0, self.first_block, memories=self.memories)
         x.requires_grad_()
-        by_block = gates.by_block(z, x.dtype) if gates else None
         inputs = {}
         after = {}  # hidden states after each block
         for i in range(self.first_block, len(model.layers)):

@@ -253,6 +253,7 @@ def test_fisher_score_of_a_gate_is_the_sum_over_the_domains(tiny):
     frees = {"k": 24, "v": 24, "neuron": 3 * 24, "down": 40}
     for alone in (first, second):
         assert sum((score * frees[name]).sum() for name, score in alone.items()) == pytest.approx(1)
+        assert any((both[name] > alone[name]).any() for name in both)  # neither decides alone
     for name, score in both.items():
         assert torch.equal(score, first[name] + second[name]), name
 

@@ -647,7 +647,7 @@ def test_what_the_surgeon_knows_of_down_is_what_autograd_says(tiny, memory):
         np.testing.assert_allclose(found.curvature[i], curvature, atol=1e-4 * np.abs(curvature).max())
 
 
-def test_only_neurons_are_judged_by_what_can_be_repaired(tiny):
+def test_a_neuron_is_judged_by_what_can_be_repaired_and_the_rest_like_the_mean_neuron(tiny):
     model = tiny()
     gates, texts = (
         koff.Gates(model.config, 1, "neuron"),
@@ -805,7 +805,7 @@ def test_it_is_solved_on_windows_of_the_whole_text(world, monkeypatch, tokens): 
 
 def test_the_size_of_a_module_does_not_change_the_mask(world):  # noqa: F811
     masks = []
-    for more in (dict(rank=2), dict(rank=4, lora="mlp"), dict(kv_tokens=0), dict(placement="uniform")):
+    for more in (dict(rank=2), dict(rank=4, lora="mlp"), dict(kv_tokens=0), dict(placement="gain")):
         trainer, text = trainer_of(world, steps=0, **more)
         start(trainer, text)
         masks.append(trainer.gates.final_mask(0.05))
