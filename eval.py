@@ -31,7 +31,7 @@ import torch
 from data import BadInput, fast, run_script
 from data.analyses import lape_report, probes
 from data.chat import chat, continue_text
-from data.corpus import lines_of, windows
+from data.corpus import lines_of, trained_on, windows
 from data.export import export
 from data.harness import bench
 from data.later import remove
@@ -182,15 +182,20 @@ def perplexity(losses):
 
 
 def router_quality(run, text):
-    """Accuracy on held-out windows of 50 tokens, and the share of windows on which the router is unsure."""
+    """Accuracy on held-out windows of 50 tokens, and the share of windows on which the router is unsure.
+
+    The accuracy is the mean over domains: a long text counts no more than a short one.
+    """
     router = run.router
-    right = []
+    accuracies = {}
     unsure = []
     for domain, split in text.items():
         x = windows(split.heldout, router.WINDOW)
-        right += [router.domains[best] == domain for best in router.scores(x).argmax(1)]
+        right = [router.domains[best] == domain for best in router.scores(x).argmax(1)]
+        accuracies[domain] = float(np.mean(right))
         unsure += [name is None for name in router.route(x)]
-    quality = {"accuracy": float(np.mean(right)), "unsure": float(np.mean(unsure)), "windows": len(right)}
+    mean = float(np.mean(list(accuracies.values())))
+    quality = {"accuracy": mean, "accuracies": accuracies, "unsure": float(np.mean(unsure)), "windows": len(unsure)}
     # The default text comes with sixteen more translations, which belong to none of its domains.
     if Path(run.settings.data).resolve() == ROOT / "data/handbook":
         unsure = []
@@ -202,6 +207,21 @@ def router_quality(run, text):
         quality["unsure_other_languages"] = float(np.mean(unsure))
         quality["other_windows"] = len(unsure)
     return quality
+
+
+def heldout_text(run, text):
+    """{domain: its held-out tokens, their share of the text, the windows that are scored, and those "trained_on"}."""
+    found = {}
+    for domain, split in text.items():
+        x = windows(split.heldout, run.settings.eval_len, run.settings.eval_windows)
+        tokens = len(split.heldout)
+        found[domain] = {
+            "tokens": tokens,
+            "share": tokens / (tokens + len(split.train)),
+            "windows": len(x),
+            "trained_on": int(trained_on(split.train, x).sum()),
+        }
+    return found
 
 
 def wrong_route_cost(swap):
@@ -252,6 +272,7 @@ def evaluate(folder, begun=None, device="auto"):
         "perplexity": ppl,
         "swap": swap,
         "controls": ratios_of,
+        "heldout": heldout_text(run, text),
         "sparsity": total,
         "router": router,
         "ledger": sizes,
@@ -282,6 +303,8 @@ LABELS = {
 def report(results):
     """results.json as text (report.md)."""
     parts = ["## Held-out perplexity", perplexity_table(results)]
+    parts += ["## Held-out text: a window was trained on if most of it stands in the training text, too"]
+    parts += [heldout_table(results["heldout"])]
     swap = results["swap"]
     if swap:
         parts += ["## Swap matrix: text of the row, module of the column, * the best", swap_table(swap)]
@@ -305,6 +328,13 @@ def perplexity_table(results):
         cells.append(f"{max(ratio):.3f} x")
         rows[LABELS.get(variant, variant)] = cells
     return table("", [*perplexity["unpruned"], "mean ratio", "worst"], rows)
+
+
+def heldout_table(heldout):
+    rows = {}
+    for domain, part in heldout.items():
+        rows[domain] = [f"{part['tokens']:,}", f"{part['share']:.1%}", f"{part['windows']}", f"{part['trained_on']}"]
+    return table("", ["tokens", "share", "windows scored", "of these trained on"], rows)
 
 
 def swap_table(swap):
@@ -346,7 +376,11 @@ def controls_table(results):
 def router_and_ledger(results):
     """Sentences about the router, the sparsity and the sizes."""
     router = results["router"]
-    line = f"Router: accuracy {router['accuracy']:.4f} on {router['windows']} held-out windows of 50 tokens"
+    each = ", ".join(f"{name} {accuracy:.3f}" for name, accuracy in router["accuracies"].items())
+    line = (
+        f"Router: accuracy {router['accuracy']:.4f} on {router['windows']} held-out windows of 50 tokens, the mean of"
+    )
+    line += f" the domains' ({each})"
     line += f", {router['unsure']:.1%} of them called unsure"
     if "unsure_other_languages" in router:
         line += f"; unsure on {router['unsure_other_languages']:.1%} of {router['other_windows']} windows"
@@ -427,7 +461,7 @@ def parse(argv):
     option = command("bench", bench, "benchmark a run with lm-evaluation-harness")
     option("task", help="a task of the harness, or one of ours: koff_mmlu, koff_arc, koff_bbl, koff_pairs")
     option("--rows", help="file or folder with the questions of our tasks (data/prepare.py benchmarks)")
-    option("--include", type=Path, help="folder with more task yamls")
+    option("--include", type=Path, help="folder with more task yamls (paths in them: from here)")
     option("--on", nargs="+", metavar="VARIANT", help="unpruned, backbone, routed or module names [the first three]")
     option("--limit", type=int, help="number of questions per task [all]")
     option("--shots", type=int, help="number of examples before a question [the task's own]")

@@ -83,7 +83,8 @@ def atomic(path):
         for written in (partial, *partial.rglob("*")):
             if written.is_file():
                 if written.stat().st_mode & 0o666 != readers:
-                    written.chmod(readers)
+                    with contextlib.suppress(PermissionError):  # some file systems have no such rights
+                        written.chmod(readers)
                 with open(written, "rb+") as file:
                     os.fsync(file.fileno())  # otherwise a disk may store the new name before the bytes
         os.replace(partial, path)
@@ -110,6 +111,8 @@ def only_process(folder):
             file.seek(0)
             process = file.read() or "which has just begun"
             raise BadInput(f"{folder} is in use by another process ({process}); wait until it has ended.") from None
+        except OSError as error:  # some network file systems and containers
+            print(f"{folder} cannot be locked ({error.strerror}): run one command at a time on it.", file=sys.stderr)
         file.truncate(0)
         print(f"number {os.getpid()}", end="", file=file, flush=True)
         yield

@@ -12,6 +12,7 @@ import torch
 
 from data import BadInput
 from data.chat_template import ChatTemplate
+from data.corpus import Conversation
 from data.run import Run
 from model import generate
 
@@ -56,7 +57,8 @@ def stream(run, text, model, memories, args):
 
     BadInput for a text without tokens, or with more tokens than the model's context.
     """
-    tokens = torch.tensor([encode(run, text, bos=True)], device=run.device)  # [1, T]
+    bos = not isinstance(text, Conversation)  # which has its own beginning
+    tokens = torch.tensor([encode(run, text, bos)], device=run.device)  # [1, T]
     vocabulary = run.tokenizer.vocab_size  # without padding rows
     eos = model.config.eos_token_ids
     generator = torch.Generator(run.device).manual_seed(args.seed)
@@ -151,7 +153,7 @@ def answer(run, template, messages, name, args):
     name, why = pick_module(run, said, name)
     note(f"module: {why}")
     if template:
-        text = template(messages, answer=True)
+        text = Conversation(template(messages, answer=True))
     else:  # a base model has no template and continues lines of text
         text = "".join(message["content"] + "\n" for message in messages)
     return show(stream(run, text, *run.attached(name), args))

@@ -8,12 +8,11 @@ import json
 import re
 from datetime import datetime
 from functools import cache
-from pathlib import Path
 
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from data import MALFORMED, BadInput
-from data.corpus import read_text
+from data import BadInput
+from data.special_tokens import read_special_tokens, read_templates
 
 
 class ChatTemplate:
@@ -30,27 +29,9 @@ class ChatTemplate:
     @classmethod
     def from_folder(cls, folder):
         """The template of a model, or None, as for a base model. BadInput if it cannot be read."""
-        config = Path(folder, "tokenizer_config.json")
-        file = Path(folder, "chat_template.jinja")
-        settings = {}
-        special = {}
-        try:
-            if config.exists():
-                settings = json.loads(read_text(config))
-            source = settings.get("chat_template")
-            if file.exists():  # if both exist, this file counts
-                source = read_text(file)
-            elif isinstance(source, list):  # several named templates
-                source = {one["name"]: one["template"] for one in source}
-            for name, token in settings.items():
-                if isinstance(token, dict):  # {"content": "<s>", and flags}
-                    token = token.get("content")
-                if name.endswith("_token") and isinstance(token, str):
-                    special[name] = token
-        except MALFORMED as error:
-            raise BadInput(f"{config} is not valid ({error!r}); download it again.") from None
+        source = read_templates(folder)
         if source:
-            return cls(source, special)
+            return cls(source, read_special_tokens(folder).names)
 
     def __call__(self, messages, answer=False, tools=None, now=None):
         """The text of a conversation. answer: continue it up to the beginning of the assistant's next message.

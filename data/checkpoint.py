@@ -16,11 +16,12 @@ from safetensors.torch import save_file
 
 from data import MALFORMED, BadInput, atomic, read_tensors, write_tensors
 from data.families import GENERATION, read_config
+from data.special_tokens import FILES
 from model import Memory, Model
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-BESIDE = (GENERATION, "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")  # files saved with a backbone
+BESIDE = (GENERATION, *FILES)  # files saved with a backbone
 
 # Weights -------------------------------------------------------------------------------------------------------------
 
@@ -157,10 +158,9 @@ def save_backbone(folder, model, pretrained, **about):
     with atomic(folder / SINGLE) as partial:
         save_file(state, partial, metadata={"format": "pt"})
         fingerprint = hash_of([partial])
-    for name in BESIDE:
-        source = Path(pretrained, name)
-        if source.exists():
-            with atomic(folder / name) as partial:
+    for pattern in BESIDE:
+        for source in Path(pretrained).glob(pattern):
+            with atomic(folder / source.relative_to(pretrained)) as partial:
                 partial.write_bytes(source.read_bytes())
     dtype = str(model.head.dtype).removeprefix("torch.")
     config = {**model.config.raw, **about, "dtype": dtype, "koff_fingerprint": fingerprint}

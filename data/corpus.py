@@ -1,8 +1,11 @@
 """Domain text on disk to token ids. A folder has one file or sub-folder per domain; the last 5% are held out.
 
 `<domain>.txt` is one stream, and its tail is held out. Translations of one book then hold out the same chapters.
-`<domain>.jsonl` and the files of a sub-folder `<domain>/` are documents, and whole documents are held out. A line of a
-.jsonl is {"text": ...}, or {"messages": [...]}, a conversation.
+`<domain>.jsonl` and the files of a sub-folder `<domain>/` are documents, and the last ones are held out, or the tail of
+one that is long. A line of a .jsonl is {"text": ...}, or {"messages": [...]}, a conversation.
+
+A stream and a document begin with the tokenizer's BOS, if it has one. A document ends with the model's first EOS. A
+conversation is the text of the chat template, which writes its own beginning and end; nothing is added.
 
     find_domains -> {domain: path};  load_text -> `Split` of token ids;  windows and batch -> [n, length] of them
 """
@@ -10,7 +13,8 @@
 import contextlib
 import hashlib
 import json
-import re
+import sys
+import unicodedata
 import zlib
 from dataclasses import dataclass
 from datetime import datetime
@@ -28,6 +32,10 @@ HELDOUT = 0.05  # share of each domain's text that is held out
 # Text ----------------------------------------------------------------------------------------------------------------
 
 
+class Conversation(str):
+    """A conversation as text of a chat template."""
+
+
 def format_of(path):
     """The suffix of a file in lower case: some systems write .TXT."""
     return path.suffix.lower()
@@ -37,7 +45,7 @@ def read_text(path):
     """The text of a file; BadInput if it is not UTF-8."""
     raw = path.read_bytes()
     try:
-        return raw.decode("utf-8-sig")
+        return raw.decode("utf-8-sig").replace("\r\n", "\n")  # lines of a file from Windows
     except UnicodeDecodeError as error:
         raise BadInput(f"{path} is not UTF-8 at byte {error.start}; convert it, for example with iconv.") from None
 
@@ -47,12 +55,13 @@ def lines_of(path):
     # splitlines() would also cut at separators that JSON allows within a text.
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if line.strip():
-            yield f"{path}:{number}", line.removesuffix("\r")  # in a file from Windows
+            yield f"{path}:{number}", line
 
 
 def read_documents(path, template=None):
     """(texts of a file or folder, whether they are one stream). Only a .txt is a stream.
 
+    In a folder, any file of UTF-8 text is a document (.md, .py); the others are named on the screen and left out.
     template: the model's `ChatTemplate`, which turns a conversation into text; None if the model has none.
     """
     if path.is_dir():
@@ -62,6 +71,13 @@ def read_documents(path, template=None):
                 raise BadInput(f"{file} is a folder in that of a domain, where files are read; move them one up.")
             if format_of(file) in FORMATS:
                 documents += read_documents(file, template)[0]
+                continue
+            with contextlib.suppress(BadInput):
+                text = read_text(file) if file.is_file() else "\0"
+                if "\0" not in text:  # otherwise it only looks like text
+                    documents.append(text)
+                    continue
+            print(f"{file} is left out: it is no UTF-8 text", file=sys.stderr)
         return documents, False
     if format_of(path) not in FORMATS:
         raise BadInput(f"{path} is neither a .txt nor a .jsonl; rename it or give a folder of them.")
@@ -95,7 +111,7 @@ def text_of(line, where, template):
     if template is None:
         raise BadInput(f"{where} is a conversation, but the model has no chat template; give text.")
     try:
-        return template(row["messages"], tools=row.get("tools"), now=SOME_DAY)
+        return Conversation(template(row["messages"], tools=row.get("tools"), now=SOME_DAY))
     except BadInput as error:
         raise BadInput(f"{where}: {error}") from None
 
@@ -136,30 +152,38 @@ class Split:
             path.unlink()
 
 
-def split_text(documents, stream, path, least=1):
-    """(training texts, held-out texts): the last `HELDOUT` of the documents, or of the stream, from `path`.
+def split_text(documents, stream, least=1):
+    """(training texts, held-out texts): the last `HELDOUT` of all characters, whole documents if their ends allow it.
 
     least: how many held-out tokens are needed. With 0 a single document becomes training text.
     """
-    if stream:
-        text = documents[0]
-        end = int(len(text) * (1 - HELDOUT))
-        near = int(end - len(text) * HELDOUT / 2)
-        cut = text.rfind("\n", near, end) + 1 or end  # the end of a nearby line, if any
-        return [text[:cut]], [text[cut:]]
-    if len(documents) == 1 and not least:
+    if len(documents) == 1 and not stream and not least:
         return documents, []
-    if len(documents) == 1:
-        raise BadInput(f"{path} has one document only, so that none can be held out; add documents or make it a .txt.")
+    ends = np.cumsum(list(map(len, documents)))
+    end = int(ends[-1] * (1 - HELDOUT))
+    number = int(np.abs(ends - end).argmin())  # the document that ends nearest
+    if 0.6 * HELDOUT <= 1 - ends[number] / ends[-1] <= 2 * HELDOUT:
+        return documents[: number + 1], documents[number + 1 :]
+    number = int(np.searchsorted(ends, end, side="right"))  # the document that has the place within it
+    text = documents[number]
+    end -= int(ends[number]) - len(text)
+    near = max(0, int(end - ends[-1] * HELDOUT / 2))
+    cut = text.rfind("\n", near, end) + 1 or end  # the end of a nearby line, if any
+    head, tail = [[type(text)(part)] if part else [] for part in (text[:cut], text[cut:])]
+    return documents[:number] + head, tail + documents[number + 1 :]
+
+
+def split_by_number(documents):
+    """The split of documents in runs of earlier versions: `HELDOUT` of their number, not of their length."""
     cut = len(documents) - max(1, round(len(documents) * HELDOUT))
     return documents[:cut], documents[cut:]
 
 
-def load_text(path, tokenizer, cache, separator=None, template=None, need=(0, 0)):
+def load_text(path, tokenizer, cache, separator=None, template=None, need=(0, 0), known=None):
     """The `Split` of one file or folder, from the folder `cache` if the same text was tokenised before.
 
-    separator: an id that ends each document; need: the minimum of (training, held-out) tokens. BadInput for a text that
-    is missing, empty, unreadable or too short.
+    separator: an id that ends each document; need: the minimum of (training, held-out) tokens; known: the key of the
+    text in a finished run. BadInput for a text that is missing, empty, unreadable or too short.
     """
     path = Path(path)
     if not path.exists():
@@ -168,25 +192,38 @@ def load_text(path, tokenizer, cache, separator=None, template=None, need=(0, 0)
     if not "".join(documents).strip():
         raise BadInput(f"{path} is empty; put text into it or remove it.")
     # The key is a hash of the text itself: reading is quick compared with tokenising, and time stamps can be wrong.
-    text = hashlib.sha256(json.dumps([documents, stream, HELDOUT, separator]).encode()).hexdigest()[:16]
-    key = f"{text}-{tokenizer.fingerprint}"
+    earlier = [documents, stream, HELDOUT, separator]
+    key = key_of(earlier, tokenizer)
+    by_number = known == key and len(documents) > 1
+    if not stream and not by_number:
+        conversations = [isinstance(document, Conversation) for document in documents]
+        key = key_of([*earlier, "by length", conversations], tokenizer)
     cached = Path(cache, f"{path.stem[:40]}-{key}.npy")  # file names have at most 255 bytes
     split = Split.read(cached, key) if cached.exists() else None
     if split is None:
         end = [] if stream or separator is None else [separator]
-        parts = [encode(texts, tokenizer, end) for texts in split_text(documents, stream, path, need[1])]
-        split = Split(*parts, key, cached)
+        parts = split_by_number(documents) if by_number else split_text(documents, stream, need[1])
+        split = Split(*(encode(texts, tokenizer, end, by_number) for texts in parts), key, cached)
     check_length(path, "training", split.train, need[0], "--seq-len or --batch")
     check_length(path, "held-out", split.heldout, need[1], "--eval-len")
     return split
 
 
-def encode(texts, tokenizer, end):
-    """The ids of all texts, int32. Each text begins with the tokenizer's bos and ends with `end`."""
+def key_of(content, tokenizer):
+    """A hash of a text and of what decides about its ids."""
+    return f"{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]}-{tokenizer.fingerprint}"
+
+
+def encode(texts, tokenizer, end, earlier=False):
+    """The ids of all texts, int32: each with the tokenizer's bos and with `end`, but not a `Conversation`.
+
+    earlier: a conversation has both, too, as in runs of earlier versions.
+    """
     ids = [np.array([], np.int32)]
     for text in texts:
         # One array per text: a single list of all ids would need eight times the memory.
-        ids.append(np.array(tokenizer.encode(text, bos=True) + end, np.int32))
+        document = earlier or not isinstance(text, Conversation)
+        ids.append(np.array(tokenizer.encode(text, bos=document) + end * document, np.int32))
     return np.concatenate(ids)
 
 
@@ -200,12 +237,17 @@ def check_length(path, part, ids, least, flags):
 # Domains -------------------------------------------------------------------------------------------------------------
 
 
+def plain_name(path):
+    """The name of a domain's file or folder, as a keyboard types it."""
+    return unicodedata.normalize("NFC", path.name if path.is_dir() else path.stem)
+
+
 def domain_name(path):
     """The domain that a file or folder is named after. BadInput if the files of a run cannot have that name."""
-    name = path.name if path.is_dir() else path.stem
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}", name):
-        letters = "at most 100 letters, digits, '.', '_' and '-'"
-        raise BadInput(f"{path}: a domain's name becomes a file name; use {letters}.")
+    name = plain_name(path)
+    if name.startswith("-") or "," in name or not name.isprintable() or len(name.encode()) > 150:
+        rule = "at most 150 bytes that can be shown, without a comma, and no '-' in front"
+        raise BadInput(f"{path}: a domain's name becomes a file name and an option; use {rule}.")
     if name in ("unpruned", "backbone", "routed", "auto"):
         raise BadInput(f"{path}: a domain cannot be called {name}, which has a meaning here; rename it.")
     return name
@@ -241,7 +283,7 @@ def domains_in(folder, names=None):
     for path in sorted(folder.glob(VISIBLE)):
         if not path.is_dir() and format_of(path) not in FORMATS:
             continue  # a README, for example
-        if names is not None and path.name not in names and path.stem not in names:
+        if names is not None and plain_name(path) not in names:
             continue  # whatever its name, nobody asked for it
         name = domain_name(path)
         if name in paths:
@@ -278,6 +320,25 @@ def windows(ids, length, limit=None):
     if limit is not None and limit < len(tiled):
         tiled = tiled[np.linspace(0, len(tiled) - 1, limit).astype(int)]
     return tiled.astype(np.int64)
+
+
+PIECE = 32  # tokens: so many in a row do not stand in two texts by chance
+
+
+def trained_on(ids, x):
+    """bool [n]: whether most of a window of x [n, T] also stands in the training text `ids` (repeated paragraphs)."""
+    length = min(PIECE, x.shape[1], len(ids))
+    there = np.isin(hashes(x, length)[:, ::length], hashes(ids, length))  # [n, T // length]
+    return there.mean(1) > 0.5
+
+
+def hashes(ids, length):
+    """A hash of every `length` neighbours in ids [..., T]: uint64 [..., T - length + 1]."""
+    count = ids.shape[-1] - length + 1
+    total = np.zeros((*ids.shape[:-1], count), np.uint64)
+    for i in range(length):
+        total = total * np.uint64(6_364_136_223_846_793_005) + ids[..., i : i + count].astype(np.uint64)  # Knuth's LCG
+    return total
 
 
 def batch(ids, index, size, length, seed):

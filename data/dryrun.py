@@ -11,9 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import koff
 from data import BadInput, out_of_memory
@@ -26,6 +23,13 @@ from data.settings import flag
 from data.solve import repair_student, solve_module
 from data.starts import spread_by_rank, text_context
 from model import Model
+
+try:  # torch does not promise to keep these names; without them there is no dry run
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+except ImportError:
+    FakeTensorMode, TorchDispatchMode = None, object
 
 
 class Usage(TorchDispatchMode):
@@ -45,7 +49,7 @@ class Usage(TorchDispatchMode):
         return out
 
     def born(self, storage):
-        key = storage._cdata
+        key = id(storage)
         if key not in self.alive:  # otherwise it is a view, or written in place
             self.alive.add(key)
             self.now += storage.nbytes()
@@ -67,8 +71,10 @@ class Usage(TorchDispatchMode):
 def estimate(s, Trainer, domains):
     """({tensors that stay: bytes}, {phase: bytes that it needs beside them}) of the run `s` on so many domains.
 
-    `Trainer` is train.py's.
+    `Trainer` is train.py's. BadInput for a torch without fake tensors.
     """
+    if FakeTensorMode is None:
+        raise BadInput(f"--dry-run needs fake tensors, which torch {torch.__version__} has elsewhere; omit it.")
     config = read_config(model_folder(s.model, weights=False))
     gates = fitting_gates(s, config)
     # Nobody knows yet which gates will close: here chance decides.

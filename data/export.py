@@ -13,16 +13,19 @@ results into transformers and peft.
 """
 
 from dataclasses import replace
+from operator import itemgetter
 
 import torch
 from safetensors.torch import save_file
 
 import koff
-from data import BadInput, atomic, fast, read_tensors
+from data import BadInput, atomic, discard, fast, read_tensors
 from data.checkpoint import load, refuse_other_tensors, save_backbone
 from data.families import read_config
 from data.run import Run
+from data.special_tokens import CONFIG, OLDER, ROLES, TOKENIZER, read_json, read_special_tokens
 from data.tables import save
+from data.tokenizer import FLAGS, tokens_to_add
 from model import Memory, Model, matrix_name
 
 # From the smaller shapes back to the pretrained ones -----------------------------------------------------------------
@@ -174,8 +177,36 @@ def export_dense(folder, run, dense, kept, name):
     dense = dense.to(getattr(torch, dense.config.raw["dtype"]))
     save_backbone(folder, dense, run.folder / "backbone", koff_backbone=run.config.raw["koff_fingerprint"])
     check_tensors(folder, load(folder, dense.head.dtype).state_dict(), dense.state_dict())
+    rewrite_tokenizer(folder, run.tokenizer)
     if name and run.settings.kv_tokens:
         print(f"{name}: only its LoRA is merged; a checkpoint has no place for keys and values.")
+
+
+def rewrite_tokenizer(folder, tokenizer):
+    """Bring all added tokens of a folder into its tokenizer.json, which any version of transformers reads alike.
+
+    tokenizer_config.json then names the class that takes the file as it is. (transformers 5 builds some tokenizers by
+    itself, such as GPT2Tokenizer, without the pre-tokenizer of the file.)
+    """
+    special = read_special_tokens(folder)
+    file = read_json(folder / TOKENIZER)
+    there = {token["content"]: token for token in file.get("added_tokens") or []}
+    if more := tokens_to_add(there.values(), special.overriding, special.others):
+        for token in more:
+            [id] = tokenizer.encode(token["content"])
+            flags = {flag: bool(token.get(flag)) for flag in FLAGS}
+            there[token["content"]] = {"special": not flags["normalized"], **token, **flags, "id": id}
+        file["added_tokens"] = sorted(there.values(), key=itemgetter("id"))
+        save(folder, {TOKENIZER: file}, show=False)
+    config = read_json(folder / CONFIG)
+    for name in ("added_tokens_decoder", "additional_special_tokens", "model_specific_special_tokens", "auto_map"):
+        config.pop(name, None)
+    config |= {name: token for name, token in special.names.items() if name in ROLES}
+    config["extra_special_tokens"] = {name: token for name, token in special.names.items() if name not in ROLES}
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    for name in OLDER:
+        discard(folder / name)
+    save(folder, {CONFIG: config}, show=False)
 
 
 def export_adapters(folder, run, dense, kept, names):

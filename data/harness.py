@@ -10,6 +10,7 @@ import logging
 from dataclasses import replace
 from itertools import groupby
 from operator import itemgetter
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from data import BadInput
 from data.run import Run, unpruned_model
 from data.settings import ROOT
+from data.special_tokens import read_special_tokens
 from data.tables import save
 from model import Cache, Memory, generate
 
@@ -104,8 +106,11 @@ class RunModel:
 
     @property
     def eot_token_id(self):
-        """The token before a text without context."""
-        return [*self.run.tokenizer.bos, *self.model.config.eos_token_ids, 0][0]
+        """The token before a text without context: the tokenizer's BOS, otherwise EOS, as in the harness's `hf`."""
+        names = read_special_tokens(self.run.folder / "backbone").names
+        named = [names[name] for name in ("bos_token", "eos_token") if name in names]
+        first = self.run.tokenizer.encode(named[0]) if named else self.run.tokenizer.bos
+        return [*first, *self.model.config.eos_token_ids, 0][0]
 
     def tok_encode(self, string, add_special_tokens=True, **_):
         """The ids of a text, with the model's bos unless the harness says no."""
@@ -115,6 +120,9 @@ class RunModel:
         """[(text, context, continuation)], the latter two as ids -> [(log p, whether greedy decoding gives it)]."""
         pairs = []
         for _, context, continuation in requests:
+            if not 0 < len(continuation) <= self.max_length:  # `hf` fails, too
+                fault = f"an answer of {len(continuation)} tokens, and the context has {self.max_length}"
+                raise BadInput(f"this task has {fault}; name another task.")
             ids = (context + continuation)[-self.max_length - 1 :]  # too long: cut at the beginning, as in `hf`
             pairs.append((ids[: -len(continuation)], continuation))
         answers = []
@@ -158,6 +166,7 @@ class RunModel:
             until = settings["until"]
             steps = min(settings["max_gen_toks"], self.max_length - 1)
             ids = self.tok_encode(context)[steps - self.max_length :]  # keep its end, with room for the answer
+            ids = ids or [self.eot_token_id]
             model, memories = self.attached(ids)
             tokens = torch.tensor([ids], device=self.run.device)
             written = []
@@ -214,4 +223,18 @@ def bench(args):
         )
         print(make_table(results))
         text = json.dumps(results, indent=1, default=str)
-        save(args.out or run.folder / "bench", {f"{args.task}-{variant}.json": text}, show=False)
+        save(args.out or run.folder / "bench", {result_name(args, run, variant): text}, show=False)
+
+
+def result_name(args, run, variant):
+    """The name of a result's file, another one for each run, variant, task and setting."""
+    parts = [args.task, variant]
+    if args.rows:
+        parts.append(Path(args.rows).resolve().stem)
+    if args.shots is not None:
+        parts.append(f"{args.shots}-shot")
+    if args.limit is not None:
+        parts.append(f"limit-{args.limit}")
+    if args.out:  # several runs may share the folder
+        parts.append(run.config.raw["koff_fingerprint"])
+    return "-".join(parts) + ".json"

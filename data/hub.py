@@ -8,11 +8,12 @@ import re
 from pathlib import Path
 
 from data import BadInput
+from data.special_tokens import FILES
 
 HUB_ID = r"(?a)(?!\.)([\w.-]+/[\w.-]+?)(?:@([\w.-]+))?"  # owner/model or owner/model@revision
 CONFIG = ["config.json"]
 WEIGHTS = ["*.safetensors", "model.safetensors.index.json"]
-TEXT = ["generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
+TEXT = ["generation_config.json", *FILES]
 
 
 def model_folder(name, weights=True):
@@ -32,7 +33,7 @@ def model_folder(name, weights=True):
 
     repo, revision = hub_id.groups()
     files = CONFIG + TEXT + WEIGHTS if weights else CONFIG
-    others = ["*/*", "consolidated*"]  # the same weights for other libraries
+    others = ["*/*.safetensors", "consolidated*"]  # the same weights for other libraries
     try:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=files, ignore_patterns=others))
     except errors.GatedRepoError:

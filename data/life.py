@@ -103,7 +103,7 @@ def save_run(trainer, text, pretrained, out):
     fingerprint = save_backbone(out / "backbone", trainer.student, pretrained, **about)
     save_gates(out / "gates.safetensors", trainer.gates, trainer.mask)
     save_modules(trainer, out, fingerprint)
-    router = Router()
+    router = Router(text.train.values())
     for name, ids in text.train.items():
         router.add(name, ids, text.splits[name].key)
     router.save(out / "router.safetensors")

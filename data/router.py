@@ -7,6 +7,7 @@ from data import MALFORMED, BadInput, read_tensors, write_tensors
 from data.corpus import windows
 
 HALF = 2**15  # buckets for unigrams; bigrams have as many
+PRIOR = 10_000  # n-grams of the background in each domain's counts (measured)
 
 
 def hashed(number):
@@ -24,14 +25,23 @@ class Router:
     threshold  [domains]: the lowest score that counts as sure
     keys       {domain: key of its training text (`Split.key`)}
     paths      {domain: path of its text}, for domains that were added later
+    background [2 HALF]: counts that are added to each domain's. A domain of little text would otherwise lose to one of
+               much text, in which fewer n-grams are unseen.
 
     The score of a text under a domain is its mean log-probability per n-gram. A text unlike every domain has low scores
     under all of them, and the router is unsure.
     """
 
     WINDOW = 50  # length in tokens of the texts for which the thresholds are chosen
+    ENOUGH = 50  # windows for a threshold
 
-    def __init__(self):
+    def __init__(self, texts=()):
+        """texts: the ids of several domains, for the background; `add` then adds each domain."""
+        self.background = np.zeros(2 * HALF)
+        for ids in texts:
+            counts = self.counts(ids[: len(ids) * 9 // 10])
+            self.background += counts / np.sqrt(counts.sum())  # between equal shares and shares by length
+        self.background *= PRIOR / max(1, self.background.sum())
         self.keys = {}
         self.paths = {}
         self.weight = np.zeros((0, 2 * HALF), np.float32)
@@ -49,17 +59,33 @@ class Router:
         pairs = ids[:, :-1] * 1_000_003 + ids[:, 1:]  # a prime above any vocabulary size: pairs do not collide
         return np.concatenate([hashed(ids), HALF + hashed(pairs)], axis=1)
 
+    @classmethod
+    def counts(cls, *texts):
+        """How often each bucket occurs in the texts."""
+        return sum(np.bincount(cls.buckets(ids[None])[0], minlength=2 * HALF) for ids in texts)
+
+    def log_p(self, counts):
+        """The log-probability of each bucket, from its counts in a domain."""
+        counts = counts + self.background + 0.1  # smoothing: an unseen n-gram is rare, not impossible
+        return np.log(counts / counts.sum()).astype(np.float32)
+
     def add(self, name, ids, key, keep=0.98):
         """Add a domain; the others do not change. Counts come from the first 90% of its `ids`. The share `keep` of the
-        windows in the rest reaches the threshold."""
-        cut = len(ids) * 9 // 10
-        counts = np.bincount(self.buckets(ids[None, :cut])[0], minlength=2 * HALF)
-        counts = counts + 0.1  # smoothing: an unseen n-gram is rare, not impossible
-        log_p = np.log(counts / counts.sum()).astype(np.float32)
+        windows in the rest reaches the threshold. In a short text each tenth has a turn as the rest."""
+        scores = []
+        cuts = np.linspace(0, len(ids), 11).astype(int)
+        for start, end in zip(cuts[-2::-1], cuts[:0:-1], strict=True):  # from the last tenth to the first
+            log_p = self.log_p(self.counts(ids[:start], ids[end:]))
+            scores += [*log_p[self.buckets(windows(ids[start:end], self.WINDOW))].mean(1)]
+            if end == len(ids):
+                self.weight = np.vstack([self.weight, log_p])
+            if len(scores) >= self.ENOUGH:
+                break
         self.keys[name] = key
-        self.weight = np.vstack([self.weight, log_p])
-        own = self.scores(windows(ids[cut:], self.WINDOW))[:, -1]
-        self.threshold = np.append(self.threshold, np.quantile(own, 1 - keep))
+        threshold = np.quantile(scores, 1 - keep)
+        if len(scores) < self.ENOUGH:  # so short a text is about few things
+            threshold -= np.mean(scores) - threshold
+        self.threshold = np.append(self.threshold, threshold)
 
     def knows(self, name):
         """Whether a domain has this name, in any case: some disks do not distinguish French from french."""
@@ -94,7 +120,8 @@ class Router:
 
     def save(self, path):
         domains = [[name, key, self.paths.get(name)] for name, key in self.keys.items()]
-        tensors = {"weight": torch.from_numpy(self.weight), "threshold": torch.from_numpy(self.threshold)}
+        arrays = {"weight": self.weight, "threshold": self.threshold, "background": self.background}
+        tensors = {key: torch.from_numpy(array) for key, array in arrays.items()}
         write_tensors(path, tensors, domains=domains)
 
     @classmethod
@@ -105,6 +132,8 @@ class Router:
         try:
             router.weight = tensors["weight"].numpy()
             router.threshold = tensors["threshold"].numpy()
+            if "background" in tensors:  # earlier versions had none
+                router.background = tensors["background"].numpy()
             for name, key, text in about["domains"]:
                 router.keys[name] = key
                 if text:

@@ -113,19 +113,18 @@ class TextReader:
     """
 
     def __init__(self, folder, config, out):
-        self.tokenizer = Tokenizer.from_folder(folder)
+        self.tokenizer = Tokenizer.from_folder(folder, config.vocab_size)
         self.template = ChatTemplate.from_folder(folder)
         self.separator = config.eos_token_ids[0] if config.eos_token_ids else None  # ends each document
         alone = out.is_dir() and not os.access(out.parent, os.W_OK)  # for example, a mounted volume
         self.cache = (out if alone else out.parent) / ".tokens"
-        if max(self.tokenizer.vocab_size - 1, *config.eos_token_ids, 0) >= config.vocab_size:
-            rows = config.vocab_size
-            raise BadInput(f"{folder}: tokenizer.json has ids beyond the model's {rows} rows; pair them.")
+        if self.separator is not None and self.separator >= config.vocab_size:
+            raise BadInput(f"{folder}: eos_token_id is {self.separator}, beyond the {config.vocab_size} rows; mend it.")
 
-    def read(self, path, training, heldout):
+    def read(self, path, training, heldout, known=None):
         """The `Split` of one domain. BadInput if it has fewer training or held-out tokens than these."""
         need = (training, heldout)
-        return load_text(path, self.tokenizer, self.cache, self.separator, self.template, need)
+        return load_text(path, self.tokenizer, self.cache, self.separator, self.template, need, known)
 
 
 def read_training_text(s, reader, paths=None):
@@ -205,7 +204,7 @@ class Run:
         self.device = pick_device(device)
         # A backbone saved in bfloat16 still runs in float32 on hardware where that is faster.
         self.dtype = dtype or pick_dtype(self.settings.dtype, self.device)
-        self.tokenizer = Tokenizer.from_folder(self.folder / "backbone")
+        self.tokenizer = Tokenizer.from_folder(self.folder / "backbone", self.config.vocab_size)
         self.router = Router.load(self.folder / "router.safetensors")
         self.names = [name for name in self.router.domains if self.module_path(name).exists()]
         self.loaded = {}  # {domain: its memories}, once somebody asked for them
@@ -299,7 +298,7 @@ def texts_of(run):
     heldout = max(run.settings.eval_len, Router.WINDOW)
     text = {}
     for name, path in paths_of(run).items():
-        text[name] = reader.read(path, 0, heldout)
+        text[name] = reader.read(path, 0, heldout, run.router.keys[name])
         check_same(run.folder, f"text of {name}", run.router.keys[name], text[name].key)
     return text
 

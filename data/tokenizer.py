@@ -17,6 +17,7 @@ import regex
 from tiktoken._tiktoken import CoreBPE
 
 from data import BadInput
+from data.special_tokens import TOKENIZER, read_special_tokens
 
 # A plain ByteLevel has GPT-2's pattern. SmolLM2 isolates every digit first; DIGITS does both in one regex.
 GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -33,6 +34,7 @@ BYTE_OF = {chr(byte): byte for byte in range(256) if byte not in SHAPELESS}
 for number, byte in enumerate(SHAPELESS):
     BYTE_OF[chr(256 + number)] = byte
 
+FLAGS = ("lstrip", "rstrip", "single_word", "normalized")  # of an added token
 LONGEST = 1024  # characters of a token; real models need a few hundred, and much longer tokens would take hours
 
 # Finds the characters of a text that do not exist in tiktoken's version of Unicode, which is also that of `tokenizers`.
@@ -42,16 +44,22 @@ UNASSIGNED = CoreBPE({bytes([byte]): byte for byte in range(256)}, {}, r"\p{Cn}"
 class Tokenizer:
     """Text to ids and back.
 
-    vocab_size: the highest id + 1, added tokens included. bos: the ids that `encode(bos=True)` prepends, often [].
+    vocab_size: the highest id + 1, added tokens included, but at most the rows of the model. bos: the ids that
+    `encode(bos=True)` prepends, often [].
     fingerprint: a hash of the file, for the keys of token caches.
     """
 
     @classmethod
-    def from_folder(cls, folder):
-        """Read `<folder>/tokenizer.json`. BadInput if it is missing, damaged or not supported."""
-        path = Path(folder, "tokenizer.json")
+    def from_folder(cls, folder, rows=None):
+        """Read `<folder>/tokenizer.json` and the added tokens in the files beside it.
+
+        rows: of the model's embedding; `encode` refuses ids without a row, which some files have. BadInput if a file is
+        missing, damaged or not supported.
+        """
+        path = Path(folder, TOKENIZER)
+        special = read_special_tokens(folder)
         try:
-            return cls.from_bytes(path.read_bytes())
+            return cls.from_bytes(path.read_bytes(), json.dumps([special.overriding, special.others]), rows)
         except OSError as error:
             raise BadInput(f"{path} cannot be read ({error.strerror}); name a folder with a tokenizer.json.") from None
         except BadInput as error:
@@ -61,11 +69,16 @@ class Tokenizer:
 
     @classmethod
     @functools.lru_cache(2)  # reading takes a second, and a run has the same file as its model
-    def from_bytes(cls, raw):
-        """Read the bytes of a tokenizer.json."""
-        return cls(json.loads(raw), hashlib.sha256(raw).hexdigest()[:16])
+    def from_bytes(cls, raw, beside="[[], []]", rows=None):
+        """Read the bytes of a tokenizer.json. beside: JSON of two lists of tokens, see `SpecialTokens`."""
+        file = json.loads(raw)
+        sha = hashlib.sha256(raw)
+        if more := tokens_to_add(file.get("added_tokens") or [], *json.loads(beside)):
+            file["added_tokens"] = [*(file.get("added_tokens") or []), *more]
+            sha.update(json.dumps(more).encode())
+        return cls(file, sha.hexdigest()[:16], rows)
 
-    def __init__(self, file, fingerprint):
+    def __init__(self, file, fingerprint, rows=None):
         """`file` is the parsed tokenizer.json."""
         model = file["model"]
         vocab = model["vocab"]
@@ -110,6 +123,9 @@ class Tokenizer:
             raise BadInput("two entries of the vocabulary have one id; download the file again.")
         self.vocab_size = max(array("I", self._bytes)) + 1  # raises an error for an id that is no whole number
         self.decode(self.bos)  # ValueError if the post-processor names an unknown id
+        if rows and rows < self.vocab_size:
+            self.vocab_size = rows
+            self.fingerprint += f"-{rows}"  # a cache may hold ids that this model lacks
 
     def encode(self, text, bos=False):
         """Ids of `text`, in which added tokens are recognised. bos: prepend `self.bos` unless it is there already.
@@ -129,7 +145,10 @@ class Tokenizer:
                 for piece in self._cut(part):
                     ids += self._encode_piece(piece)
         if bos and ids[: len(self.bos)] != self.bos:
-            return self.bos + ids
+            ids = self.bos + ids
+        if max(ids, default=0) >= self.vocab_size:
+            token = self._bytes[max(ids)].decode(errors="replace")
+            raise BadInput(f"the model has no row for the token {token!r} of the text; remove it from the text.")
         return ids
 
     def _cut(self, text):
@@ -165,6 +184,13 @@ class Tokenizer:
             if not 0 <= id < self.vocab_size:
                 raise ValueError(f"token id {id} is not in the vocabulary of {self.vocab_size}")
         return b"".join([self._bytes.get(id, b"") for id in ids])
+
+
+def tokens_to_add(there, overriding, others):
+    """The tokens of `SpecialTokens` that change something, if the tokens `there` are in tokenizer.json."""
+    flags = {token["content"]: [bool(token.get(flag)) for flag in FLAGS] for token in there}
+    changed = [token for token in overriding if flags.get(token["content"]) != [bool(token.get(f)) for f in FLAGS]]
+    return changed + [token for token in others if token["content"] not in flags]
 
 
 def cut_out(added, text):
@@ -246,7 +272,7 @@ def check_supported(model, normalizer, added):
     if normalizer and normalizer["type"] != "NFC":
         refuse(f"the normalizer {normalizer['type']}")
     for token in added:
-        for flag in ("lstrip", "rstrip", "single_word"):
+        for flag in FLAGS[:3]:
             if token.get(flag):
                 refuse(f"the flag {flag} of the added token {token['content']!r}")
 

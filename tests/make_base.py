@@ -74,7 +74,7 @@ def main(minutes, size=16, length=256, peak=3e-3):
     training_text = []
     for path in paths:
         documents, stream = read_documents(path)
-        training_text += split_text(documents, stream, path)[0]
+        training_text += split_text(documents, stream)[0]
     train_tokenizer(training_text, base / "tokenizer.json")
     tokenizer = Tokenizer.from_folder(base)
     paths = find_domains(corpus)

@@ -197,9 +197,11 @@ NAMED = {"default": SMOLLM2, "tool_use": TEMPLATES["qwen25"], "rag": TEMPLATES["
 
 @pytest.mark.parametrize("templates", [TEMPLATES["odd"], NAMED, {"rag": SMOLLM2}, {"default": SMOLLM2, "rag": "x"}])
 @pytest.mark.parametrize("tools", [None, [], [SMALL]])
-def test_a_folder_that_transformers_saved(tmp_path, templates, tools):
-    # In tokenizer_config.json, where several are a list of {"name", "template"}.
-    tokenizer_of_transformers(chat_template=templates).save_pretrained(tmp_path, save_jinja_files=False)
+@pytest.mark.parametrize("in_files", [False, True])
+def test_a_folder_that_transformers_saved(tmp_path, templates, tools, in_files):
+    # In tokenizer_config.json several are a list of {"name", "template"}; otherwise each has a file.
+    tokenizer_of_transformers(chat_template=templates).save_pretrained(tmp_path, save_jinja_files=in_files)
+    assert in_files == bool([*tmp_path.rglob("*.jinja")])
     expected = theirs(AutoTokenizer.from_pretrained(tmp_path), TALK, tools=tools)
     ours = ChatTemplate.from_folder(tmp_path)
     if expected is None:  # several, and none of them fits

@@ -16,7 +16,7 @@ import eval as evaluation
 import train
 from data import BadInput, router
 from data.checkpoint import load
-from data.harness import log_likelihoods, remember, variants_on
+from data.harness import RunModel, log_likelihoods, remember, variants_on
 from data.run import Run
 from data.tokenizer import Tokenizer
 from test_damage import BYTES, nested, other_kind, other_line_ends
@@ -115,7 +115,8 @@ def bench(world, task, *more, run="runs/one", out="out"):
 
 def found(world, task, variant="unpruned", out="out"):
     """(the results of a task, its samples in their order)."""
-    saved = json.loads((world / out / f"{task}-{variant}.json").read_text())
+    newest = max((world / out).glob(f"{task}-{variant}*.json"), key=lambda path: path.stat().st_mtime_ns)
+    saved = json.loads(newest.read_text())
     return saved["results"][task], sorted(saved["samples"][task], key=lambda sample: sample["doc_id"])
 
 
@@ -222,7 +223,8 @@ def test_mmlu_with_five_examples_of_the_same_subject(world, rows):
         "And 1+2?\nA. 1\nB. 2\nC. 3\nD. 4\nAnswer:"
     )
     assert sample["arguments"] == [[prompt, f" {letter}"] for letter in "ABCD"] and sample["target"] == [2]
-    assert json.loads((world / "two/koff_mmlu-unpruned.json").read_text())["n-shot"] == {"koff_mmlu": 2}
+    [saved] = (world / "two").iterdir()
+    assert json.loads(saved.read_text())["n-shot"] == {"koff_mmlu": 2}
 
 
 def test_arc(world, rows):
@@ -263,6 +265,29 @@ def test_pairs(world):
     row = json.loads((world / "rows/pairs/pairs.jsonl").read_text().splitlines()[0])
     assert samples[0]["arguments"] == [["", row["sentence_bad"]], ["", row["sentence_good"]]]
     assert samples[0]["target"] == [1]
+
+
+def test_the_token_before_an_empty_context_is_that_of_hf(world):
+    model = RunModel(Run(world / "runs/one", "cpu"), "backbone")
+    config = world / "runs/one/backbone/tokenizer_config.json"
+    tokens = {name: model.run.tokenizer.encode(name)[0] for name in ("a", "b")}
+    for names, first in (
+        ({}, 0), ({"eos_token": "b"}, tokens["b"]), ({"eos_token": "b", "bos_token": "a"}, tokens["a"]),
+        ({"bos_token": {"content": "a", "lstrip": False}}, tokens["a"]),
+    ):  # fmt: skip
+        config.write_text(json.dumps(names))
+        assert model.eot_token_id == first
+    config.unlink()
+
+
+@pytest.mark.parametrize("answer", [[], [5] * 300])
+def test_an_answer_that_no_context_holds_is_refused(world, answer):
+    model = RunModel(Run(world / "runs/one", "cpu"), "backbone")
+    with pytest.raises(BadInput, match=rf"an answer of {len(answer)} tokens, and the context has {model.max_length}"):
+        model._loglikelihood_tokens([(("", ""), [1, 2], answer)])
+    longest = [5] * model.max_length
+    [(log_p, _)] = model._loglikelihood_tokens([(("", ""), [1, 2], longest)])
+    assert log_p == pytest.approx(plain(model.model, [2], longest), rel=1e-3)
 
 
 def test_a_run_is_measured_with_all_its_parts(world, monkeypatch, capsys):
@@ -380,12 +405,23 @@ def test_the_answers_are_those_of_hf_on_the_exported_model(world, tasks):
 def test_where_the_results_lie_and_a_task_that_is_not_there(world, tasks, capsys):
     argv = ["bench", world / "runs/one", "text_local", "--include", tasks, "--limit", 2, "--out", world / "elsewhere"]
     assert evaluation.main([str(x) for x in argv]) == 0
+    fingerprint = Run(world / "runs/one").config.raw["koff_fingerprint"]
     assert {path.name for path in (world / "elsewhere").iterdir()} == {
-        f"text_local-{name}.json" for name in ("unpruned", "backbone", "routed")
+        f"text_local-{name}-limit-2-{fingerprint}.json" for name in ("unpruned", "backbone", "routed")
     }
     argv = ["bench", str(world / "runs/one"), "koff_pairs", "--rows", str(world / "rows/pairs"), "--on", "backbone"]
     assert evaluation.main(argv) == 0
-    assert [path.name for path in (world / "runs/one/bench").iterdir()] == ["koff_pairs-backbone.json"]
+    assert [path.name for path in (world / "runs/one/bench").iterdir()] == ["koff_pairs-backbone-pairs.json"]
+    # Nothing overwrites the result of another setting, other rows or another run in the same folder.
+    copy = world / "rows/fewer"
+    shutil.copytree(world / "rows/pairs", copy)
+    for more in ["--limit", "1"], ["--limit", "2"], ["--rows", str(copy)]:
+        assert evaluation.main([*argv, *more]) == 0
+    assert len([*(world / "runs/one/bench").iterdir()]) == 4
+    assert train.main(flags(world, out=world / "runs/two", seed=1)) == 0
+    for run in "runs/one", "runs/two":
+        assert bench(world, "koff_pairs", run=run, out="both") == 0
+    assert len([*(world / "both").iterdir()]) == 2
     capsys.readouterr()
     assert bench(world, "arc_lokal", "--include", tasks) == 2
     assert "the harness has no task 'arc_lokal'" in capsys.readouterr().err

@@ -51,10 +51,11 @@ def test_only_the_files_that_are_read_are_asked_for(asked, weights):
     patterns = {name: asked[0][1][name] for name in ("allow_patterns", "ignore_patterns")}
     there = ["README.md", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
              "chat_template.jinja", "model.safetensors", "model-00001-of-00002.safetensors", "pytorch_model.bin",
-             "model.safetensors.index.json", "onnx/config.json", "onnx/model.safetensors", "training_args.bin"]  # fmt: skip
+             "model.safetensors.index.json", "onnx/config.json", "onnx/model.safetensors", "training_args.bin", "special_tokens_map.json",
+             "added_tokens.json", "additional_chat_templates/rag.jinja", "onnx/tokenizer.json"]  # fmt: skip
     wanted = ["config.json"]
     if weights:
-        wanted = [name for name in there if "/" not in name and not name.endswith((".bin", ".md"))]
+        wanted = [name for name in there if not name.startswith("onnx/") and not name.endswith((".bin", ".md"))]
     assert list(huggingface_hub.utils.filter_repo_objects(there, **patterns)) == wanted
 
 

@@ -219,6 +219,20 @@ def test_a_second_process_in_a_run_folder_is_refused_and_sigterm_saves(world, ca
     assert f"stopped after step {step}\n" in err and not list(out.rglob("*.part"))
 
 
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_said_once_and_used(tmp_path, monkeypatch, capsys, number):
+    def flock(file, how):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with only_process(tmp_path):
+        (tmp_path / "work").write_text("done")
+    assert capsys.readouterr().err.count(f"{tmp_path} cannot be locked ({os.strerror(number)})") == 1
+    monkeypatch.setattr(Path, "chmod", lambda *_: (_ for _ in ()).throw(PermissionError(1, "no rights here")))
+    write_tensors(tmp_path / "a.safetensors", {"x": torch.ones(2)})
+    assert (tmp_path / "a.safetensors").exists()
+
+
 def test_nothing_changes_a_run_that_another_process_holds(run, capsys):  # noqa: F811
     with only_process(run):
         before = files(run)
