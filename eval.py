@@ -377,10 +377,8 @@ def router_and_ledger(results):
     """Sentences about the router, the sparsity and the sizes."""
     router = results["router"]
     each = ", ".join(f"{name} {accuracy:.3f}" for name, accuracy in router["accuracies"].items())
-    line = (
-        f"Router: accuracy {router['accuracy']:.4f} on {router['windows']} held-out windows of 50 tokens, the mean of"
-    )
-    line += f" the domains' ({each})"
+    line = f"Router: accuracy {router['accuracy']:.4f} on {router['windows']} held-out windows of 50 tokens"
+    line += f", the mean over domains ({each})"
     line += f", {router['unsure']:.1%} of them called unsure"
     if "unsure_other_languages" in router:
         line += f"; unsure on {router['unsure_other_languages']:.1%} of {router['other_windows']} windows"

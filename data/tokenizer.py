@@ -14,10 +14,15 @@ from array import array
 from pathlib import Path
 
 import regex
-from tiktoken._tiktoken import CoreBPE
+import tiktoken
 
 from data import BadInput
 from data.special_tokens import TOKENIZER, read_special_tokens
+
+try:  # tiktoken's BPE, which takes bytes; its place is private
+    from tiktoken._tiktoken import CoreBPE
+except ImportError:
+    CoreBPE = type(tiktoken.Encoding("", pat_str=".", mergeable_ranks={b"a": 0}, special_tokens={})._core_bpe)
 
 # A plain ByteLevel has GPT-2's pattern. SmolLM2 isolates every digit first; DIGITS does both in one regex.
 GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"

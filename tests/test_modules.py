@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 import weakref
+from itertools import permutations
 from types import SimpleNamespace
 
 import numpy as np
@@ -208,7 +209,7 @@ def test_what_cannot_be_is_one_sentence(run, capsys):
             "domain german already",
         ),
         (lambda: train.main(["--add", "nowhere.txt", "--out", str(run)]), "nowhere.txt does not exist"),
-        (lambda: train.main(["--add", "a b.txt", "--out", str(run)]), "a domain's name becomes a file name"),
+        (lambda: train.main(["--add", "a,b.txt", "--out", str(run)]), "a domain's name becomes a file name"),
         (lambda: evaluation.main(["remove", str(run), "dutch"]), "has no module 'dutch'"),
         (lambda: evaluation.main(["remove", str(run), "../router"]), "has no module"),
     ):
@@ -238,6 +239,37 @@ def test_a_language_that_came_later_is_no_other_language():
     dutch = [row["text"] for row in languages if row["language"] == "dutch"]
     windows = sum(len(tokenizer.encode(text)) // router.WINDOW for text in dutch)
     assert before - evaluation.router_quality(run, text)["other_windows"] == windows > 10
+
+
+def test_a_domain_of_little_text_keeps_its_windows_beside_one_of_much():
+    tokenizer = Tokenizer.from_folder(ROOT / "data/base")
+    ids = {}
+    for name in "german", "french", "spanish":
+        text = (ROOT / f"data/handbook/{name}.txt").read_text(encoding="utf-8")
+        ids[name] = np.array(tokenizer.encode(text[:1_500_000]))
+    for small, large in permutations(ids, 2):
+        train = {small: ids[small][:1300], large: ids[large][: len(ids[large]) * 9 // 10]}
+        router = Router(train.values())
+        for name in train:
+            router.add(name, train[name], name)
+        held = {small: ids[small][1300:60_000].reshape(-1, 50), large: ids[large][-20_000:].reshape(-1, 50)}
+        right = {name: np.mean(router.scores(held[name]).argmax(1) == i) for i, name in enumerate(held)}
+        assert min(right.values()) > 0.93, (small, large, right)
+        assert router.route(held[small]).count(None) < 0.5 * len(held[small])
+
+
+def test_the_reported_accuracy_is_the_mean_over_domains():
+    router, rng = Router(), np.random.default_rng(0)
+    text = {"a": rng.integers(0, 100, 20_000), "b": rng.integers(100, 200, 20_000)}
+    for name, ids in text.items():
+        router.add(name, ids, name)
+    run = SimpleNamespace(router=router, settings=Settings(data="text of one's own"))
+    wrong = {
+        "a": np.concatenate([text["a"][:900], text["b"][:100]]),
+        "b": np.concatenate([text["b"][:50], text["a"][:50]]),
+    }
+    quality = evaluation.router_quality(run, {name: SimpleNamespace(heldout=ids) for name, ids in wrong.items()})
+    assert quality["accuracies"] == {"a": 0.9, "b": 0.5} and quality["accuracy"] == pytest.approx(0.7)
 
 
 def test_a_text_that_is_a_link_keeps_its_own_name(run):
