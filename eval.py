@@ -210,17 +210,12 @@ def router_quality(run, text):
 
 
 def heldout_text(run, text):
-    """{domain: its held-out tokens, their share of the text, the windows that are scored, and those "trained_on"}."""
+    """{domain: [share of the text that is held out, windows that are scored, and those that were trained on]}."""
     found = {}
     for domain, split in text.items():
         x = windows(split.heldout, run.settings.eval_len, run.settings.eval_windows)
-        tokens = len(split.heldout)
-        found[domain] = {
-            "tokens": tokens,
-            "share": tokens / (tokens + len(split.train)),
-            "windows": len(x),
-            "trained_on": int(trained_on(split.train, x).sum()),
-        }
+        share = len(split.heldout) / (len(split.heldout) + len(split.train))
+        found[domain] = [share, len(x), int(trained_on(split.train, x).sum())]
     return found
 
 
@@ -303,8 +298,7 @@ LABELS = {
 def report(results):
     """results.json as text (report.md)."""
     parts = ["## Held-out perplexity", perplexity_table(results)]
-    parts += ["## Held-out text: a window was trained on if most of it stands in the training text, too"]
-    parts += [heldout_table(results["heldout"])]
+    parts += [heldout_line(results["heldout"])]
     swap = results["swap"]
     if swap:
         parts += ["## Swap matrix: text of the row, module of the column, * the best", swap_table(swap)]
@@ -330,11 +324,10 @@ def perplexity_table(results):
     return table("", [*perplexity["unpruned"], "mean ratio", "worst"], rows)
 
 
-def heldout_table(heldout):
-    rows = {}
-    for domain, part in heldout.items():
-        rows[domain] = [f"{part['tokens']:,}", f"{part['share']:.1%}", f"{part['windows']}", f"{part['trained_on']}"]
-    return table("", ["tokens", "share", "windows scored", "of these trained on"], rows)
+def heldout_line(heldout):
+    shares = [f"{name} {share:.1%} ({again} of {n})" for name, (share, n, again) in heldout.items()]
+    said = "Held out (and how many of the scored windows also stand, for the most part, in the training text): "
+    return said + ", ".join(shares) + "."
 
 
 def swap_table(swap):

@@ -12,7 +12,7 @@ from functools import cache
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from data import BadInput
-from data.special_tokens import read_special_tokens, read_templates
+from data.special_tokens import read_templates, special_tokens
 
 
 class ChatTemplate:
@@ -31,7 +31,7 @@ class ChatTemplate:
         """The template of a model, or None, as for a base model. BadInput if it cannot be read."""
         source = read_templates(folder)
         if source:
-            return cls(source, read_special_tokens(folder).names)
+            return cls(source, special_tokens(folder))
 
     def __call__(self, messages, answer=False, tools=None, now=None):
         """The text of a conversation. answer: continue it up to the beginning of the assistant's next message.

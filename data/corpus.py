@@ -328,17 +328,10 @@ PIECE = 32  # tokens: so many in a row do not stand in two texts by chance
 def trained_on(ids, x):
     """bool [n]: whether most of a window of x [n, T] also stands in the training text `ids` (repeated paragraphs)."""
     length = min(PIECE, x.shape[1], len(ids))
-    there = np.isin(hashes(x, length)[:, ::length], hashes(ids, length))  # [n, T // length]
-    return there.mean(1) > 0.5
-
-
-def hashes(ids, length):
-    """A hash of every `length` neighbours in ids [..., T]: uint64 [..., T - length + 1]."""
-    count = ids.shape[-1] - length + 1
-    total = np.zeros((*ids.shape[:-1], count), np.uint64)
-    for i in range(length):
-        total = total * np.uint64(6_364_136_223_846_793_005) + ids[..., i : i + count].astype(np.uint64)  # Knuth's LCG
-    return total
+    factors = np.random.default_rng(0).integers(2**62, size=length)  # a hash: sums may leave 64 bits
+    known = np.lib.stride_tricks.sliding_window_view(ids.astype(np.int64), length) @ factors
+    pieces = x[:, : x.shape[1] // length * length].reshape(len(x), -1, length) @ factors
+    return np.isin(pieces, known).mean(1) > 0.5
 
 
 def batch(ids, index, size, length, seed):

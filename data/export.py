@@ -7,25 +7,32 @@ export puts zeros in their place (`expand`), and every matrix has its pretrained
     peft    adapters for the dense checkpoint: for each module one of kind LORA, and one of kind CARTRIDGE if all blocks
             have keys and values
 
+LoRA and keys and values act together, unmerged, through two libraries (`generate` of transformers 5.24 with peft 0.21.2
+leaves keys and values out, 5.23 does not):
+
+    model.load_adapter("RUN/export/peft/NAME")                          # transformers: LoRA
+    model = PeftModel.from_pretrained(model, "RUN/export/peft/NAME-kv")  # peft: keys and values
+
+llama.cpp reads both kinds of export: convert_hf_to_gguf.py the dense one, convert_lora_to_gguf.py a LORA, with --base
+RUN/export/hf (otherwise it looks for that folder on the Hub and fails).
+
 An export appears under its name only after two checks: the tensors to be written give the logits of the run
 (`check_logits`), and the written file holds those tensors bit for bit (`check_tensors`). tests/test_export.py loads the
 results into transformers and peft.
 """
 
 from dataclasses import replace
-from operator import itemgetter
 
 import torch
 from safetensors.torch import save_file
 
 import koff
-from data import BadInput, atomic, discard, fast, read_tensors
+from data import BadInput, atomic, fast, read_tensors
 from data.checkpoint import load, refuse_other_tensors, save_backbone
 from data.families import read_config
 from data.run import Run
-from data.special_tokens import CONFIG, OLDER, ROLES, TOKENIZER, read_json, read_special_tokens
+from data.special_tokens import CONFIG, LISTS, read_json, special_tokens
 from data.tables import save
-from data.tokenizer import FLAGS, tokens_to_add
 from model import Memory, Model, matrix_name
 
 # From the smaller shapes back to the pretrained ones -----------------------------------------------------------------
@@ -159,6 +166,8 @@ def export(args):
     print(f"{out}, read again and compared with the run")
     if args.form == "peft":
         print(f"for the model that eval.py export {run.folder} hf writes")
+        if any(out.glob("*-kv")):
+            print("keys and values: transformers 5.24 with peft 0.21.2 leaves them out of generate(); 5.23 does not")
 
 
 def export_dense(folder, run, dense, kept, name):
@@ -177,36 +186,20 @@ def export_dense(folder, run, dense, kept, name):
     dense = dense.to(getattr(torch, dense.config.raw["dtype"]))
     save_backbone(folder, dense, run.folder / "backbone", koff_backbone=run.config.raw["koff_fingerprint"])
     check_tensors(folder, load(folder, dense.head.dtype).state_dict(), dense.state_dict())
-    rewrite_tokenizer(folder, run.tokenizer)
+    name_tokenizer_class(folder)
     if name and run.settings.kv_tokens:
         print(f"{name}: only its LoRA is merged; a checkpoint has no place for keys and values.")
 
 
-def rewrite_tokenizer(folder, tokenizer):
-    """Bring all added tokens of a folder into its tokenizer.json, which any version of transformers reads alike.
+def name_tokenizer_class(folder):
+    """Let tokenizer_config.json name the class that takes tokenizer.json as it is.
 
-    tokenizer_config.json then names the class that takes the file as it is. (transformers 5 builds some tokenizers by
-    itself, such as GPT2Tokenizer, without the pre-tokenizer of the file.)
+    transformers 5 builds some tokenizers by itself, such as GPT2Tokenizer, without the pre-tokenizer of the file.
     """
-    special = read_special_tokens(folder)
-    file = read_json(folder / TOKENIZER)
-    there = {token["content"]: token for token in file.get("added_tokens") or []}
-    if more := tokens_to_add(there.values(), special.overriding, special.others):
-        for token in more:
-            [id] = tokenizer.encode(token["content"])
-            flags = {flag: bool(token.get(flag)) for flag in FLAGS}
-            there[token["content"]] = {"special": not flags["normalized"], **token, **flags, "id": id}
-        file["added_tokens"] = sorted(there.values(), key=itemgetter("id"))
-        save(folder, {TOKENIZER: file}, show=False)
-    config = read_json(folder / CONFIG)
-    for name in ("added_tokens_decoder", "additional_special_tokens", "model_specific_special_tokens", "auto_map"):
+    config = read_json(folder / CONFIG) | special_tokens(folder)
+    for name in ("auto_map", *LISTS):  # versions read them differently, and all their tokens are in tokenizer.json
         config.pop(name, None)
-    config |= {name: token for name, token in special.names.items() if name in ROLES}
-    config["extra_special_tokens"] = {name: token for name, token in special.names.items() if name not in ROLES}
-    config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    for name in OLDER:
-        discard(folder / name)
-    save(folder, {CONFIG: config}, show=False)
+    save(folder, {CONFIG: config | {"tokenizer_class": "PreTrainedTokenizerFast"}}, show=False)
 
 
 def export_adapters(folder, run, dense, kept, names):

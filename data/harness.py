@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from data import BadInput
 from data.run import Run, unpruned_model
 from data.settings import ROOT
-from data.special_tokens import read_special_tokens
+from data.special_tokens import special_tokens
 from data.tables import save
 from model import Cache, Memory, generate
 
@@ -107,7 +107,7 @@ class RunModel:
     @property
     def eot_token_id(self):
         """The token before a text without context: the tokenizer's BOS, otherwise EOS, as in the harness's `hf`."""
-        names = read_special_tokens(self.run.folder / "backbone").names
+        names = special_tokens(self.run.folder / "backbone")
         named = [names[name] for name in ("bos_token", "eos_token") if name in names]
         first = self.run.tokenizer.encode(named[0]) if named else self.run.tokenizer.bos
         return [*first, *self.model.config.eos_token_ids, 0][0]
@@ -228,13 +228,7 @@ def bench(args):
 
 def result_name(args, run, variant):
     """The name of a result's file, another one for each run, variant, task and setting."""
-    parts = [args.task, variant]
-    if args.rows:
-        parts.append(Path(args.rows).resolve().stem)
-    if args.shots is not None:
-        parts.append(f"{args.shots}-shot")
-    if args.limit is not None:
-        parts.append(f"limit-{args.limit}")
-    if args.out:  # several runs may share the folder
-        parts.append(run.config.raw["koff_fingerprint"])
-    return "-".join(parts) + ".json"
+    rows = args.rows and Path(args.rows).resolve().stem
+    run = args.out and run.config.raw["koff_fingerprint"]  # several may share the folder
+    parts = [args.task, variant, rows, f"{args.shots}-shot", f"limit-{args.limit}", run]
+    return "-".join(part for part in parts if part and "None" not in part) + ".json"

@@ -33,13 +33,12 @@ class Router:
     """
 
     WINDOW = 50  # length in tokens of the texts for which the thresholds are chosen
-    ENOUGH = 50  # windows for a threshold
 
     def __init__(self, texts=()):
         """texts: the ids of several domains, for the background; `add` then adds each domain."""
         self.background = np.zeros(2 * HALF)
         for ids in texts:
-            counts = self.counts(ids[: len(ids) * 9 // 10])
+            counts = self.counts(ids)
             self.background += counts / np.sqrt(counts.sum())  # between equal shares and shares by length
         self.background *= PRIOR / max(1, self.background.sum())
         self.keys = {}
@@ -60,31 +59,24 @@ class Router:
         return np.concatenate([hashed(ids), HALF + hashed(pairs)], axis=1)
 
     @classmethod
-    def counts(cls, *texts):
-        """How often each bucket occurs in the texts."""
-        return sum(np.bincount(cls.buckets(ids[None])[0], minlength=2 * HALF) for ids in texts)
-
-    def log_p(self, counts):
-        """The log-probability of each bucket, from its counts in a domain."""
-        counts = counts + self.background + 0.1  # smoothing: an unseen n-gram is rare, not impossible
-        return np.log(counts / counts.sum()).astype(np.float32)
+    def counts(cls, ids):
+        """How often each bucket occurs in a text."""
+        return np.bincount(cls.buckets(ids[None])[0], minlength=2 * HALF)
 
     def add(self, name, ids, key, keep=0.98):
-        """Add a domain; the others do not change. Counts come from the first 90% of its `ids`. The share `keep` of the
-        windows in the rest reaches the threshold. In a short text each tenth has a turn as the rest."""
-        scores = []
-        cuts = np.linspace(0, len(ids), 11).astype(int)
-        for start, end in zip(cuts[-2::-1], cuts[:0:-1], strict=True):  # from the last tenth to the first
-            log_p = self.log_p(self.counts(ids[:start], ids[end:]))
-            scores += [*log_p[self.buckets(windows(ids[start:end], self.WINDOW))].mean(1)]
-            if end == len(ids):
-                self.weight = np.vstack([self.weight, log_p])
-            if len(scores) >= self.ENOUGH:
-                break
+        """Add a domain; the others do not change. The share `keep` of its windows reaches the threshold, each scored
+        as if it were not in the text."""
+        smoothing = self.background + 0.1  # an unseen n-gram is rare, not impossible
+        counts = self.counts(ids)
+        total = counts.sum() + smoothing.sum()
         self.keys[name] = key
+        self.weight = np.vstack([self.weight, np.log((counts + smoothing) / total).astype(np.float32)])
+        x = self.buckets(windows(ids, self.WINDOW))
+        left = np.maximum(counts[x] - 1, 0) + smoothing[x]
+        scores = np.log(left / total).mean(axis=1)
         threshold = np.quantile(scores, 1 - keep)
-        if len(scores) < self.ENOUGH:  # so short a text is about few things
-            threshold -= np.mean(scores) - threshold
+        if len(scores) < 50:  # so short a text is about few things
+            threshold -= scores.mean() - threshold
         self.threshold = np.append(self.threshold, threshold)
 
     def knows(self, name):

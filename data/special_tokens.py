@@ -1,100 +1,80 @@
-"""The files beside a tokenizer.json: added tokens that it lacks, the names of special tokens, chat templates.
+"""The files beside a tokenizer.json: names of special tokens, more added tokens, chat templates.
 
-transformers' AutoTokenizer adds every token of these files to the tokenizer. So do we, and the ids are equal. (Where
-versions of transformers differ, the newest counts.)
+transformers' AutoTokenizer adds every token of these files to the tokenizer. We refuse one that tokenizer.json lacks.
 """
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 from data import MALFORMED, BadInput
 from data.corpus import read_text
 
 TEMPLATE = "chat_template.jinja"
-MORE_TEMPLATES = "additional_chat_templates"  # a folder: <name>.jinja
+MORE_TEMPLATES = "additional_chat_templates/*.jinja"
 TOKENIZER = "tokenizer.json"
 CONFIG = "tokenizer_config.json"
-NAMES, IDS = OLDER = ("special_tokens_map.json", "added_tokens.json")  # {name: token}, {content: id}
-FILES = (TOKENIZER, CONFIG, *OLDER, TEMPLATE, f"{MORE_TEMPLATES}/*.jinja")
+NAMES = "special_tokens_map.json"
+ADDED = "added_tokens.json"  # {content: id}
+FILES = (TOKENIZER, CONFIG, NAMES, ADDED, TEMPLATE, MORE_TEMPLATES)
 
-# In this order they get their ids.
-ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+FLAGS = ("lstrip", "rstrip", "single_word", "normalized")  # of an added token
+LISTS = ("extra_special_tokens", "additional_special_tokens", "model_specific_special_tokens")
+
 # The names that classes of transformers give without any file.
 END = "<|endoftext|>"
 GPT2 = {"bos_token": END, "eos_token": END, "unk_token": END}
 BY_CLASS = {"GPT2Tokenizer": GPT2, "GPTNeoXTokenizer": GPT2, "Qwen2Tokenizer": {"eos_token": END, "pad_token": END}}
-BY_MODEL = {"qwen2": "Qwen2Tokenizer", "qwen3": "Qwen2Tokenizer", "olmo2": "GPTNeoXTokenizer"}
 
 
 def read_json(path):
-    """The object in a JSON file, {} if there is none. BadInput if it is damaged."""
+    """The object in a JSON file, {} if there is no file. BadInput if it is damaged."""
     try:
-        found = json.loads(read_text(path)) if path.exists() else {}
-        return dict(found.items())
+        return dict(json.loads(read_text(path)).items()) if path.exists() else {}
     except MALFORMED as error:
         raise BadInput(f"{path} is not valid ({error!r}); download it again.") from None
 
 
-@dataclass
-class SpecialTokens:
-    """The tokens beside a tokenizer.json: dictionaries of "content" and flags, in the order of their ids.
-
-    overriding: their flags count more than those of equal tokens in tokenizer.json; others: they are added if
-    tokenizer.json has no equal one; names {"eos_token": content, ...}.
-    """
-
-    overriding: list[dict]
-    others: list[dict]
-    names: dict[str, str]
-
-
-def read_special_tokens(folder):
-    """The `SpecialTokens` of a folder. BadInput if a file is damaged or asks for what we lack."""
-    path = Path(folder, CONFIG)
-    config = read_json(path)
-    if config.get("split_special_tokens"):
-        raise BadInput(f"{path}: split_special_tokens is not implemented; remove it.")
+def special_tokens(folder):
+    """{"eos_token": content, ...}. BadInput for a token that makes ids other than tokenizer.json alone."""
+    folder = Path(folder)
+    config = read_json(folder / CONFIG)
+    decoder = config.get("added_tokens_decoder")  # {id: token}; with it the two older files do not count
+    files = {CONFIG: config}
+    if decoder is None:
+        files |= {NAMES: read_json(folder / NAMES), ADDED: {LISTS[0]: list(read_json(folder / ADDED))}}
+    there = {token["content"]: token for token in read_json(folder / TOKENIZER).get("added_tokens") or []}
     try:
-        return collect(Path(folder), config)
+        names = dict(BY_CLASS.get(config.get("tokenizer_class", "").removesuffix("Fast"), {}))
+        for file, values in files.items():
+            named = {}
+            for name, value in values.items():
+                if name.endswith("_token") and type(value) in (str, dict):  # not add_bos_token
+                    named[name] = value
+            tokens = [*named.values()]
+            for more in filter(None, map(values.get, LISTS)):
+                tokens += more.values() if isinstance(more, dict) else more
+                named |= more if isinstance(more, dict) else {}
+            names |= {name: content(token) for name, token in named.items()}
+            for token in map(content, tokens):
+                if token not in there:
+                    refuse(folder / file, f"the token {token!r} is not in {TOKENIZER}")
+        for token in (decoder or {}).values():
+            if any(token.get(flag, False) != there.get(token["content"], {}).get(flag) for flag in FLAGS):
+                refuse(folder / CONFIG, f"the token {token['content']!r} is not the same in {TOKENIZER}")
     except MALFORMED as error:
-        raise BadInput(f"{path} or a file beside it has no valid tokens ({error!r}); download it again.") from None
+        raise BadInput(f"{folder / CONFIG} or a file beside it is not valid ({error!r}); download it again.") from None
+    if config.get("split_special_tokens"):
+        refuse(folder / CONFIG, "split_special_tokens is not implemented")
+    return names
 
 
-def collect(folder, config):
-    """`read_special_tokens`, for a parsed tokenizer_config.json."""
-    kind = config.get("tokenizer_class") or BY_MODEL.get(read_json(folder / "config.json").get("model_type"), "")
-    values = BY_CLASS.get(kind.removesuffix("Fast"), {}) | config
-    ids = {}
-    if "added_tokens_decoder" not in config:  # otherwise the two older files do not count
-        values |= read_json(folder / NAMES)
-        ids = read_json(folder / IDS)
-
-    names = {name: value for name, value in values.items() if name.endswith("_token") and type(value) in (str, dict)}
-    extra = values.get("extra_special_tokens") or values.get("additional_special_tokens") or []
-    if isinstance(extra, dict):
-        names |= extra
-        extra = []
-    names |= values.get("model_specific_special_tokens") or {}
-    names = {name: as_token(names[name]) for name in (*ROLES, *names) if name in names}
-    special = [*names.values(), *map(as_token, extra)]
-    contents = [token["content"] for token in special]
-    added = [{"content": text, "normalized": text not in contents} for text in sorted(ids, key=ids.get)]
-    decoder = {int(id): as_token(token) for id, token in config.get("added_tokens_decoder", {}).items()}
-    return SpecialTokens(
-        [decoder[id] for id in sorted(decoder)],
-        added + special,
-        {name: token["content"] for name, token in names.items()},
-    )
+def content(token):
+    """The text of a token, which may be a dictionary with flags."""
+    return token if isinstance(token, str) else token["content"]
 
 
-def as_token(value):
-    """An added token from the text of a special one, or from a dictionary."""
-    if isinstance(value, str):
-        return {"content": value, "normalized": False}
-    if not isinstance(value["content"], str):
-        raise TypeError("the content of a token is no text")
-    return {"normalized": not value.get("special", False), **value}
+def refuse(path, fault):
+    raise BadInput(f"{path}: {fault}; save the tokenizer again with transformers (save_pretrained).")
 
 
 def read_templates(folder):
@@ -102,13 +82,11 @@ def read_templates(folder):
 
     BadInput if a file is damaged.
     """
-    found = {path.stem: read_text(path) for path in sorted(Path(folder, MORE_TEMPLATES).glob("*.jinja"))}
+    found = {path.stem: read_text(path) for path in Path(folder).glob(MORE_TEMPLATES)}
     if Path(folder, TEMPLATE).exists():
         found["default"] = read_text(Path(folder, TEMPLATE))
     source = found or read_json(Path(folder, CONFIG)).get("chat_template")
-    if isinstance(source, list):
-        try:
-            source = {one["name"]: one["template"] for one in source}
-        except MALFORMED as error:
-            raise BadInput(f"{Path(folder, CONFIG)} is not valid ({error!r}); download it again.") from None
-    return source
+    try:
+        return {one["name"]: one["template"] for one in source} if isinstance(source, list) else source
+    except MALFORMED as error:
+        raise BadInput(f"{Path(folder, CONFIG)} is not valid ({error!r}); download it again.") from None

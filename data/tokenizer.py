@@ -11,13 +11,14 @@ import itertools
 import json
 import unicodedata
 from array import array
+from copy import copy
 from pathlib import Path
 
 import regex
 import tiktoken
 
 from data import BadInput
-from data.special_tokens import TOKENIZER, read_special_tokens
+from data.special_tokens import FLAGS, TOKENIZER, special_tokens
 
 try:  # tiktoken's BPE, which takes bytes; its place is private
     from tiktoken._tiktoken import CoreBPE
@@ -39,7 +40,6 @@ BYTE_OF = {chr(byte): byte for byte in range(256) if byte not in SHAPELESS}
 for number, byte in enumerate(SHAPELESS):
     BYTE_OF[chr(256 + number)] = byte
 
-FLAGS = ("lstrip", "rstrip", "single_word", "normalized")  # of an added token
 LONGEST = 1024  # characters of a token; real models need a few hundred, and much longer tokens would take hours
 
 # Finds the characters of a text that do not exist in tiktoken's version of Unicode, which is also that of `tokenizers`.
@@ -56,34 +56,33 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder, rows=None):
-        """Read `<folder>/tokenizer.json` and the added tokens in the files beside it.
+        """Read `<folder>/tokenizer.json`.
 
-        rows: of the model's embedding; `encode` refuses ids without a row, which some files have. BadInput if a file is
-        missing, damaged or not supported.
+        rows: of the model's embedding; `encode` refuses ids without a row, which some files have. BadInput if the file
+        is missing, damaged or not supported, or if a file beside it says otherwise (`special_tokens`).
         """
         path = Path(folder, TOKENIZER)
-        special = read_special_tokens(folder)
         try:
-            return cls.from_bytes(path.read_bytes(), json.dumps([special.overriding, special.others]), rows)
+            tokenizer = copy(cls.from_bytes(path.read_bytes()))
         except OSError as error:
             raise BadInput(f"{path} cannot be read ({error.strerror}); name a folder with a tokenizer.json.") from None
         except BadInput as error:
             raise BadInput(f"{path}: {error}") from None
         except Exception as error:  # a damaged file can fail in any way
             raise BadInput(f"{path} is not a valid tokenizer.json ({error!r:.200}); download it again.") from None
+        special_tokens(folder)  # refuses tokens that the file lacks
+        if rows and rows < tokenizer.vocab_size:
+            tokenizer.vocab_size = rows
+            tokenizer.fingerprint += f"-{rows}"  # a cache may hold ids that this model lacks
+        return tokenizer
 
     @classmethod
     @functools.lru_cache(2)  # reading takes a second, and a run has the same file as its model
-    def from_bytes(cls, raw, beside="[[], []]", rows=None):
-        """Read the bytes of a tokenizer.json. beside: JSON of two lists of tokens, see `SpecialTokens`."""
-        file = json.loads(raw)
-        sha = hashlib.sha256(raw)
-        if more := tokens_to_add(file.get("added_tokens") or [], *json.loads(beside)):
-            file["added_tokens"] = [*(file.get("added_tokens") or []), *more]
-            sha.update(json.dumps(more).encode())
-        return cls(file, sha.hexdigest()[:16], rows)
+    def from_bytes(cls, raw):
+        """Read the bytes of a tokenizer.json."""
+        return cls(json.loads(raw), hashlib.sha256(raw).hexdigest()[:16])
 
-    def __init__(self, file, fingerprint, rows=None):
+    def __init__(self, file, fingerprint):
         """`file` is the parsed tokenizer.json."""
         model = file["model"]
         vocab = model["vocab"]
@@ -128,9 +127,6 @@ class Tokenizer:
             raise BadInput("two entries of the vocabulary have one id; download the file again.")
         self.vocab_size = max(array("I", self._bytes)) + 1  # raises an error for an id that is no whole number
         self.decode(self.bos)  # ValueError if the post-processor names an unknown id
-        if rows and rows < self.vocab_size:
-            self.vocab_size = rows
-            self.fingerprint += f"-{rows}"  # a cache may hold ids that this model lacks
 
     def encode(self, text, bos=False):
         """Ids of `text`, in which added tokens are recognised. bos: prepend `self.bos` unless it is there already.
@@ -189,13 +185,6 @@ class Tokenizer:
             if not 0 <= id < self.vocab_size:
                 raise ValueError(f"token id {id} is not in the vocabulary of {self.vocab_size}")
         return b"".join([self._bytes.get(id, b"") for id in ids])
-
-
-def tokens_to_add(there, overriding, others):
-    """The tokens of `SpecialTokens` that change something, if the tokens `there` are in tokenizer.json."""
-    flags = {token["content"]: [bool(token.get(flag)) for flag in FLAGS] for token in there}
-    changed = [token for token in overriding if flags.get(token["content"]) != [bool(token.get(f)) for f in FLAGS]]
-    return changed + [token for token in others if token["content"] not in flags]
 
 
 def cut_out(added, text):

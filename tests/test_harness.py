@@ -14,7 +14,7 @@ import torch
 
 import eval as evaluation
 import train
-from data import BadInput, router
+from data import BadInput, harness, router
 from data.checkpoint import load
 from data.harness import RunModel, log_likelihoods, remember, variants_on
 from data.run import Run
@@ -267,17 +267,13 @@ def test_pairs(world):
     assert samples[0]["target"] == [1]
 
 
-def test_the_token_before_an_empty_context_is_that_of_hf(world):
+def test_the_token_before_an_empty_context_is_that_of_hf(world, monkeypatch):
     model = RunModel(Run(world / "runs/one", "cpu"), "backbone")
-    config = world / "runs/one/backbone/tokenizer_config.json"
-    tokens = {name: model.run.tokenizer.encode(name)[0] for name in ("a", "b")}
-    for names, first in (
-        ({}, 0), ({"eos_token": "b"}, tokens["b"]), ({"eos_token": "b", "bos_token": "a"}, tokens["a"]),
-        ({"bos_token": {"content": "a", "lstrip": False}}, tokens["a"]),
-    ):  # fmt: skip
-        config.write_text(json.dumps(names))
+    a, b = (model.run.tokenizer.encode(name)[0] for name in "ab")
+    cases = ({}, 0), ({"eos_token": "b"}, b), ({"eos_token": "b", "bos_token": "a"}, a), ({"pad_token": "a"}, 0)
+    for names, first in cases:
+        monkeypatch.setattr(harness, "special_tokens", lambda folder, names=names: names)
         assert model.eot_token_id == first
-    config.unlink()
 
 
 @pytest.mark.parametrize("answer", [[], [5] * 300])

@@ -248,14 +248,14 @@ def test_a_domain_of_little_text_keeps_its_windows_beside_one_of_much():
         text = (ROOT / f"data/handbook/{name}.txt").read_text(encoding="utf-8")
         ids[name] = np.array(tokenizer.encode(text[:1_500_000]))
     for small, large in permutations(ids, 2):
-        train = {small: ids[small][:1300], large: ids[large][: len(ids[large]) * 9 // 10]}
+        train = {small: ids[small][50_000:51_300], large: ids[large][: len(ids[large]) * 9 // 10]}
         router = Router(train.values())
         for name in train:
             router.add(name, train[name], name)
-        held = {small: ids[small][1300:60_000].reshape(-1, 50), large: ids[large][-20_000:].reshape(-1, 50)}
+        held = {small: ids[small][51_300:80_000].reshape(-1, 50), large: ids[large][-20_000:].reshape(-1, 50)}
         right = {name: np.mean(router.scores(held[name]).argmax(1) == i) for i, name in enumerate(held)}
         assert min(right.values()) > 0.93, (small, large, right)
-        assert router.route(held[small]).count(None) < 0.5 * len(held[small])
+        assert router.route(held[small]).count(large) < 0.07 * len(held[small])
 
 
 def test_the_reported_accuracy_is_the_mean_over_domains():

@@ -60,7 +60,9 @@ def test_its_report_is_made_again_with_the_same_numbers(old, capsys):
             assert after[part][name] == pytest.approx(row, rel=1e-5), (part, name)
     assert after["sparsity"] == pytest.approx(before["sparsity"])
     assert after["ledger"] == before["ledger"] and after["layers"] == before["layers"]
-    assert after["router"] == pytest.approx(before["router"]) and after["seconds"] == before["seconds"]
+    accuracies = after["router"].pop("accuracies")  # earlier versions had no more than one for all domains
+    assert after["router"] == pytest.approx(before["router"]) and set(accuracies) == set(before["swap"])
+    assert after["seconds"] == before["seconds"]
 
 
 def test_another_model_in_its_place_is_noticed(old, capsys):

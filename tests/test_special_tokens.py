@@ -3,6 +3,7 @@
 KOFF_TRANSFORMERS_4 may name a folder that `pip install --target` filled with transformers 4.57: an older generation.
 """
 
+import contextlib
 import functools
 import json
 import os
@@ -11,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tokenizers
 from tokenizers import normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer
 
@@ -19,15 +21,15 @@ from data import BadInput
 from data.chat_template import ChatTemplate
 from data.checkpoint import save_backbone
 from data.corpus import load_text
-from data.export import rewrite_tokenizer
-from data.special_tokens import FILES, MORE_TEMPLATES
+from data.export import name_tokenizer_class
+from data.special_tokens import FILES
 from data.tokenizer import Tokenizer
 from test_tokenizer import NASTY, QWEN, split, train
 
 ROOT = Path(__file__).parent.parent
 FAST = {"tokenizer_class": "PreTrainedTokenizerFast"}
 TEXTS = [
-    *NASTY, "<|user|>Guten Tag<|stop|>", "a <|im_end|> b", "the cat   sat 2024 the", "<s>hi</s> <|endoftext|>x",
+    *NASTY, "<|user|>Guten Tag<|stop|>", "a <|im_end|> b", "the cat   sat 2024 the", "<s>hi</s> <|endoftext|>x", "a<|begin|>b",
     "# Title\n\n\n  code(x)\t\t12.5%\n\n- a  b", "<|a|><|b|><|c|><|d|><|e|> <|a|>", "x<|caf\u00e9|> <|cafe\u0301|>y",
 ]  # fmt: skip
 
@@ -164,7 +166,7 @@ def folders(tmp_path_factory):
                 (place / path).write_text(json.dumps(content))
         found[name] = folder
         try:
-            rewrite_tokenizer(export, Tokenizer.from_folder(folder))
+            name_tokenizer_class(export)
         except BadInput:
             (export / "refused").touch()
     return found
@@ -173,22 +175,31 @@ def folders(tmp_path_factory):
 # transformers 5 builds these by itself and drops the pre-tokenizer of the file; 4.57 takes the file, and so do we.
 BUILT = ("no config, qwen2", "no class, qwen2", "no config, qwen3", "no class, qwen3", "class Qwen2Tokenizer",
          "class Qwen2TokenizerFast")  # fmt: skip
-REFUSED = {"decoder, lstrip": "flag lstrip", "decoder, rstrip": "flag rstrip", "decoder, single word": "single_word",
-           "end, new, with a flag": "flag rstrip", "split special tokens": "split_special_tokens"}  # fmt: skip
 
 
-def test_ids_equal_those_of_auto_tokenizer(folders):
+def test_ids_equal_those_of_auto_tokenizer_or_are_refused(folders):
     theirs = auto_tokenizer(next(iter(folders.values())).parent)
-    assert len(folders) >= 50 and set(REFUSED) <= folders.keys()
+    refused = []
     for name, folder in folders.items():
-        if name in REFUSED:
-            with pytest.raises(BadInput, match=REFUSED[name]):
-                Tokenizer.from_folder(folder)
-        elif name not in BUILT:
+        alone = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        alone = [alone.encode(text).ids for text in TEXTS]
+        found = theirs[folder.name]
+        try:
             ours = Tokenizer.from_folder(folder)
-            assert [ours.encode(text, bos=True) for text in TEXTS] == theirs[folder.name][0], name
+        except BadInput as error:
+            refused.append(name)
+            assert any(file in str(error) for file in FILES) and ("token '" in str(error) or "split" in str(error))
+            assert found[0] != alone or name in UNLIKE, f"{name} is refused for nothing"
+            continue
+        if name not in BUILT:
+            assert [ours.encode(text, bos=True) for text in TEXTS] == alone == found[0], name
             names = ChatTemplate.from_folder(with_template(folder)).special
-            assert {key: names[key] for key in theirs[folder.name][1]} == theirs[folder.name][1], name
+            assert {key: names[key] for key in found[1]} == found[1], name
+    assert len(refused) > 25 and len(folders) - len(refused) > 25
+
+
+# These the newest version of transformers reads like tokenizer.json alone, on our texts or on all.
+UNLIKE = ("decoder, normalized", "decoder, not in NFC")
 
 
 def with_template(folder):
@@ -203,7 +214,7 @@ def test_exports_are_read_back_equal(folders, generation):
         path = os.environ.get("KOFF_TRANSFORMERS_4") or pytest.skip("KOFF_TRANSFORMERS_4 names no transformers 4.57")
     theirs = auto_tokenizer(next(iter(folders.values())).parent.parent / "out", path)
     for name, folder in folders.items():
-        if name not in REFUSED:
+        with contextlib.suppress(BadInput):
             ours = Tokenizer.from_folder(folder)
             again = Tokenizer.from_folder(folder.parent.parent / "out" / folder.name)
             expected = [ours.encode(text, bos=True) for text in TEXTS]
@@ -253,9 +264,9 @@ def test_a_conversation_has_the_ids_of_apply_chat_template_and_nothing_else(tmp_
 
 def test_a_backbone_keeps_every_file_that_decides_about_ids_and_templates(tmp_path):
     source = tmp_path / "base"
-    (source / MORE_TEMPLATES).mkdir(parents=True)
+    (source / "additional_chat_templates").mkdir(parents=True)
     names = [name.replace("*", "rag") for name in FILES]
-    for name in (*names, "notes.md", f"{MORE_TEMPLATES}/notes.md"):
+    for name in (*names, "notes.md", "additional_chat_templates/notes.md"):
         (source / name).write_text(name)
     save_backbone(tmp_path / "backbone", random_model(), source)
     copied = [
@@ -268,8 +279,8 @@ def test_a_backbone_keeps_every_file_that_decides_about_ids_and_templates(tmp_pa
 def test_ids_without_a_row_are_refused_where_they_occur(tmp_path):
     file = bases()["smollm2"]
     rows = len(file["model"]["vocab"])
-    (tmp_path / "tokenizer.json").write_text(json.dumps(file))
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(FAST | {"pad_token": "[PAD]"}))
+    pad = {**token("[PAD]"), "id": rows}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(file | {"added_tokens": [*file["added_tokens"], pad]}))
     whole, ours = Tokenizer.from_folder(tmp_path), Tokenizer.from_folder(tmp_path, rows)
     assert whole.encode("a[PAD]")[-1] == rows and ours.encode("a [PAD") == whole.encode("a [PAD")
     assert (whole.vocab_size, ours.vocab_size) == (rows + 1, rows) and whole.fingerprint != ours.fingerprint

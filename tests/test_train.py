@@ -539,7 +539,7 @@ BAD = {
     "sizes that no model has": (config_with(hidden_size=2**62), {}, "no model has the sizes"),
     "rows that no matrix has": (config_with(koff_kept=[1, 2, 3]), {}, "is a backbone"),
     "no GPU": (nothing, dict(device="cuda"), "is not there"),
-    "ids beyond the embedding": (few_rows, {}, "tokenizer.json has ids beyond"),
+    "ids beyond the embedding": (few_rows, {}, "the model has no row for the token"),
     "beyond the context": (nothing, dict(eval_len=254), "257 tokens, --kv-tokens included, exceed"),
     "a config that is no config": (list_config, {}, "is not a valid config.json"),
     "no numbers for llama3": (half_llama3, {}, "llama3 RoPE scaling: low_freq_factor is None"),
