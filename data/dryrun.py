@@ -71,10 +71,8 @@ class Usage(TorchDispatchMode):
 def estimate(s, Trainer, domains):
     """({tensors that stay: bytes}, {phase: bytes that it needs beside them}) of the run `s` on so many domains.
 
-    `Trainer` is train.py's. BadInput for a torch without fake tensors.
+    `Trainer` is train.py's.
     """
-    if FakeTensorMode is None:
-        raise BadInput(f"--dry-run needs fake tensors, which torch {torch.__version__} has elsewhere; omit it.")
     config = read_config(model_folder(s.model, weights=False))
     gates = fitting_gates(s, config)
     # Nobody knows yet which gates will close: here chance decides.
@@ -153,7 +151,12 @@ def peak(stay, phases):
 
 
 def dry_run(s, Trainer):
-    """Print the sizes and the memory of the run `s`, and which flags would lower it. `Trainer` is train.py's."""
+    """Print the sizes and the memory of the run `s`, and which flags would lower it. `Trainer` is train.py's.
+
+    BadInput for a torch without fake tensors.
+    """
+    if FakeTensorMode is None:
+        raise BadInput(f"--dry-run needs fake tensors, which torch {torch.__version__} has elsewhere; omit it.")
     config = read_config(model_folder(s.model, weights=False))
     gates = fitting_gates(s, config)
     # Without a folder of text, the fewest domains that make sense.
@@ -187,7 +190,7 @@ def enough_memory(trainer):
     try:
         yield
     except Exception as error:
-        if not out_of_memory(error):
+        if not out_of_memory(error) or FakeTensorMode is None:
             raise
         s = replace(trainer.s, dtype=str(trainer.model.head.dtype).removeprefix("torch."))
         size = peak(*estimate(s, type(trainer), len(trainer.domains)))

@@ -190,8 +190,8 @@ def bench(args):
         from lm_eval.api.model import TemplateLM
         from lm_eval.tasks import TaskManager
         from lm_eval.utils import make_table
-    except ImportError:
-        raise BadInput("bench needs lm-evaluation-harness: pip install lm_eval.") from None
+    except Exception as error:  # an old one may not fit the transformers beside it
+        raise BadInput(f"bench needs lm-evaluation-harness: pip install -U lm_eval ({error}).") from None
 
     class Adapter(RunModel, TemplateLM):
         pass

@@ -497,7 +497,7 @@ def test_without_the_package_and_without_a_run(world, monkeypatch, capsys):
         assert f"{name}/settings.json does not exist; name the folder of a run" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     assert bench(world, "koff_arc") == 2
-    assert "pip install lm_eval" in capsys.readouterr().err
+    assert "pip install -U lm_eval" in capsys.readouterr().err
 
 
 def test_damaged_rows_are_read_or_refused(world, tmp_path):

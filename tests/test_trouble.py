@@ -10,6 +10,7 @@ import fcntl
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -702,3 +703,43 @@ def test_no_gradient_is_nan_however_far_apart_the_two_are(objective):
     loss = koff.OBJECTIVES[objective](logits, index, log_p, rest, torch.tensor([0, 1, 2]))
     loss.sum().backward()
     assert loss.isfinite().all() and logits.grad.isfinite().all()
+
+
+# Names that other packages do not promise to keep ----------------------------------------------------------------------
+
+PRIVATE = {
+    "tiktoken._tiktoken": "from data.tokenizer import Tokenizer; print(Tokenizer.from_folder('data/base').encode('Der Kernel'))",
+    "torch._subclasses.fake_tensor": "import train; print(train.main(['--dry-run']))",
+    "torch.utils._python_dispatch": "import train; print(train.main(['--dry-run']))",
+    "torch.utils._pytree": "import train; print(train.main(['--dry-run']))",
+}  # fmt: skip
+
+
+def test_no_other_private_name_is_imported():
+    found = set()
+    for path in [*ROOT.glob("*.py"), *(ROOT / "data").rglob("*.py")]:
+        found |= set(re.findall(r"^ *(?:from|import) (\S*\b_[a-z]\S*)", path.read_text(encoding="utf-8"), re.M))
+    assert found == set(PRIVATE)
+
+
+@pytest.mark.parametrize("name", PRIVATE)
+def test_a_private_name_may_go(name):
+    """Where torch moves fake tensors there is no dry run; where tiktoken moves its BPE, the class of a public one does."""
+    gone = f"""
+import builtins
+usual = builtins.__import__
+def without(asked, places=None, *more, **named):
+    if asked == {name!r} and (places or {{}}).get("__name__", "").startswith("data."):
+        raise ImportError(asked)
+    return usual(asked, places, *more, **named)
+builtins.__import__ = without
+"""
+    usual, without = (
+        subprocess.run([sys.executable, "-c", begin + PRIVATE[name]], cwd=ROOT, capture_output=True, text=True)
+        for begin in ("", gone)
+    )
+    assert usual.returncode == without.returncode == 0, without.stderr
+    if "torch" in name:
+        assert without.stdout == "2\n" and "--dry-run needs fake tensors" in without.stderr
+    else:
+        assert without.stdout == usual.stdout.splitlines()[-1] + "\n" and len(usual.stdout) > 5
