@@ -258,6 +258,19 @@ def test_a_domain_of_little_text_keeps_its_windows_beside_one_of_much():
         assert router.route(held[small]).count(large) < 0.07 * len(held[small])
 
 
+def test_the_report_says_what_was_held_out_and_what_of_it_was_trained_on(run):
+    results = json.loads((run / "results.json").read_text())
+    for share, windows, again in results["heldout"].values():
+        assert 0.03 < share < 0.1 and windows > 0 and again == 0
+    share, windows, _ = results["heldout"]["german"]
+    assert f"german {share:.1%} (0 of {windows})" in (run / "report.md").read_text()
+    ids = np.random.default_rng(0).integers(0, 4000, 9000)
+    copied = SimpleNamespace(train=ids, heldout=ids[1000:2000])
+    settings = SimpleNamespace(eval_len=64, eval_windows=None)
+    found = evaluation.heldout_text(SimpleNamespace(settings=settings), {"copied": copied})
+    assert found == {"copied": [0.1, 15, 15]}
+
+
 def test_the_reported_accuracy_is_the_mean_over_domains():
     router, rng = Router(), np.random.default_rng(0)
     text = {"a": rng.integers(0, 100, 20_000), "b": rng.integers(100, 200, 20_000)}
