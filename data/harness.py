@@ -8,6 +8,7 @@ Needs: pip install lm_eval.
 import json
 import logging
 from dataclasses import replace
+from functools import cached_property
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -104,7 +105,7 @@ class RunModel:
             name = self.run.router.route(np.array([ids]))[0]
         return self.run.attached(name) if name in self.run.names else (self.model, None)
 
-    @property
+    @cached_property
     def eot_token_id(self):
         """The token before a text without context: the tokenizer's BOS, otherwise EOS, as in the harness's `hf`."""
         names = special_tokens(self.run.folder / "backbone")
@@ -228,7 +229,11 @@ def bench(args):
 
 def result_name(args, run, variant):
     """The name of a result's file, another one for each run, variant, task and setting."""
-    rows = args.rows and Path(args.rows).resolve().stem
-    run = args.out and run.config.raw["koff_fingerprint"]  # several may share the folder
-    parts = [args.task, variant, rows, f"{args.shots}-shot", f"limit-{args.limit}", run]
-    return "-".join(part for part in parts if part and "None" not in part) + ".json"
+    settings = {
+        "rows": args.rows and Path(args.rows).resolve().stem,
+        "shots": args.shots,
+        "limit": args.limit,
+        "run": args.out and run.config.raw["koff_fingerprint"],  # several may share the folder
+    }
+    given = [f"{name}-{value}" for name, value in settings.items() if value is not None]
+    return "-".join([args.task, variant, *given]) + ".json"

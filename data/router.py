@@ -71,7 +71,7 @@ class Router:
         total = counts.sum() + smoothing.sum()
         self.keys[name] = key
         self.weight = np.vstack([self.weight, np.log((counts + smoothing) / total).astype(np.float32)])
-        x = self.buckets(windows(ids, self.WINDOW))
+        x = self.buckets(windows(ids, self.WINDOW, 5000))
         left = np.maximum(counts[x] - 1, 0) + smoothing[x]
         scores = np.log(left / total).mean(axis=1)
         threshold = np.quantile(scores, 1 - keep)

@@ -56,7 +56,7 @@ def special_tokens(folder):
                 named |= more if isinstance(more, dict) else {}
             names |= {name: content(token) for name, token in named.items()}
             for token in map(content, tokens):
-                if token not in there:
+                if token and token not in there:
                     refuse(folder / file, f"the token {token!r} is not in {TOKENIZER}")
         for token in (decoder or {}).values():
             if any(token.get(flag, False) != there.get(token["content"], {}).get(flag) for flag in FLAGS):

@@ -172,6 +172,8 @@ def test_where_a_template_is_found(tmp_path):
     assert ChatTemplate.from_folder(tmp_path) is None
     config = {"bos_token": {"content": "<s>", "lstrip": False}, "eos_token": "</s>", "unk_token": None,
               "pad_token": "<pad>", "add_bos_token": True, "extra_special_tokens": ["<x>"], "chat_template": "one"}  # fmt: skip
+    tokens = [{"content": text} for text in ("<s>", "</s>", "<pad>", "<x>")]
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": tokens}))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     found = ChatTemplate.from_folder(tmp_path)
     assert found.source == "one" and found.special == {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}

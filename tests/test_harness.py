@@ -273,6 +273,7 @@ def test_the_token_before_an_empty_context_is_that_of_hf(world, monkeypatch):
     cases = ({}, 0), ({"eos_token": "b"}, b), ({"eos_token": "b", "bos_token": "a"}, a), ({"pad_token": "a"}, 0)
     for names, first in cases:
         monkeypatch.setattr(harness, "special_tokens", lambda folder, names=names: names)
+        vars(model).pop("eot_token_id", None)
         assert model.eot_token_id == first
 
 
@@ -403,11 +404,11 @@ def test_where_the_results_lie_and_a_task_that_is_not_there(world, tasks, capsys
     assert evaluation.main([str(x) for x in argv]) == 0
     fingerprint = Run(world / "runs/one").config.raw["koff_fingerprint"]
     assert {path.name for path in (world / "elsewhere").iterdir()} == {
-        f"text_local-{name}-limit-2-{fingerprint}.json" for name in ("unpruned", "backbone", "routed")
+        f"text_local-{name}-limit-2-run-{fingerprint}.json" for name in ("unpruned", "backbone", "routed")
     }
     argv = ["bench", str(world / "runs/one"), "koff_pairs", "--rows", str(world / "rows/pairs"), "--on", "backbone"]
     assert evaluation.main(argv) == 0
-    assert [path.name for path in (world / "runs/one/bench").iterdir()] == ["koff_pairs-backbone-pairs.json"]
+    assert [path.name for path in (world / "runs/one/bench").iterdir()] == ["koff_pairs-backbone-rows-pairs.json"]
     # Nothing overwrites the result of another setting, other rows or another run in the same folder.
     copy = world / "rows/fewer"
     shutil.copytree(world / "rows/pairs", copy)

@@ -245,7 +245,10 @@ def test_a_tied_matrix_by_its_other_name_and_a_single_file_beside_an_index(tmp_p
 def test_weights_that_are_no_floating_point_numbers_are_refused(tmp_path, dtype):
     make(tmp_path, "llama")
     state = load_file(tmp_path / "model.safetensors")
-    save_file({**state, "model.norm.weight": torch.ones(48).to(dtype)}, tmp_path / "model.safetensors")
+    try:
+        save_file({**state, "model.norm.weight": torch.ones(48).to(dtype)}, tmp_path / "model.safetensors")
+    except KeyError:
+        pytest.skip(f"this version of safetensors has no {dtype}")
     with pytest.raises(BadInput, match=r"model\.norm\.weight is .* not floating point"):
         load(tmp_path)
 
