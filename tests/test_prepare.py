@@ -29,7 +29,7 @@ def parquet(path, rows):
 @pytest.fixture(autouse=True)
 def no_pause(monkeypatch):
     """`datasets` sleeps five seconds when a stream ends."""
-    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)
 
 
 @pytest.fixture(scope="module")
