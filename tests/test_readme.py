@@ -66,7 +66,11 @@ def test_the_readme_is_short():
 
 
 def test_the_command_that_the_continuous_integration_takes_from_the_readme():
-    assert re.search(r"^```\npip install -r requirements-test.txt && python -m pytest\n```$", text_of(README), re.M)
+    assert re.search(
+        r"^```\npip install -r requirements-test.txt && python -m pytest -n 2 --dist loadfile\n```$",
+        text_of(README),
+        re.M,
+    )
 
 
 def test_every_training_command_parses_and_fits_its_model():
