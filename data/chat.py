@@ -153,7 +153,7 @@ def answer(run, template, messages, name, args):
     name, why = pick_module(run, said, name)
     note(f"module: {why}")
     if template:
-        text = Conversation(template(messages, answer=True))
+        text = template(messages, answer=True)
     else:  # a base model has no template and continues lines of text
         text = "".join(message["content"] + "\n" for message in messages)
     return show(stream(run, text, *run.attached(name), args))

@@ -12,6 +12,7 @@ from functools import cache
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from data import BadInput
+from data.corpus import Conversation
 from data.special_tokens import read_templates, special_tokens
 
 
@@ -31,10 +32,11 @@ class ChatTemplate:
         """The template of a model, or None, as for a base model. BadInput if it cannot be read."""
         source = read_templates(folder)
         if source:
-            return cls(source, special_tokens(folder))
+            names, _ = special_tokens(folder)
+            return cls(source, names)
 
     def __call__(self, messages, answer=False, tools=None, now=None):
-        """The text of a conversation. answer: continue it up to the beginning of the assistant's next message.
+        """The `Conversation`. answer: continue it up to the beginning of the assistant's next message.
 
         tools: JSON schemas of functions that the model may call; now: a datetime instead of the current one. BadInput
         if the template refuses the conversation.
@@ -46,7 +48,7 @@ class ChatTemplate:
             for tool in tools or []:
                 if not isinstance(tool, dict):
                     raise TypeError("its tools are no list of JSON objects")
-            return program(source).render(
+            text = program(source).render(
                 messages=[prepared(message) for message in messages],
                 tools=tools,
                 documents=None,
@@ -55,6 +57,7 @@ class ChatTemplate:
                 raise_exception=raise_exception,
                 **self.special,
             )
+            return Conversation(text)
         except Exception as error:  # a foreign program may fail in any way
             raise BadInput(
                 f"the model's chat template refuses this conversation: {str(error).rstrip('.') or repr(error)}."

@@ -111,7 +111,7 @@ def text_of(line, where, template):
     if template is None:
         raise BadInput(f"{where} is a conversation, but the model has no chat template; give text.")
     try:
-        return Conversation(template(row["messages"], tools=row.get("tools"), now=SOME_DAY))
+        return template(row["messages"], tools=row.get("tools"), now=SOME_DAY)
     except BadInput as error:
         raise BadInput(f"{where}: {error}") from None
 

@@ -196,7 +196,8 @@ def name_tokenizer_class(folder):
 
     transformers 5 builds some tokenizers by itself, such as GPT2Tokenizer, without the pre-tokenizer of the file.
     """
-    config = read_json(folder / CONFIG) | special_tokens(folder)
+    names, _ = special_tokens(folder)
+    config = read_json(folder / CONFIG) | names
     for name in ("auto_map", *LISTS):  # versions read them differently, and all their tokens are in tokenizer.json
         config.pop(name, None)
     save(folder, {CONFIG: config | {"tokenizer_class": "PreTrainedTokenizerFast"}}, show=False)

@@ -108,7 +108,7 @@ class RunModel:
     @cached_property
     def eot_token_id(self):
         """The token before a text without context: the tokenizer's BOS, otherwise EOS, as in the harness's `hf`."""
-        names = special_tokens(self.run.folder / "backbone")
+        names, _ = special_tokens(self.run.folder / "backbone")
         named = [names[name] for name in ("bos_token", "eos_token") if name in names]
         first = self.run.tokenizer.encode(named[0]) if named else self.run.tokenizer.bos
         return [*first, *self.model.config.eos_token_ids, 0][0]

@@ -77,7 +77,8 @@ WRITTEN = [
 
 def tidy(out):
     """Remove half-written files of killed processes (see `atomic`). The folder is locked: nobody is writing there."""
-    folders = ("", "backbone/", "modules/", "later/*/")  # not export/, where another process may be writing
+    # not export/, where another process may be writing
+    folders = ("", "backbone/", "backbone/*/", "modules/", "later/*/")
     discard_all(out, [f"{folder}.*.????????.part" for folder in folders])
 
 

@@ -35,42 +35,54 @@ def read_json(path):
 
 
 def special_tokens(folder):
-    """{"eos_token": content, ...}. BadInput for a token that makes ids other than tokenizer.json alone."""
+    """(names {"eos_token": content, ...}, tokens [(file, token)]) of all files beside tokenizer.json.
+
+    A token is a text, or a dictionary if its flags count. BadInput if a file is damaged.
+    """
     folder = Path(folder)
     config = read_json(folder / CONFIG)
-    decoder = config.get("added_tokens_decoder")  # {id: token}; with it the two older files do not count
+    if config.get("split_special_tokens"):
+        refuse(folder / CONFIG, "split_special_tokens is not implemented")
     files = {CONFIG: config}
-    if decoder is None:
+    if "added_tokens_decoder" not in config:  # otherwise the two older files do not count
         files |= {NAMES: read_json(folder / NAMES), ADDED: {LISTS[0]: list(read_json(folder / ADDED))}}
-    there = {token["content"]: token for token in read_json(folder / TOKENIZER).get("added_tokens") or []}
+    tokens = []
     try:
         names = dict(BY_CLASS.get(config.get("tokenizer_class", "").removesuffix("Fast"), {}))
         for file, values in files.items():
             named = {}
             for name, value in values.items():
                 if name.endswith("_token") and type(value) in (str, dict):  # not add_bos_token
-                    named[name] = value
-            tokens = [*named.values()]
+                    named[name] = content(value)
+            found = [*named.values()]
             for more in filter(None, map(values.get, LISTS)):
-                tokens += more.values() if isinstance(more, dict) else more
-                named |= more if isinstance(more, dict) else {}
-            names |= {name: content(token) for name, token in named.items()}
-            for token in map(content, tokens):
-                if token and token not in there:
-                    refuse(folder / file, f"the token {token!r} is not in {TOKENIZER}")
-        for token in (decoder or {}).values():
-            if any(token.get(flag, False) != there.get(token["content"], {}).get(flag) for flag in FLAGS):
-                refuse(folder / CONFIG, f"the token {token['content']!r} is not the same in {TOKENIZER}")
+                found += map(content, more.values() if isinstance(more, dict) else more)
+                named |= {name: content(token) for name, token in more.items()} if isinstance(more, dict) else {}
+            names |= named
+            tokens += [(folder / file, token) for token in found if token]
+        for token in config.get("added_tokens_decoder", {}).values():
+            tokens.append((folder / CONFIG, {**token, "content": content(token)}))
     except MALFORMED as error:
         raise BadInput(f"{folder / CONFIG} or a file beside it is not valid ({error!r}); download it again.") from None
-    if config.get("split_special_tokens"):
-        refuse(folder / CONFIG, "split_special_tokens is not implemented")
-    return names
+    return names, tokens
+
+
+def check_special_tokens(folder, there):
+    """BadInput for a token that makes other ids than tokenizer.json alone. there: its added tokens {content: token}."""
+    for path, token in special_tokens(folder)[1]:
+        if isinstance(token, str):
+            if token not in there:
+                refuse(path, f"the token {token!r} is not in {TOKENIZER}")
+        elif any(token.get(flag, False) != there.get(token["content"], {}).get(flag) for flag in FLAGS):
+            refuse(path, f"the token {token['content']!r} is not the same in {TOKENIZER}")
 
 
 def content(token):
     """The text of a token, which may be a dictionary with flags."""
-    return token if isinstance(token, str) else token["content"]
+    text = token if isinstance(token, str) else token["content"]
+    if not isinstance(text, str):
+        raise TypeError("the content of a token is no text")
+    return text
 
 
 def refuse(path, fault):

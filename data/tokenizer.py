@@ -18,7 +18,7 @@ import regex
 import tiktoken
 
 from data import BadInput
-from data.special_tokens import FLAGS, TOKENIZER, special_tokens
+from data.special_tokens import FLAGS, TOKENIZER, check_special_tokens
 
 try:  # tiktoken's BPE, which takes bytes; its place is private
     from tiktoken._tiktoken import CoreBPE
@@ -50,7 +50,7 @@ class Tokenizer:
     """Text to ids and back.
 
     vocab_size: the highest id + 1, added tokens included, but at most the rows of the model. bos: the ids that
-    `encode(bos=True)` prepends, often [].
+    `encode(bos=True)` prepends, often []. added: the file's added tokens {content: token}.
     fingerprint: a hash of the file, for the keys of token caches.
     """
 
@@ -59,7 +59,7 @@ class Tokenizer:
         """Read `<folder>/tokenizer.json`.
 
         rows: of the model's embedding; `encode` refuses ids without a row, which some files have. BadInput if the file
-        is missing, damaged or not supported, or if a file beside it says otherwise (`special_tokens`).
+        is missing, damaged or not supported, or if a file beside it says otherwise.
         """
         path = Path(folder, TOKENIZER)
         try:
@@ -70,7 +70,7 @@ class Tokenizer:
             raise BadInput(f"{path}: {error}") from None
         except Exception as error:  # a damaged file can fail in any way
             raise BadInput(f"{path} is not a valid tokenizer.json ({error!r:.200}); download it again.") from None
-        special_tokens(folder)  # refuses tokens that the file lacks
+        check_special_tokens(folder, tokenizer.added)
         if rows and rows < tokenizer.vocab_size:
             tokenizer.vocab_size = rows
             tokenizer.fingerprint += f"-{rows}"  # a cache may hold ids that this model lacks
@@ -87,9 +87,9 @@ class Tokenizer:
         model = file["model"]
         vocab = model["vocab"]
         # If two added tokens have the same content, the later one counts. Empty ones are ignored.
-        added = {token["content"]: token for token in file.get("added_tokens") or [] if token["content"]}
+        self.added = {token["content"]: token for token in file.get("added_tokens") or [] if token["content"]}
         normalizer = file.get("normalizer")  # NFC or None
-        check_supported(model, normalizer, added.values())
+        check_supported(model, normalizer, self.added.values())
         self.fingerprint = fingerprint
         self.bos = bos_of(file.get("post_processor"))
 
@@ -99,7 +99,7 @@ class Tokenizer:
         ids = dict(vocab)
         self._raw = {}
         self._normalized = {}
-        for content, token in added.items():
+        for content, token in self.added.items():
             id = ids.setdefault(content, len(ids))
             if token.get("normalized"):
                 self._normalized[self._normalize(content)] = id

@@ -272,7 +272,7 @@ def test_the_token_before_an_empty_context_is_that_of_hf(world, monkeypatch):
     a, b = (model.run.tokenizer.encode(name)[0] for name in "ab")
     cases = ({}, 0), ({"eos_token": "b"}, b), ({"eos_token": "b", "bos_token": "a"}, a), ({"pad_token": "a"}, 0)
     for names, first in cases:
-        monkeypatch.setattr(harness, "special_tokens", lambda folder, names=names: names)
+        monkeypatch.setattr(harness, "special_tokens", lambda folder, names=names: (names, []))
         vars(model).pop("eot_token_id", None)
         assert model.eot_token_id == first
 

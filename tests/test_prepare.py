@@ -1,6 +1,7 @@
 """The recipes against small files in the Hub's own layout, columns and formats: parquet, and C4's gzipped lines."""
 
 import gzip
+import hashlib
 import json
 import os
 import random
@@ -305,6 +306,18 @@ def test_splits_of_random_folders(tmp_path, seed):
     ends = set(np.cumsum([len(line) for text in documents for line in text.splitlines(keepends=True)]))
     cut = sum(map(len, train))
     assert cut in ends or not any(0.05 < 1 - end / total < 0.075 for end in ends)
+
+
+def test_a_finished_run_of_an_earlier_version_keeps_its_split(tmp_path):
+    tokenizer = Tokenizer.from_folder(ROOT / "data/base")
+    texts = ["word " * 500, "word " * 20, "Ende"]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    content = hashlib.sha256(json.dumps([texts, False, 0.05, 7]).encode()).hexdigest()[:16]
+    known = f"{content}-{tokenizer.fingerprint}"
+    split = load_text(tmp_path / "a.jsonl", tokenizer, tmp_path / "cache", separator=7, known=known)
+    assert split.key == known and split.heldout.tolist() == [*tokenizer.encode("Ende"), 7]  # one document of three
+    today = load_text(tmp_path / "a.jsonl", tokenizer, tmp_path / "cache", separator=7)
+    assert today.key != known and len(today.heldout) > len(split.heldout)
 
 
 def test_windows_that_were_trained_on_are_counted():
