@@ -10,6 +10,7 @@ python eval.py plot out/handbook                                    pictures of 
 python eval.py generate out/handbook "Der Kernel" --module german   one module by name; without --module: routed
 python eval.py chat out/handbook                                    a conversation; /domain changes the module
 python eval.py export out/handbook hf                               for transformers; peft: one adapter per module
+python eval.py export out/handbook gguf                             for llama.cpp: the pruned model, adapters
 python eval.py remove out/handbook french                           deletes a module
 
 This file measures a finished run: perplexities, the swap matrix, router, ledger, report. The other commands are in
@@ -467,9 +468,11 @@ def parse(argv):
     option = command("chat", chat, "hold a conversation; the module can change in the middle")
     sampling(option, tokens=256)
 
-    option = command("export", export, "write the run for transformers and peft", device=False)
-    option("form", choices=("hf", "peft"), help="one dense checkpoint, or one adapter per module for it")
-    option("--module", help="hf: merge the LoRA of this module; peft: export only this module")
+    option = command("export", export, "write the run for transformers and peft, or for llama.cpp", device=False)
+    forms = "one dense checkpoint; one adapter per module for it; the pruned model and adapters for llama.cpp"
+    option("form", choices=("hf", "peft", "gguf"), help=forms)
+    option("--module", help="hf: merge the LoRA of this module; peft, gguf: export only this module")
+    option("--dtype", choices=("f32", "bf16", "q8_0"), default="bf16", help="gguf: numbers of the matrices [bf16]")
     option("--out", type=Path, help="new folder [RUN/export/FORM or RUN/export/FORM-MODULE]")
 
     option = command("remove", remove, "delete a module", device=False)

@@ -1,4 +1,4 @@
-"""Write a run for other libraries: `python eval.py export RUN hf` or `python eval.py export RUN peft`.
+"""Write a run for other libraries: `python eval.py export RUN hf`, or peft or gguf in place of hf.
 
 A run is saved without its closed channels (`koff.materialise`), and no other library knows matrices of such shapes. An
 export puts zeros in their place (`expand`), and every matrix has its pretrained shape again:
@@ -6,6 +6,8 @@ export puts zeros in their place (`expand`), and every matrix has its pretrained
     hf      a dense checkpoint for transformers; with --module the LoRA of that module is merged into it
     peft    adapters for the dense checkpoint: for each module one of kind LORA, and one of kind CARTRIDGE if all blocks
             have keys and values
+    gguf    for llama.cpp: the backbone, in which MLPs alone keep their smaller shapes, and for each module its LoRA as
+            an adapter (`data/llamacpp.py`; it needs the package gguf)
 
 LoRA and keys and values act together, unmerged, through two libraries (`generate` of transformers 5.24 with peft 0.21.2
 leaves keys and values out, 5.23 does not):
@@ -13,8 +15,9 @@ leaves keys and values out, 5.23 does not):
     model.load_adapter("RUN/export/peft/NAME")                          # transformers: LoRA
     model = PeftModel.from_pretrained(model, "RUN/export/peft/NAME-kv")  # peft: keys and values
 
-llama.cpp reads both kinds of export: convert_hf_to_gguf.py the dense one, convert_lora_to_gguf.py a LORA, with --base
-RUN/export/hf (otherwise it looks for that folder on the Hub and fails).
+llama.cpp switches adapters without loading them again: each request gives the scales of those that --lora names.
+
+    llama-server -m RUN/export/gguf/backbone.gguf --lora RUN/export/gguf/NAME.gguf --lora-init-without-apply
 
 An export appears under its name only after two checks: the tensors to be written give the logits of the run
 (`check_logits`), and the written file holds those tensors bit for bit (`check_tensors`). tests/test_export.py loads the
@@ -27,7 +30,7 @@ import torch
 from safetensors.torch import save_file
 
 import koff
-from data import BadInput, atomic, fast, read_tensors
+from data import BadInput, atomic, fast, llamacpp, read_tensors
 from data.checkpoint import load, refuse_other_tensors, save_backbone
 from data.families import read_config
 from data.run import Run
@@ -158,11 +161,14 @@ def export(args):
     gates, mask = run.gates(run.backbone)
     kept = koff.kept_channels(mask, run.backbone.config, gates.first_block, "cpu")
     dense = expand(run.backbone, kept)
+    names = [args.module] if args.module else run.names
     with atomic(out) as partial:
         if args.form == "hf":
             export_dense(partial, run, dense, kept, args.module)
+        elif args.form == "peft":
+            export_adapters(partial, run, dense, kept, names)
         else:
-            export_adapters(partial, run, dense, kept, [args.module] if args.module else run.names)
+            export_gguf(partial, run, dense, kept, names, args)
     print(f"{out}, read again and compared with the run")
     if args.form == "peft":
         print(f"for the model that eval.py export {run.folder} hf writes")
@@ -228,6 +234,24 @@ def export_adapters(folder, run, dense, kept, names):
             print(f"{name}: peft attaches keys and values to all blocks or none; {there} stay here.")
     if not folder.exists():
         raise BadInput(f"{run.folder} has nothing that peft could attach; export hf is all that there is.")
+
+
+def export_gguf(folder, run, dense, kept, names, args):
+    """Write backbone.gguf, unless args.module is given, and the LoRA of the modules `names` as NAME.gguf."""
+    folder.mkdir()
+    left = llamacpp.neurons_left(kept, dense.config, args.dtype)
+    model = koff.materialise(dense, left)
+    if not args.module:
+        check_logits("backbone.gguf", run, None, model)
+        check_tensors(folder, *llamacpp.write_backbone(folder / "backbone.gguf", run, model, args.dtype))
+    for name in names if run.settings.rank else ():
+        refuse_other_tensors(run.memories(name), "a GGUF has no place for it")
+        lora = {i: Memory(memory.lora) for i, memory in run.memories(name).items()}
+        memories = koff.materialise_memories(expand_memories(lora, kept, dense.config), left)
+        check_logits(name, run, lora, model, memories)
+        check_tensors(folder, *llamacpp.write_adapter(folder / f"{name}.gguf", memories, model.config))
+    if names and run.settings.kv_tokens:
+        print(f"{', '.join(names)}: keys and values stay here; a GGUF has no place for them.")
 
 
 # The two checks ------------------------------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ class Tokenizer:
     """Text to ids and back.
 
     vocab_size: the highest id + 1, added tokens included, but at most the rows of the model. bos: the ids that
-    `encode(bos=True)` prepends, often []. added: the file's added tokens {content: token}.
+    `encode(bos=True)` prepends, often []. ids {token: id}. added: the file's added tokens {content: token}.
     fingerprint: a hash of the file, for the keys of token caches.
     """
 
@@ -96,7 +96,7 @@ class Tokenizer:
         # Added tokens: we search for some in the raw text, and for the others in the normalised text between them. A
         # token in the vocabulary keeps its id. All others get the next free ids, whatever the file says.
         self._normalize = functools.partial(unicodedata.normalize, "NFC") if normalizer else str
-        ids = dict(vocab)
+        self.ids = ids = dict(vocab)
         self._raw = {}
         self._normalized = {}
         for content, token in self.added.items():
