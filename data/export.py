@@ -15,9 +15,8 @@ leaves keys and values out, 5.23 does not):
     model.load_adapter("RUN/export/peft/NAME")                          # transformers: LoRA
     model = PeftModel.from_pretrained(model, "RUN/export/peft/NAME-kv")  # peft: keys and values
 
-llama.cpp switches adapters without loading them again: each request gives the scales of those that --lora names.
-
-    llama-server -m RUN/export/gguf/backbone.gguf --lora RUN/export/gguf/NAME.gguf --lora-init-without-apply
+llama.cpp changes modules without loading them again: `llama-server -m backbone.gguf --lora NAME.gguf ...` numbers them,
+and a request names one by {"lora": [{"id": 0, "scale": 1}]}, or none by scale 0. Without that field all act at once.
 
 An export appears under its name only after two checks: the tensors to be written give the logits of the run
 (`check_logits`), and the written file holds those tensors bit for bit (`check_tensors`). tests/test_export.py loads the

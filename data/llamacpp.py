@@ -132,11 +132,16 @@ def add_tokenizer(gguf, writer, run):
     file = read_json(folder / TOKENIZER)
     ids = run.tokenizer.ids
     pattern = pattern_of(file["pre_tokenizer"])
-    if pattern == SPACES and not any(len(text) > 1 and not text.strip("ĠĊĉč") for text in ids):
+    if pattern == SPACES and not re.search("(?m)^[ĠĊĉč]{2,}$", "\n".join(ids)):
         pattern = DIGITS  # without tokens of several spaces both make the same ids
     pre = NAMES.get((pattern, bool(file["model"].get("ignore_merges"))))
-    if pre is None:
-        raise BadInput(f"{folder / TOKENIZER}: llama.cpp cuts text in another way; export hf instead.")
+    # Merges, the ids of two special tokens and the chat template. Without an eos llama.cpp would take token 11 for it.
+    more = gguf.SpecialVocab(folder, True, ("bos", "eos"), run.config.vocab_size)
+    bos = run.tokenizer.bos
+    if pre is None or "eos" not in more.special_token_ids or bos not in ([], [more.special_token_ids.get("bos")]):
+        raise BadInput(f"{folder}: llama.cpp lacks its pre-tokenizer, its bos or its eos_token; export hf instead.")
+    more.add_special_token = {"bos": bool(bos)}
+    more.add_to_gguf(writer, quiet=True)
     if file.get("normalizer"):
         print("llama.cpp does not normalise text as this tokenizer does; give it text in the form NFC.")
     texts = {id: text for text, id in ids.items()}
@@ -148,7 +153,3 @@ def add_tokenizer(gguf, writer, run):
     writer.add_tokenizer_pre(pre)
     writer.add_token_list([texts.get(id, f"[PAD{id}]") for id in rows])
     writer.add_token_types([kinds.get(id, UNUSED) for id in rows])
-    # Merges, the ids of special tokens and the chat template.
-    more = gguf.SpecialVocab(folder, True, ("bos", "eos"), len(rows))
-    more.add_special_token = {"bos": bool(run.tokenizer.bos)}
-    more.add_to_gguf(writer, quiet=True)
