@@ -38,11 +38,10 @@ SPACES = DIGITS.replace(r"\s+(?=\p{N})|", "")
 def neurons_left(kept, config, dtype):
     """`koff.kept_channels` for the model of `data.export.expand`, from which only neurons shall go again."""
     group = 32 if dtype == "q8_0" else 1
-    is_open = torch.zeros(len(kept), config.intermediate_size, dtype=torch.bool)
-    for row, index in zip(is_open, kept.values(), strict=True):
-        row[index["neuron"]] = True
+    places = torch.arange(config.intermediate_size)
+    is_open = torch.stack([torch.isin(places, index["neuron"]) for index in kept.values()])  # [N, F]
     count = is_open.sum(1, keepdim=True)
-    more = (count / group).ceil().clamp(min=1) * group - count
+    more = (count.clamp(min=1) / group).ceil() * group - count
     is_open |= (~is_open).cumsum(1) <= more
     return koff.kept_channels({"neuron": is_open}, config, min(kept), "cpu")
 
@@ -62,13 +61,12 @@ def write_backbone(path, run, model, dtype):
     if config.qk_norm or config.post_norm:
         raise BadInput(f"llama.cpp has no {config.model_type} with blocks of different widths; export hf instead.")
     gguf, writer = new_file(path)
-    blocks = config.num_hidden_layers
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(blocks)
+    writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length([len(layer.mlp.up_proj.weight) for layer in model.layers])
-    writer.add_head_count([config.num_attention_heads] * blocks)
-    writer.add_head_count_kv([config.num_key_value_heads] * blocks)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_key_length(config.head_dim)
     writer.add_value_length(config.head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
