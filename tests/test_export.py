@@ -169,6 +169,33 @@ def test_lora_and_keys_and_values_act_together_without_merging(world):  # noqa: 
 
 
 @torch.no_grad()
+def test_each_row_of_a_batch_has_its_own_module(world):  # noqa: F811
+    """`adapter_names` of peft. Only PeftModel has it: a model of transformers takes the argument and ignores it."""
+    out = finished(world)
+    run, reference = masked(world, out)
+    assert evaluation.main(["export", str(out), "hf"]) == 0 and evaluation.main(["export", str(out), "peft"]) == 0
+    whole = whole_modules(world, run, lora_only=True)
+    theirs = AutoModelForCausalLM.from_pretrained(out / "export/hf", dtype=torch.float32)
+    adapted = PeftModel.from_pretrained(theirs, out / "export/peft/french", adapter_name="french")
+    adapted.load_adapter(out / "export/peft/german", "german")
+    names = ["german", "__base__", "french", "german"]
+    tokens = TOKENS[:1].expand(4, -1)  # the same text: rows differ by their modules only
+    found = adapted(tokens, adapter_names=names).logits
+    texts = adapted.generate(
+        input_ids=tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=6, do_sample=False, adapter_names=names
+    )
+    assert not close(found[0], found[1]) and not close(found[1], found[2]) and not close(found[0], found[2])
+    for name, logits, text in zip(names, found, texts, strict=True):
+        module = whole.get(name)  # None for "__base__"
+        ids = TOKENS[:1]
+        assert close(logits, reference(ids, module)[0])
+        for _ in range(6):
+            ids = torch.cat([ids, reference(ids, module)[:, -1:].argmax(-1)], 1)
+        assert text.tolist() == ids[0].tolist()
+    assert close(adapted(TOKENS).logits, reference(TOKENS, whole["french"]))  # without names, the first module again
+
+
+@torch.no_grad()
 def test_blocks_of_different_rank_are_told_apart_by_peft_and_merged(world, monkeypatch):  # noqa: F811
     """Also blocks 1 and 11, of which the name of one ends like that of the other."""
     monkeypatch.setitem(KINDS, "deep", dict(num_hidden_layers=12))
