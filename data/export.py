@@ -91,21 +91,23 @@ def expand_memories(memories, kept, config):
 
 
 def save_lora(folder, memories, base):
-    """Write the LoRA of {block: Memory} as an adapter of kind LORA for the dense model in `base`."""
+    """Write the LoRA of {block: Memory} as an adapter of kind LORA for the dense model in `base`.
+
+    Ranks may differ from block to block. Zeros fill all up to the largest one. Otherwise llama.cpp, which reads no
+    alpha_pattern, would multiply each B by lora_alpha / its own rank.
+    """
+    rank = max(len(a) for memory in memories.values() for a, _ in memory.lora.values())
     tensors = {}
-    ranks = {}  # by matrix: they may differ from block to block
     for i, memory in memories.items():
         for name, (a, b) in memory.lora.items():
             matrix = f"base_model.model.model.{matrix_name(i, name)}"
-            ranks[matrix_name(i, name)] = len(a)
-            tensors[f"{matrix}.lora_A.weight"] = a  # [r, fan-in]
-            tensors[f"{matrix}.lora_B.weight"] = b  # [channels, r]
+            used = torch.arange(len(a))
+            tensors[f"{matrix}.lora_A.weight"] = with_zeros(a, used, rank, dim=0)  # [r, fan-in]
+            tensors[f"{matrix}.lora_B.weight"] = with_zeros(b, used, rank, dim=1)  # [channels, r]
     config = {
         "peft_type": "LORA",
-        "r": max(ranks.values()),
-        "lora_alpha": max(ranks.values()),  # peft multiplies by lora_alpha / r, but our B already contains the scale
-        "rank_pattern": ranks,
-        "alpha_pattern": ranks,
+        "r": rank,
+        "lora_alpha": rank,  # peft multiplies by lora_alpha / r, but our B already contains the scale
         "target_modules": [f"{name}_proj" for name in memory.lora],  # the same in every block
         "layers_to_transform": list(memories),
         "layers_pattern": "layers",
