@@ -85,8 +85,7 @@ look("load_adapter of transformers", model.eval(), "lora")
 look("PeftModel, CARTRIDGE", with_peft("cartridge", "one", "two"), "cartridge")
 PY
 python3 -m venv "$tmp/venv"
-"$tmp/venv/bin/pip" install -q --disable-pip-version-check --no-deps torch==2.13.0 \
-    --extra-index-url https://download.pytorch.org/whl/cpu
+"$tmp/venv/bin/pip" install -q --disable-pip-version-check --no-deps torch==2.13.0
 "$tmp/venv/bin/pip" install -q --disable-pip-version-check peft==0.21.2 transformers==5.24.0
 "$tmp/venv/bin/python" "$tmp/look.py" "$tmp/folders" 2> "$tmp/errors" | tee "$tmp/said" || cat "$tmp/errors"
 if [ "$(cat "$tmp/said")" != "$seen" ]; then

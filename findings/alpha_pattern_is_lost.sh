@@ -108,8 +108,7 @@ for given in scales, [4.0, 1.0]:
         print("llama.cpp has the log probabilities of peft with scales", *[f"{scale:g}" for scale in given])
 PY
 python3 -m venv "$tmp/venv"
-"$tmp/venv/bin/pip" install -q --disable-pip-version-check --no-deps torch==2.13.0 \
-    --extra-index-url https://download.pytorch.org/whl/cpu
+"$tmp/venv/bin/pip" install -q --disable-pip-version-check --no-deps torch==2.13.0
 "$tmp/venv/bin/pip" install -q --disable-pip-version-check peft==0.21.2 transformers==5.24.0 gguf==0.19.0 \
     xllamacpp==2026.10.11549
 "$tmp/venv/bin/pip" download -q --disable-pip-version-check --no-deps --no-binary llama-cpp-python -d "$tmp" \

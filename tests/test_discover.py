@@ -1,0 +1,147 @@
+"""Domains that data/discover.py finds in mixed documents, against the domains that we mixed."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+
+import train
+from data import discover
+from data.run import Run
+from test_train import ROOT
+
+OTHERS = ROOT / "data/other_languages.jsonl"
+
+
+def paragraphs(language, count=60):
+    lines = (ROOT / f"data/handbook/{language}.txt").read_text(encoding="utf-8").split("\n")
+    return [line for line in lines if len(line) > 300][:count]
+
+
+def mixed(path, domains):
+    """Write the texts of {domain: [text]} in random order into a .jsonl. Returns {line: domain}."""
+    lines = {json.dumps({"text": text}, ensure_ascii=False): name for name, texts in domains.items() for text in texts}
+    order = list(lines)
+    random.Random(0).shuffle(order)
+    path.write_text("".join(f"{line}\n" for line in order), encoding="utf-8")
+    return lines
+
+
+def found(folder):
+    """{file: [line]}."""
+    return {path.stem: path.read_text(encoding="utf-8").splitlines() for path in sorted(folder.iterdir())}
+
+
+def run(*given):
+    return discover.main([str(value) for value in given])
+
+
+def test_six_languages_are_told_apart_and_no_document_is_lost(tmp_path):
+    languages = ("english", "french", "german", "italian", "portuguese", "spanish")
+    given = mixed(tmp_path / "mix.jsonl", {name: paragraphs(name) for name in languages})
+    assert run(tmp_path / "mix.jsonl", "--domains", 6, "--out", tmp_path / "found") == 0
+    files = found(tmp_path / "found")
+    assert sorted(line for lines in files.values() for line in lines) == sorted(given)  # each in one file
+    of_file = {name: {given[line] for line in lines} for name, lines in files.items()}
+    assert sorted(map(len, of_file.values())) == [1] * 6
+    # Names are words of the language, which few others have.
+    german = next(name for name, domains in of_file.items() if domains == {"german"})
+    assert set(german.split("-")) < {"die", "der", "und", "das", "den", "sie", "werden", "ist"}
+
+
+@pytest.mark.parametrize("languages", [("german",), ("french", "german", "spanish")])
+def test_auto_finds_how_many_and_not_two_halves_of_one(tmp_path, languages, capsys):
+    given = mixed(tmp_path / "mix.jsonl", {name: paragraphs(name, 150) for name in languages})
+    assert run(tmp_path / "mix.jsonl", "--out", tmp_path / "found") == 0
+    files = found(tmp_path / "found")
+    assert len(files) == len(languages) and sum(map(len, files.values())) == len(given)
+    assert f"{len(languages) + 1} domains: prediction strength 0." in capsys.readouterr().out
+
+
+def test_a_document_unlike_all_others_is_named_and_left_out(tmp_path, capsys):
+    rows = [json.loads(line) for line in OTHERS.read_text(encoding="utf-8").splitlines()]
+    japanese = next(row["text"] for row in rows if row["language"] == "japanese")
+    given = mixed(tmp_path / "mix.jsonl", {"a": paragraphs("german"), "b": paragraphs("french"), "c": [japanese, "12"]})
+    assert run(tmp_path / "mix.jsonl", "--domains", 2, "--out", tmp_path / "found") == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("fits no domain")]
+    assert len(said) == 2 and any(japanese[:40] in line for line in said) and any("'12'" in line for line in said)
+    kept = [given[line] for lines in found(tmp_path / "found").values() for line in lines]
+    assert sorted(kept) == ["a"] * 60 + ["b"] * 60
+
+
+@pytest.mark.parametrize("form", ["folders", "one text file"])
+def test_documents_come_from_files_folders_and_paragraphs(tmp_path, form):
+    texts = paragraphs("german", 50) + paragraphs("french", 50)
+    mix = tmp_path / "mix"
+    if form == "folders":
+        (mix / "below").mkdir(parents=True)
+        for i, text in enumerate(texts[:80]):
+            (mix / ("below" if i % 2 else ".") / f"{i}.md").write_text(text, encoding="utf-8")
+        mixed(mix / "more.jsonl", {"": texts[75:]})  # five are there twice
+        (mix / ".hidden").write_text("no document", encoding="utf-8")
+    else:
+        mix = tmp_path / "mix.txt"
+        mix.write_text("\n\n \n".join(texts) + "\n\n\n", encoding="utf-8")
+    assert run(mix, "--domains", 2, "--out", tmp_path / "found") == 0
+    files = found(tmp_path / "found")
+    groups = [[json.loads(line)["text"] for line in lines] for lines in files.values()]
+    assert sorted(text for group in groups for text in group) == sorted(texts)
+    for group in groups:
+        assert not 0.04 < np.mean([text in texts[:50] for text in group]) < 0.96
+
+
+def test_modules_decide_and_the_rest_of_a_line_stays(tmp_path, capsys):
+    """On a run of the shipped model, from found domains, of which one has documents of the other."""
+    french, german = paragraphs("french", 200), paragraphs("german", 200)
+    (tmp_path / "text").mkdir()
+    mixed(tmp_path / "text/french.jsonl", {"": french[:150] + german[:8]})
+    mixed(tmp_path / "text/german.jsonl", {"": german[8:150]})
+    short = dict(preset="solved", device="cpu", dtype="float32", data=tmp_path / "text", out=tmp_path / "run",
+                 fisher_sequences=4, repair_tokens=1024, solve_tokens=2048, curvature_tokens=512, kv_passages=2,
+                 kv_places=4, eval_windows=1, eval_len=64, seq_len=64)  # fmt: skip
+    assert train.main([x for name, value in short.items() for x in (f"--{name.replace('_', '-')}", str(value))]) == 0
+    rows = [{"text": text, "source": i} for i, text in enumerate(french[:60] + german[:60])]
+    (tmp_path / "mix.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    capsys.readouterr()
+    assert run(tmp_path / "mix.jsonl", "--by", tmp_path / "run", "--out", tmp_path / "moved") == 0
+    sources = {
+        name: [json.loads(line)["source"] for line in lines] for name, lines in found(tmp_path / "moved").items()
+    }
+    assert sorted(sources) == ["french", "german"] and sum(map(len, sources.values())) == 120
+    assert np.mean(np.array(sources["french"]) < 60) > 0.95 and np.mean(np.array(sources["german"]) >= 60) > 0.95
+    # The scores are log-likelihoods: with a module of its own, a text is more likely.
+    model = Run(tmp_path / "run", "cpu")
+    members = discover.by_modules(model, [np.array(model.tokenizer.encode(text)) for text in (german[0], french[0])])
+    assert members["german"].tolist() == [0] and members["french"].tolist() == [1]
+    # Whoever moves is counted by the text of the run: the eight that were misplaced, and whatever is wrong now.
+    assert "of 120 documents moved" in capsys.readouterr().out
+
+
+FAULTS = {
+    "no such file": (["MIX.jsonl"], "does not exist"),
+    "more domains than documents allow": (["mix.jsonl", "--domains", "40"], "--domains 40 needs at least 80"),
+    "too few for auto": (["mix.jsonl"], "--domains auto needs at least 30"),
+    "a broken line": (["broken.jsonl", "--domains", "2"], "broken.jsonl:1 is not a JSON object"),
+    "a conversation": (["chat.jsonl", "--domains", "2"], "the model has no chat template"),
+    "no run": (["mix.jsonl", "--by", "nowhere"], "nowhere"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_bad_input_is_one_sentence(tmp_path, fault, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    mixed(tmp_path / "mix.jsonl", {"": paragraphs("german", 12)})
+    (tmp_path / "broken.jsonl").write_text("{}\n")
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "a"}]}))
+    given, words = FAULTS[fault]
+    assert run(*given, "--out", "found") == 2
+    err = capsys.readouterr().err
+    assert words in err and err.count("\n") == 1 and not (tmp_path / "found").exists()
+
+
+def test_nothing_is_overwritten(tmp_path, capsys):
+    (tmp_path / "found").mkdir()
+    assert run("mix", "--out", tmp_path / "found") == 2 and "is there already" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run("mix", "--domains", "six", "--out", tmp_path / "other")
