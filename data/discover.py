@@ -39,9 +39,10 @@ from data.tables import table
 from data.tokenizer import Tokenizer
 
 DIMENSIONS = 64  # of a document's vector (measured)
-STARTS = 10  # of k-means
+STARTS = 20  # of k-means
 MOST = 15  # domains, where we decide how many
 STRENGTH = 0.8  # of the prediction: Tibshirani and Walther's bound
+READ = 1024  # tokens of a document by which modules are compared, at most
 FAR = 0.3  # a document that is less like its domain than this share of the median fits none (measured)
 
 # Documents -----------------------------------------------------------------------------------------------------------
@@ -139,10 +140,10 @@ def prediction_strength(x, k, rng):
 
 
 def how_many(x, rng):
-    """The largest number of domains that each half of the documents finds in the other; 1 if there is none."""
+    """The largest number of domains that one half of the documents finds in the other, in most of five halvings; or 1."""
     found = 1
     for k in range(2, MOST + 1):
-        strength = np.mean([prediction_strength(x, k, rng) for _ in range(2)])
+        strength = np.median([prediction_strength(x, k, rng) for _ in range(5)])
         print(f"{k} domains: prediction strength {strength:.2f}")
         if strength >= STRENGTH:
             found = k
@@ -199,7 +200,7 @@ def by_modules(run, ids):
         model, memories = run.attached(name)
         for start in tqdm(range(0, len(ids), BATCH), desc=name, disable=None):
             numbers = order[start : start + BATCH]
-            part = [ids[i][: run.settings.eval_len].tolist() for i in numbers]
+            part = [ids[i][:READ].tolist() for i in numbers]
             scores[numbers, j], _ = log_likelihoods(model, first, part, memories)
     best = scores.argmax(1)
     return {name: np.flatnonzero(best == j) for j, name in enumerate(run.names)}
