@@ -140,7 +140,7 @@ def prediction_strength(x, k, rng):
 
 
 def how_many(x, rng):
-    """The largest number of domains that one half of the documents finds in the other, in most of five halvings; or 1."""
+    """The largest number of domains that one half of the documents finds in the other, in most of five halvings."""
     found = 1
     for k in range(2, MOST + 1):
         strength = np.median([prediction_strength(x, k, rng) for _ in range(5)])

@@ -15,6 +15,14 @@ leaves keys and values out, 5.23 does not):
     model.load_adapter("RUN/export/peft/NAME")                          # transformers: LoRA
     model = PeftModel.from_pretrained(model, "RUN/export/peft/NAME-kv")  # peft: keys and values
 
+Each row of a batch may have the LoRA of its own module: model(tokens, adapter_names=["german", "__base__"]). Only a
+PeftModel with adapters of kind LORA does that; `load_adapter` of transformers ignores the names.
+
+vLLM (0.33: its source was read, it was not run) serves hf with all adapters of kind LORA, and refuses CARTRIDGE:
+`vllm serve RUN/export/hf --enable-lora --max-lora-rank 128 --lora-modules german=RUN/export/peft/german`. The highest
+rank is 1, 8, 16 (the default), 32, 64, 128, 256, 320 or 512; --max-loras (1) is the number of modules in one batch.
+Ollama (0.33.0-rc2, also read) takes gguf by a Modelfile: FROM ./backbone.gguf, and one ADAPTER ./german.gguf.
+
 llama.cpp changes modules without loading them again: `llama-server -m backbone.gguf --lora NAME.gguf ...` numbers them,
 and a request names one by {"lora": [{"id": 0, "scale": 1}]}, or none by scale 0. Without that field all act at once.
 
@@ -239,6 +247,8 @@ def export_adapters(folder, run, dense, kept, names):
 
 def export_gguf(folder, run, dense, kept, names, args):
     """Write backbone.gguf, unless args.module is given, and the LoRA of the modules `names` as NAME.gguf."""
+    if args.module and not run.settings.rank:
+        raise BadInput(f"{args.module} has no LoRA; a GGUF has no place for keys and values.")
     folder.mkdir()
     left = llamacpp.neurons_left(kept, dense.config, args.dtype)
     model = koff.materialise(dense, left)

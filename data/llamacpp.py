@@ -19,7 +19,7 @@ import torch
 import koff
 from data import BadInput
 from data.checkpoint import checkpoint_name, tensors_of
-from data.special_tokens import TOKENIZER, read_json
+from data.special_tokens import TOKENIZER, read_json, read_templates
 from data.tokenizer import DIGITS, GPT2, pattern_of
 from model import matrix_name, rope_frequencies
 
@@ -133,12 +133,14 @@ def add_tokenizer(gguf, writer, run):
     if pattern == SPACES and not re.search("(?m)^[ĠĊĉč]{2,}$", "\n".join(ids)):
         pattern = DIGITS  # without tokens of several spaces both make the same ids
     pre = NAMES.get((pattern, bool(file["model"].get("ignore_merges"))))
-    # Merges, the ids of two special tokens and the chat template. Without an eos llama.cpp would take token 11 for it.
+    # Merges and the ids of two special tokens. Without an eos llama.cpp would take token 11 for it.
     more = gguf.SpecialVocab(folder, True, ("bos", "eos"), run.config.vocab_size)
     bos = run.tokenizer.bos
     if pre is None or "eos" not in more.special_token_ids or bos not in ([], [more.special_token_ids.get("bos")]):
         raise BadInput(f"{folder}: llama.cpp lacks its pre-tokenizer, its bos or its eos_token; export hf instead.")
     more.add_special_token = {"bos": bool(bos)}
+    templates = read_templates(folder)
+    more.chat_template = templates.get("default") if isinstance(templates, dict) else templates
     more.add_to_gguf(writer, quiet=True)
     if file.get("normalizer"):
         print("llama.cpp does not normalise text as this tokenizer does; give it text in the form NFC.")

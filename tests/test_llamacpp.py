@@ -194,6 +194,12 @@ def test_a_model_that_llama_cpp_cannot_express_is_refused(world, kind, capsys): 
     refused(capsys, out, f"no {kind.split(',')[0]} with blocks of different widths")
 
 
+def test_a_module_without_lora_is_refused(world, capsys):  # noqa: F811
+    out = finished(world, rank=0)
+    capsys.readouterr()
+    refused(capsys, out, "french has no LoRA", "--module", "french")
+
+
 def test_what_a_gguf_cannot_hold_is_refused(world, capsys, monkeypatch):  # noqa: F811
     out = finished(world)
     capsys.readouterr()
