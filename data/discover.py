@@ -43,6 +43,7 @@ STARTS = 20  # of k-means
 MOST = 15  # domains, where we decide how many
 STRENGTH = 0.8  # of the prediction: Tibshirani and Walther's bound
 READ = 1024  # tokens of a document by which modules are compared, at most
+MARGIN = 0.02  # nats a token by which another module has to be better (measured)
 FAR = 0.3  # a document that is less like its domain than this share of the median fits none (measured)
 
 # Documents -----------------------------------------------------------------------------------------------------------
@@ -191,25 +192,30 @@ def names_of(texts, members):
 
 
 @torch.inference_mode()
-def by_modules(run, ids):
-    """{name: [numbers of its documents]}: each goes to the module that predicts its first tokens best."""
+def by_modules(run, ids, lines):
+    """({name: [numbers of its documents]}, how many moved): each goes to the module that predicts its tokens best.
+
+    A document that is in the text of the run moves only if another module is better by `MARGIN`.
+    """
     first = run.tokenizer.bos or list(run.config.eos_token_ids[:1]) or [0]
+    longest = min(READ, run.config.max_position_embeddings - run.settings.kv_tokens)
+    ids = [document[:longest].tolist() for document in ids]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # little padding
     scores = np.empty((len(ids), len(run.names)))
-    for j, name in enumerate(run.names):
+    home = {}  # {line: the domain in whose text it is}
+    for j, (name, path) in enumerate(paths_of(run).items()):
+        if format_of(path) == ".jsonl":
+            home |= {line: j for _, line in lines_of(path)}
         model, memories = run.attached(name)
         for start in tqdm(range(0, len(ids), BATCH), desc=name, disable=None):
             numbers = order[start : start + BATCH]
-            part = [ids[i][:READ].tolist() for i in numbers]
-            scores[numbers, j], _ = log_likelihoods(model, first, part, memories)
+            scores[numbers, j], _ = log_likelihoods(model, first, [ids[i] for i in numbers], memories)
+    everyone = np.arange(len(ids))
     best = scores.argmax(1)
-    return {name: np.flatnonzero(best == j) for j, name in enumerate(run.names)}
-
-
-def moved(run, lines, members):
-    """How many documents are in another domain than in the text of the run."""
-    before = {name: {line for _, line in lines_of(path)} for name, path in paths_of(run).items()}
-    return sum(lines[i] not in before[name] for name, numbers in members.items() for i in numbers)
+    before = np.array([home.get(line, j) for line, j in zip(lines, best, strict=True)])
+    gain = scores[everyone, best] - scores[everyone, before]
+    after = np.where(gain > MARGIN * np.array([len(document) for document in ids]), best, before)
+    return {name: np.flatnonzero(after == j) for j, name in enumerate(run.names)}, int((after != before).sum())
 
 
 # The command ---------------------------------------------------------------------------------------------------------
@@ -228,7 +234,10 @@ def discover(args):
     if not run and not 0 < least <= len(texts):
         raise BadInput(f"{args.mix} has {len(texts)} documents; --domains {args.domains} needs at least {least}.")
     ids = [np.array(tokenizer.encode(text)) for text in tqdm(texts, desc="tokens", disable=None)]
-    members = by_modules(run, ids) if run else clusters(texts, ids, args.domains, args.seed)
+    if run:
+        members, moved = by_modules(run, ids, lines)
+    else:
+        members = clusters(texts, ids, args.domains, args.seed)
     rows = {}
     with atomic(args.out) as partial:
         partial.mkdir()
@@ -238,7 +247,7 @@ def discover(args):
             rows[name] = [f"{len(numbers):,}", f"{sum(len(ids[i]) for i in numbers):,}"]
     print(table(str(args.out), ["documents", "tokens"], rows))
     if run:
-        print(f"{moved(run, lines, members):,} of {len(texts):,} documents moved")
+        print(f"{moved:,} of {len(texts):,} documents moved")
     for i in sorted(set(range(len(texts))) - set(np.concatenate(list(members.values())))):
         print(f"fits no domain, and is in no file: {texts[i][:80]!r}")
 

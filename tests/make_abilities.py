@@ -2,8 +2,9 @@
 
 ROWS is the folder of minimal pairs on which `eval.py bench RUN koff_pairs --rows ROWS` measured the runs; each RUN/bench
 has its answers, one file a variant. A model is right where the grammatical sentence is the more likely one. Prints the
-share of right answers in each file of ROWS, with its standard error, and the same by construction. Runs without modules
-and repair are "pruning only", and the picture shows everything over the sparsity.
+share of right answers in each file of ROWS, with its standard error, and the same by construction (by field in a file of
+more than twenty constructions). Runs without modules and repair are "pruning only", and the picture shows everything over
+the sparsity.
 """
 
 import argparse
@@ -19,13 +20,21 @@ sys.path.insert(0, str(ROOT))
 from data.tables import saved_results, table
 
 
-def answers(path):
-    """{(file of the pair, construction): [1 if right]}."""
+def answers(path, groups):
+    """{(file of the pair, its group): [1 if right]}."""
     found = {}
     for sample in json.loads(path.read_text(encoding="utf-8"))["samples"]["koff_pairs"]:
-        file = Path(sample["doc"]["where"].rpartition(":")[0]).stem
-        found.setdefault((file, sample["doc"]["subject"]), []).append(sample["acc"])
+        file, _, line = sample["doc"]["where"].rpartition(":")
+        file = Path(file).stem
+        found.setdefault((file, groups[file][int(line) - 1]), []).append(sample["acc"])
     return found
+
+
+def groups_in(path):
+    """The group of each row in a file: its construction, or its field where there are many constructions."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    many = len({row["UID"] for row in rows}) > 20
+    return [row["field" if many else "UID"].replace("/", "_") for row in rows]
 
 
 def share(values):
@@ -33,7 +42,7 @@ def share(values):
     return np.mean(values), np.std(values) / np.sqrt(len(values))
 
 
-def measured(runs):
+def measured(runs, groups):
     """{(sparsity, variant): `answers`}; the unpruned model has sparsity 0."""
     found = {}
     for run in runs:
@@ -43,7 +52,7 @@ def measured(runs):
             variant = path.stem.split("-")[1]
             sparsity = 0.0 if variant == "unpruned" else round(results["sparsity"]["physical"], 3)
             names = {"backbone": "pruning only, repaired" if repaired else "pruning only", "unpruned": "unpruned"}
-            found[sparsity, names.get(variant, f"{variant} module")] = answers(path)
+            found[sparsity, names.get(variant, f"{variant} module")] = answers(path, groups)
     return dict(sorted(found.items()))
 
 
@@ -76,8 +85,9 @@ def main():
     parser.add_argument("runs", type=Path, nargs="+")
     parser.add_argument("--picture", type=Path)
     args = parser.parse_args()
-    results = measured(args.runs)
-    files = sorted(path.stem for path in args.rows.glob("*.jsonl"))
+    groups = {path.stem: groups_in(path) for path in sorted(args.rows.glob("*.jsonl"))}
+    results = measured(args.runs, groups)
+    files = list(groups)
     rows = {}
     for (sparsity, variant), found in results.items():
         cells = [share(joined(found, file)) for file in files]

@@ -8,7 +8,7 @@ import pytest
 
 import train
 from data import discover
-from data.run import Run
+from make_domains import mutual_information, purity
 from test_train import ROOT
 
 OTHERS = ROOT / "data/other_languages.jsonl"
@@ -91,7 +91,7 @@ def test_documents_come_from_files_folders_and_paragraphs(tmp_path, form):
         assert not 0.04 < np.mean([text in texts[:50] for text in group]) < 0.96
 
 
-def test_modules_decide_and_the_rest_of_a_line_stays(tmp_path, capsys):
+def test_modules_decide_and_the_rest_of_a_line_stays(tmp_path, capsys, monkeypatch):
     """On a run of the shipped model, from found domains, of which one has documents of the other."""
     french, german = paragraphs("french", 200), paragraphs("german", 200)
     (tmp_path / "text").mkdir()
@@ -110,12 +110,20 @@ def test_modules_decide_and_the_rest_of_a_line_stays(tmp_path, capsys):
     }
     assert sorted(sources) == ["french", "german"] and sum(map(len, sources.values())) == 120
     assert np.mean(np.array(sources["french"]) < 60) > 0.95 and np.mean(np.array(sources["german"]) >= 60) > 0.95
-    # The scores are log-likelihoods: with a module of its own, a text is more likely.
-    model = Run(tmp_path / "run", "cpu")
-    members = discover.by_modules(model, [np.array(model.tokenizer.encode(text)) for text in (german[0], french[0])])
-    assert members["german"].tolist() == [0] and members["french"].tolist() == [1]
-    # Whoever moves is counted by the text of the run: the eight that were misplaced, and whatever is wrong now.
-    assert "of 120 documents moved" in capsys.readouterr().out
+    assert "0 of 120 documents moved" in capsys.readouterr().out  # nobody was in the text of the run
+    # Of the run's own documents, the eight that were in the wrong domain move, and the others stay.
+    lines = [path.read_text(encoding="utf-8") for path in sorted((tmp_path / "text").iterdir())]
+    (tmp_path / "again.jsonl").write_text("".join(lines), encoding="utf-8")
+    assert run(tmp_path / "again.jsonl", "--by", tmp_path / "run", "--out", tmp_path / "again") == 0
+    again = {name: [json.loads(line)["text"] for line in lines] for name, lines in found(tmp_path / "again").items()}
+    assert len(set(again["german"]) & set(german[:8])) >= 6
+    assert np.mean([text in german for text in again["german"]]) > 0.97
+    moved = len(set(again["german"]) - set(german[8:150])) + len(set(again["french"]) & set(german[8:150]))
+    assert f"{moved} of 300 documents moved" in capsys.readouterr().out
+    # A margin that no module reaches keeps all where they are.
+    monkeypatch.setattr(discover, "MARGIN", 100)
+    assert run(tmp_path / "again.jsonl", "--by", tmp_path / "run", "--out", tmp_path / "kept") == 0
+    assert "0 of 300 documents moved" in capsys.readouterr().out
 
 
 FAULTS = {
@@ -145,3 +153,13 @@ def test_nothing_is_overwritten(tmp_path, capsys):
     assert run("mix", "--out", tmp_path / "found") == 2 and "is there already" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         run("mix", "--domains", "six", "--out", tmp_path / "other")
+
+
+def test_purity_and_mutual_information_in_closed_form():
+    same = np.diag([3, 5, 2])[:, [2, 0, 1]]
+    assert purity(same) == 1 and mutual_information(same) == pytest.approx(1)
+    nothing = np.outer([2, 1], [3, 6])
+    assert purity(nothing) == pytest.approx(2 / 3) and mutual_information(nothing) == pytest.approx(0, abs=1e-12)
+    # Two bits given, one bit found: I = 1, H = 2 and 1.
+    halves = np.array([[1, 0], [1, 0], [0, 1], [0, 1]])
+    assert purity(halves) == 0.5 and mutual_information(halves) == pytest.approx(2 / 3)
