@@ -43,7 +43,7 @@ STARTS = 20  # of k-means
 MOST = 15  # domains, where we decide how many
 STRENGTH = 0.8  # of the prediction: Tibshirani and Walther's bound
 READ = 1024  # tokens of a document by which modules are compared, at most
-MARGIN = 0.02  # nats a token by which another module has to be better (measured)
+MARGIN = 0.1  # nats a token by which another module has to be better (measured)
 FAR = 0.3  # a document that is less like its domain than this share of the median fits none (measured)
 
 # Documents -----------------------------------------------------------------------------------------------------------
