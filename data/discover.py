@@ -4,8 +4,9 @@
     python train.py --preset solved --data text/found --out out/found
     python data/discover.py MIX --by out/found --out text/moved           move each document to the module that suits it
 
-MIX is a folder or a file. A document is a line of a .jsonl, a paragraph of a text file, or a file of the folder. Equal
-documents count once. A domain is named after two words that many of its documents have, and few others.
+MIX is a folder or a file. A document is a line of a .jsonl, a file of the folder, or a paragraph of a text file (or its
+line, without blank ones between). Equal documents count once. A domain is named after two words that many of its
+documents have, and few others.
 
 auto takes the largest number of domains for which two halves of the documents agree (`prediction_strength`). It needs
 about a hundred documents a domain. One domain is a possible answer.
@@ -60,7 +61,9 @@ def documents_in(mix, template):
             rows = {text_of(line, where, template): line for where, line in lines_of(file)}
         else:
             text = read_text(file)
-            parts = [text] if mix.is_dir() else regex.split(r"\n\s*\n", text)
+            parts = [text]
+            if not mix.is_dir():
+                parts = regex.split(r"\n\s*\n", text) if "\n\n" in text.strip() else text.split("\n")
             rows = {part: json.dumps({"text": part}, ensure_ascii=False) for part in parts}
         documents |= {text: line for text, line in rows.items() if text.strip()}
     return documents
@@ -232,7 +235,7 @@ def discover(args):
     texts, lines = list(documents), list(documents.values())
     least = 2 * (MOST if args.domains == "auto" else args.domains)
     if not run and not 0 < least <= len(texts):
-        raise BadInput(f"{args.mix} has {len(texts)} documents; --domains {args.domains} needs at least {least}.")
+        raise BadInput(f"{args.mix} has too few documents ({len(texts)}); --domains {args.domains} needs {least}.")
     ids = [np.array(tokenizer.encode(text)) for text in tqdm(texts, desc="tokens", disable=None)]
     if run:
         members, moved = by_modules(run, ids, lines)

@@ -51,7 +51,8 @@ def test_six_languages_are_told_apart_and_no_document_is_lost(tmp_path):
 
 
 @pytest.mark.parametrize("languages", [("german",), ("french", "german", "spanish")])
-def test_auto_finds_how_many_and_not_two_halves_of_one(tmp_path, languages, capsys):
+def test_auto_finds_how_many_and_not_two_halves_of_one(tmp_path, languages, capsys, monkeypatch):
+    monkeypatch.setattr(discover, "MOST", 6)  # for the sake of time
     given = mixed(tmp_path / "mix.jsonl", {name: paragraphs(name, 150) for name in languages})
     assert run(tmp_path / "mix.jsonl", "--out", tmp_path / "found") == 0
     files = found(tmp_path / "found")
@@ -70,7 +71,7 @@ def test_a_document_unlike_all_others_is_named_and_left_out(tmp_path, capsys):
     assert sorted(kept) == ["a"] * 60 + ["b"] * 60
 
 
-@pytest.mark.parametrize("form", ["folders", "one text file"])
+@pytest.mark.parametrize("form", ["folders", "paragraphs", "lines"])
 def test_documents_come_from_files_folders_and_paragraphs(tmp_path, form):
     texts = paragraphs("german", 50) + paragraphs("french", 50)
     mix = tmp_path / "mix"
@@ -82,7 +83,7 @@ def test_documents_come_from_files_folders_and_paragraphs(tmp_path, form):
         (mix / ".hidden").write_text("no document", encoding="utf-8")
     else:
         mix = tmp_path / "mix.txt"
-        mix.write_text("\n\n \n".join(texts) + "\n\n\n", encoding="utf-8")
+        mix.write_text(("\n\n \n" if form == "paragraphs" else "\n").join(texts) + "\n\n\n", encoding="utf-8")
     assert run(mix, "--domains", 2, "--out", tmp_path / "found") == 0
     files = found(tmp_path / "found")
     groups = [[json.loads(line)["text"] for line in lines] for lines in files.values()]
@@ -128,8 +129,11 @@ def test_modules_decide_and_the_rest_of_a_line_stays(tmp_path, capsys, monkeypat
 
 FAULTS = {
     "no such file": (["MIX.jsonl"], "does not exist"),
-    "more domains than documents allow": (["mix.jsonl", "--domains", "40"], "--domains 40 needs at least 80"),
-    "too few for auto": (["mix.jsonl"], "--domains auto needs at least 30"),
+    "more domains than documents allow": (
+        ["mix.jsonl", "--domains", "40"],
+        "too few documents (12); --domains 40 needs 80",
+    ),
+    "too few for auto": (["mix.jsonl"], "--domains auto needs 30"),
     "a broken line": (["broken.jsonl", "--domains", "2"], "broken.jsonl:1 is not a JSON object"),
     "a conversation": (["chat.jsonl", "--domains", "2"], "the model has no chat template"),
     "no run": (["mix.jsonl", "--by", "nowhere"], "nowhere"),
