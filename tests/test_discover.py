@@ -94,6 +94,7 @@ def test_documents_come_from_files_folders_and_paragraphs(tmp_path, form):
 
 def test_modules_decide_and_the_rest_of_a_line_stays(tmp_path, capsys, monkeypatch):
     """On a run of the shipped model, from found domains, of which one has documents of the other."""
+    monkeypatch.setattr(discover, "READ", 64)  # for the sake of time
     french, german = paragraphs("french", 200), paragraphs("german", 200)
     (tmp_path / "text").mkdir()
     mixed(tmp_path / "text/french.jsonl", {"": french[:150] + german[:8]})
