@@ -75,7 +75,7 @@ def draw(results, files, picture):
             axes.errorbar(x, y, error, fmt=style, markerfacecolor="w", capsize=3, label=variant)
         axes.axhline(0.5, color=".7")  # guessing
         axes.set_ylim(0.4, 1)
-    axes.legend(fontsize="small", loc="lower left")
+    axes.legend(fontsize="small", loc="upper right")
     page.savefig(picture, dpi=110)
 
 

@@ -2,6 +2,7 @@
 
     python tests/make_domains.py mix MIX [--topics TOPICS]        mixed documents, and the same by their given domains
     python tests/make_domains.py score MIX/topics FOUND ...       purity, normalised mutual information, the confusion
+    python tests/make_domains.py picture FILE MIX/topics FOUND MIX/both FOUND ...
 
 TOPICS has a <topic>.txt for each of six English handbooks, and imaging-german.txt and imaging-french.txt, one paragraph
 a line. Each mix is a folder MIX/<mix> with mix.jsonl and given/<domain>.jsonl:
@@ -13,8 +14,8 @@ a line. Each mix is a folder MIX/<mix> with mix.jsonl and given/<domain>.jsonl:
     halves      the German book, as documents of 1,500 characters, cut into halves at random
     N domains   languages and topics together: the first N of both lists, for `--domains auto`
 
-`score` prints each found folder's purity and NMI, and how many documents of each given domain are in each found one. With
---picture FILE the last of these is drawn.
+`score` prints each found folder's purity and NMI, and how many documents of each given domain are in each found one.
+`picture` draws the latter, a panel for each pair.
 """
 
 import argparse
@@ -132,23 +133,22 @@ def draw(confusions, picture):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("mix", "score"))
+    parser.add_argument("what", choices=("mix", "score", "picture"))
     parser.add_argument("mix", type=Path)
     parser.add_argument("found", type=Path, nargs="*")
     parser.add_argument("--topics", type=Path)
-    parser.add_argument("--picture", type=Path)
     args = parser.parse_args()
     if args.what == "mix":
         return mix(args.mix, args.topics)
-    rows, confusions = {}, []
+    if args.what == "picture":
+        pairs = zip(args.found[::2], args.found[1::2], strict=True)
+        return draw([(given.name, *counts(given, found)) for given, found in pairs], args.mix)
+    rows = {}
     for found in args.found:
         given_names, found_names, matrix = counts(args.mix, found)
         rows[str(found)] = [str(len(found_names)), f"{purity(matrix):.4f}", f"{mutual_information(matrix):.4f}"]
         print(table(found.name, found_names, dict(zip(given_names, matrix.astype(str), strict=True))) + "\n")
-        confusions.append((found.name, given_names, found_names, matrix))
     print(table(args.mix.name, ["domains", "purity", "NMI"], rows))
-    if args.picture:
-        draw(confusions, args.picture)
 
 
 if __name__ == "__main__":
