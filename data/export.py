@@ -9,6 +9,7 @@ export puts zeros in their place (`expand`), and every matrix has its pretrained
     gguf    for llama.cpp: the backbone, in which MLPs alone keep their smaller shapes, and for each module its LoRA as
             an adapter (`data/llamacpp.py`; it needs the package gguf)
 
+A LoRA that learned beside keys and values needs them: alone it may be far worse than none (data/RESULTS.md, llama.cpp).
 LoRA and keys and values act together, unmerged, through two libraries (`generate` of transformers 5.24 with peft 0.21.2
 leaves keys and values out, 5.23 does not):
 
@@ -44,6 +45,8 @@ from data.run import Run
 from data.special_tokens import CONFIG, LISTS, read_json, special_tokens
 from data.tables import save
 from model import Memory, Model, matrix_name
+
+ALONE = "A LoRA that learned beside them may fail without them: train with --kv-tokens 0 for this."
 
 # From the smaller shapes back to the pretrained ones -----------------------------------------------------------------
 
@@ -203,7 +206,7 @@ def export_dense(folder, run, dense, kept, name):
     check_tensors(folder, load(folder, dense.head.dtype).state_dict(), dense.state_dict())
     name_tokenizer_class(folder)
     if name and run.settings.kv_tokens:
-        print(f"{name}: only its LoRA is merged; a checkpoint has no place for keys and values.")
+        print(f"{name}: only its LoRA is merged; a checkpoint has no place for keys and values. {ALONE}")
 
 
 def name_tokenizer_class(folder):
@@ -262,7 +265,7 @@ def export_gguf(folder, run, dense, kept, names, args):
         check_logits(name, run, lora, model, memories)
         check_tensors(folder, *llamacpp.write_adapter(folder / f"{name}.gguf", memories, model.config))
     if names and run.settings.kv_tokens:
-        print(f"{', '.join(names)}: keys and values stay here; a GGUF has no place for them.")
+        print(f"{', '.join(names)}: keys and values stay here; a GGUF has no place for them. {ALONE}")
 
 
 # The two checks ------------------------------------------------------------------------------------------------------
