@@ -121,7 +121,7 @@ def kmeans(x, k, rng):
             before = domain
             for j in set(domain):
                 total = x[domain == j].sum(0)
-                centres[j] = total / np.linalg.norm(total)
+                centres[j] = total / max(np.linalg.norm(total), 1e-9)  # documents alike to none have no direction
         score = (x @ centres.T).max(1).sum()
         if score > best:
             best, found = score, (domain, centres)
@@ -241,6 +241,8 @@ def discover(args):
         members, moved = by_modules(run, ids, lines)
     else:
         members = clusters(texts, ids, args.domains, args.seed)
+    if not members:
+        raise BadInput(f"{args.mix}: no document has anything in common with another; give more of them.")
     rows = {}
     with atomic(args.out) as partial:
         partial.mkdir()
@@ -251,7 +253,7 @@ def discover(args):
     print(table(str(args.out), ["documents", "tokens"], rows))
     if run:
         print(f"{moved:,} of {len(texts):,} documents moved")
-    for i in sorted(set(range(len(texts))) - set(np.concatenate(list(members.values())))):
+    for i in sorted(set(range(len(texts))).difference(*members.values())):
         print(f"fits no domain, and is in no file: {texts[i][:80]!r}")
 
 

@@ -137,6 +137,7 @@ FAULTS = {
     "too few for auto": (["mix.jsonl"], "--domains auto needs 30"),
     "a broken line": (["broken.jsonl", "--domains", "2"], "broken.jsonl:1 is not a JSON object"),
     "a conversation": (["chat.jsonl", "--domains", "2"], "the model has no chat template"),
+    "nothing in common": (["disjoint.jsonl", "--domains", "2"], "no document has anything in common"),
     "no run": (["mix.jsonl", "--by", "nowhere"], "nowhere"),
 }
 
@@ -146,6 +147,8 @@ def test_bad_input_is_one_sentence(tmp_path, fault, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     mixed(tmp_path / "mix.jsonl", {"": paragraphs("german", 12)})
     (tmp_path / "broken.jsonl").write_text("{}\n")
+    texts = ("qqq", "zz yy", "123", "ÄÖ")
+    (tmp_path / "disjoint.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "a"}]}))
     given, words = FAULTS[fault]
     assert run(*given, "--out", "found") == 2
