@@ -188,14 +188,19 @@ def export(args):
             print("keys and values: transformers 5.24 with peft 0.21.2 leaves them out of generate(); 5.23 does not")
 
 
+def lora_of(run, name, target):
+    """{block: Memory} with the LoRA of the module `name` alone. BadInput for a tensor that `target` cannot hold."""
+    memories = run.memories(name)
+    refuse_other_tensors(memories, f"{target} has no place for it")
+    return {i: Memory(memory.lora) for i, memory in memories.items()}
+
+
 def export_dense(folder, run, dense, kept, name):
     """Write the `dense` model of the run as a checkpoint, with the LoRA of the module `name` merged if it is given."""
     lora = None
     if name:
         # Only LoRA can be merged, so the result is compared with the run under that LoRA alone.
-        memories = run.memories(name)
-        refuse_other_tensors(memories, "a checkpoint has no place for it")
-        lora = {i: Memory(memory.lora) for i, memory in memories.items()}
+        lora = lora_of(run, name, "a checkpoint")
         if not any(memory.lora for memory in lora.values()):
             raise BadInput(f"{name} has no LoRA to merge; a checkpoint has no place for keys and values.")
         dense, _ = fast.merged(dense, expand_memories(lora, kept, dense.config))
@@ -259,8 +264,7 @@ def export_gguf(folder, run, dense, kept, names, args):
         check_logits("backbone.gguf", run, None, model)
         check_tensors(folder, *llamacpp.write_backbone(folder / "backbone.gguf", run, model, args.dtype))
     for name in names if run.settings.rank else ():
-        refuse_other_tensors(run.memories(name), "a GGUF has no place for it")
-        lora = {i: Memory(memory.lora) for i, memory in run.memories(name).items()}
+        lora = lora_of(run, name, "a GGUF")
         memories = koff.materialise_memories(expand_memories(lora, kept, dense.config), left)
         check_logits(name, run, lora, model, memories)
         check_tensors(folder, *llamacpp.write_adapter(folder / f"{name}.gguf", memories, model.config))

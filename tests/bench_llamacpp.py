@@ -6,7 +6,6 @@ resident set of a process that does this, above that of one that loads nothing. 
 """
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -31,8 +30,8 @@ PREFILL, DECODE = 512, 128
 def write(run, folder):
     """Write pruned and dense files of a run: {(size, dtype): path}, and the number of parameters left."""
     gates, mask = run.gates(run.backbone)
-    dense = expand(run.backbone, koff.kept_channels(mask, run.backbone.config, gates.first_block, "cpu"))
-    kept = koff.kept_channels(mask, dense.config, gates.first_block, "cpu")
+    kept = koff.kept_channels(mask, run.backbone.config, gates.first_block, "cpu")
+    dense = expand(run.backbone, kept)
     files = {}
     for dtype in "f32", "bf16", "q8_0":
         narrow = koff.materialise(dense, llamacpp.neurons_left(kept, dense.config, dtype))
@@ -97,7 +96,8 @@ def main():
                 del pair
                 pruned, dense = (files[size, dtype].stat().st_size for size in ("pruned", "dense"))
                 memory = [peak(files[size, dtype], args.threads) for size in ("pruned", "dense")]
-                rows[f"{folder.name}, {dtype}"] = [
+                label = f"{folder.name}, {dtype}"
+                rows[label] = [
                     f"{pruned / 1e6:.1f}",
                     f"{pruned / (left * each + tokenizer):.3f} x",
                     f"{pruned / dense:.3f} x",
@@ -108,7 +108,7 @@ def main():
                     f"{best[0][1]:.1f}",
                     f"{best[0][1] / best[1][1]:.2f} x",
                 ]
-                print(json.dumps({f"{folder.name}, {dtype}": rows[f"{folder.name}, {dtype}"]}), file=sys.stderr)
+                print(label, *rows[label], file=sys.stderr)
     columns = ["file, MB", "of what is left", "of dense", "memory, MB", "of dense"]
     columns += ["prefill, tokens/s", "of dense", "decoding, tokens/s", "of dense"]
     print(table("", columns, rows))

@@ -387,7 +387,7 @@ def test_the_answers_are_those_of_hf_on_the_exported_model(world, tasks):
         ("koff_pairs", "acc"),
     ):
         assert bench(world, task, "--include", tasks, "--on", "german", run="runs/hf") == 0
-        rows = {"rows": str(world / "rows" / ("pairs" if task == "koff_pairs" else ""))} if "koff" in task else None
+        rows = {"rows": str(world / ROWS[task])} if task in ROWS else None
         manager = TaskManager(include_path=folders, include_defaults=False, metadata=rows)
         theirs = lm_eval.simple_evaluate(peer, tasks=[task], task_manager=manager)["samples"][task]
         theirs.sort(key=lambda sample: sample["doc_id"])
@@ -396,7 +396,7 @@ def test_the_answers_are_those_of_hf_on_the_exported_model(world, tasks):
             assert own[metric] == pytest.approx(other[metric], rel=1e-3)
             if task == "text_local":
                 assert own["filtered_resps"] == other["filtered_resps"]
-            elif "koff" in task:
+            elif task in ROWS:
                 for (log_p, greedy), (their_log_p, their_greedy) in zip(
                     own["filtered_resps"], other["filtered_resps"], strict=True
                 ):
