@@ -161,6 +161,8 @@ def solve_memories(model, student, module, kept, batches, ridge, curvature=None)
     context = keys_and_values(whole)
     teachers = []  # hidden states before the block at hand, [B, T, D] of each batch
     students = []
+    beginnings = torch.cat([tokens[:, :1] for tokens in batches])  # first tokens of texts, behind no keys and values:
+    beginnings = student.run(student.embed_tokens(beginnings), 0, first)  # [windows, 1, D]
     for tokens in batches:
         shared = model.run(model.embed_tokens(tokens), 0, split)
         teachers.append(model.run(shared, split, first, memories=context))
@@ -185,6 +187,10 @@ def solve_memories(model, student, module, kept, batches, ridge, curvature=None)
         a, b, gains[i] = reduced_rank_regression(fit, ridge, bend)
         r = module.ranks[i - module.first_block]
         a, b = a[:r], b[:, :r]
+        beginnings = after_attention(student, i, beginnings)
+        with inputs_to(block.mlp.down_proj) as first_neurons:
+            beginnings = block.add_mlp(beginnings)
+        a = blind_to_massive(a, first_neurons[0], neurons[0])
         set_lora(module, i, "down", a, b, kept[i]["neuron"], rows)
         memory.lora["down"] = (a.to(dtype), b.to(dtype))
         for n in range(len(batches)):
@@ -204,6 +210,21 @@ def after_attention(model, i, x, memory=NO_MEMORY):
     rope = rope_table(model.config, memory.length, T, like=x)
     mask = causal_mask(T, memory.length + T, like=x)
     return model.layers[i].add_attention(x, i, rope, mask, memory=memory)
+
+
+def blind_to_massive(a, beginnings, usual):
+    """LoRA A [r, F] for which the massive activations of a text's first token are 0, if there are any.
+
+    In some models the inputs of `down` at the first token, `beginnings` [B, 1, F], are hundreds of times as long as
+    elsewhere, `usual` [B, T, F], and have one direction (Sun et al. 2024). Behind keys and values no token is the
+    first one, so the regression never saw them; without keys and values its LoRA would add arbitrary numbers there.
+    """
+    beginnings = beginnings.flatten(0, 1).float()
+    _, lengths, directions = torch.linalg.svd(beginnings, full_matrices=False)
+    if lengths[0] ** 2 > usual.float().square().sum(-1).mean() * len(beginnings):
+        massive = directions[:1].to(a.dtype)
+        a = a - a @ massive.T @ massive
+    return a
 
 
 @torch.no_grad()
