@@ -190,7 +190,7 @@ def solve_memories(model, student, module, kept, batches, ridge, curvature=None)
         beginnings = after_attention(student, i, beginnings)
         with inputs_to(block.mlp.down_proj) as first_neurons:
             beginnings = block.add_mlp(beginnings)
-        a = blind_to_massive(a, first_neurons[0], neurons[0])
+        a = without_massive(a, first_neurons[0], neurons[0])
         set_lora(module, i, "down", a, b, kept[i]["neuron"], rows)
         memory.lora["down"] = (a.to(dtype), b.to(dtype))
         for n in range(len(batches)):
@@ -212,19 +212,19 @@ def after_attention(model, i, x, memory=NO_MEMORY):
     return model.layers[i].add_attention(x, i, rope, mask, memory=memory)
 
 
-def blind_to_massive(a, beginnings, usual):
+def without_massive(a, beginnings, usual):
     """LoRA A [r, F] for which the massive activations of a text's first token are 0, if there are any.
 
-    In some models the inputs of `down` at the first token, `beginnings` [B, 1, F], are hundreds of times as long as
-    elsewhere, `usual` [B, T, F], and have one direction (Sun et al. 2024). Behind keys and values no token is the
-    first one, so the regression never saw them; without keys and values its LoRA would add arbitrary numbers there.
+    In some models the inputs of `down` at a first token, `beginnings` [B, 1, F], are hundreds of times as long as the
+    usual ones, `usual` [B, T, F], and all of one direction (Sun et al. 2024, Massive Activations in LLMs). Behind keys
+    and values no token is the first, so the regression never saw these inputs. Without keys and values, the LoRA would
+    add arbitrary numbers there.
     """
     beginnings = beginnings.flatten(0, 1).float()
     _, lengths, directions = torch.linalg.svd(beginnings, full_matrices=False)
-    if lengths[0] ** 2 > usual.float().square().sum(-1).mean() * len(beginnings):
-        massive = directions[:1].to(a.dtype)
-        a = a - a @ massive.T @ massive
-    return a
+    is_massive = lengths[:1] ** 2 / len(beginnings) > usual.float().square().sum(-1).mean()
+    massive = (directions[:1] * is_massive).to(a.dtype)
+    return a - a @ massive.T @ massive
 
 
 @torch.no_grad()

@@ -295,6 +295,44 @@ def test_what_keys_and_values_add_is_not_missing(tiny):
     assert added[0] < 1e-4 * added[1]
 
 
+@pytest.mark.parametrize("times,ignored", [(0.5, False), (5, True)])
+def test_a_direction_is_ignored_where_it_is_longer_than_a_usual_input(times, ignored):
+    a, usual = torch.randn(4, 12, dtype=torch.float64), torch.randn(3, 50, 12)
+    length = usual.square().sum(-1).mean().sqrt()
+    massive = torch.nn.functional.normalize(torch.randn(12), dim=0)
+    signs = torch.tensor([1.0, -1.0, 1.0])[:, None, None]  # the first singular vector has no sign
+    changed = solve.without_massive(a, signs * times * length * massive, usual)
+    if not ignored:
+        assert torch.equal(changed, a)
+        return
+    assert (changed @ massive.double()).abs().max() < 1e-5
+    other = torch.randn(12)
+    other -= other @ massive * massive
+    assert torch.allclose((changed - a) @ other.double(), torch.zeros(4, dtype=torch.float64), atol=1e-5)
+
+
+def test_lora_behind_keys_and_values_ignores_a_massive_first_token(tiny):
+    """Neuron 3 of block 1 is made huge for token 130 where nothing stands before it."""
+    model = tiny()
+    student, kept = pruned(model, torch.arange(25, 40))
+    first = torch.tensor([[130]])
+    before_mlp = solve.after_attention(student, 1, student.run(student.embed_tokens(first), 0, 1))
+    block = student.layers[1]
+    direction = block.post_attention_layernorm(before_mlp)[0, 0]
+    for matrix in (block.mlp.gate_proj, block.mlp.up_proj):
+        matrix.weight[3] = 20 * direction / direction.square().sum()
+    with scores.inputs_to(block.mlp.down_proj) as neurons:
+        student(first)
+    tokens = torch.randint(0, 130, (8, 32))
+    seen = []
+    for at in (5, 0):  # the token stands elsewhere, or first
+        tokens[:, at] = 130
+        module, _ = solved(model, student, kept, [tokens], kv_tokens=3)
+        a, b = koff.materialise_memories(module.by_block(torch.float32), kept)[1].lora["down"]
+        seen.append((neurons[0][0, 0] @ a.T @ b.T).norm())
+    assert seen[1] < 1e-3 * seen[0]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_it_stays_on_its_device_and_asks_for_no_number(tiny, dtype, monkeypatch):
     with torch.device("meta"):
