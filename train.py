@@ -78,9 +78,8 @@ class Trainer:
         shared, teacher = self.ask_teacher(tokens, domain)
         z = self.gates.sample(shared.dtype, generator)
         hidden = self.ask_student(self.model, shared, z, self.memories(domain))
-        kl = fast.distill(
-            self.model, hidden, teacher, tokens, self.objective
-        )  # `koff.distill`; tokens: for other objectives
+        # `koff.distill`. Objectives other than the KL need the tokens.
+        kl = fast.distill(self.model, hidden, teacher, tokens, self.objective)
         sparsity = self.gates.sparsity(count=self.s.count)  # in expectation
         self.update(kl + self.penalty(sparsity, self.target(index)), domain, index)
         return kl.detach()

@@ -233,9 +233,10 @@ def discover(args):
     tokenizer = Tokenizer.from_folder(folder, read_config(folder).vocab_size)
     documents = documents_in(args.mix, ChatTemplate.from_folder(folder))
     texts, lines = list(documents), list(documents.values())
-    least = 2 * (MOST if args.domains == "auto" else args.domains)
-    if not run and not 0 < least <= len(texts):
-        raise BadInput(f"{args.mix} has too few documents ({len(texts)}); --domains {args.domains} needs {least}.")
+    most = len(texts) // 2
+    if not run and not 0 < (MOST if args.domains == "auto" else args.domains) <= most:
+        found = f"{args.mix} has {len(texts)} documents"
+        raise BadInput(f"{found}, which do not suit --domains {args.domains}; give a number from 1 to {most}.")
     ids = [np.array(tokenizer.encode(text)) for text in tqdm(texts, desc="tokens", disable=None)]
     if run:
         members, moved = by_modules(run, ids, lines)
@@ -258,7 +259,7 @@ def discover(args):
 
 
 def number(given):
-    return given if given == "auto" else max(1, int(given))
+    return given if given == "auto" else int(given)
 
 
 def main(argv=None):

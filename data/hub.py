@@ -8,18 +8,17 @@ import re
 from pathlib import Path
 
 from data import BadInput
-from data.special_tokens import FILES
+from data.checkpoint import BESIDE, INDEX
 
 HUB_ID = r"(?a)(?!\.)([\w.-]+/[\w.-]+?)(?:@([\w.-]+))?"  # owner/model or owner/model@revision
-CONFIG = ["config.json"]
-WEIGHTS = ["*.safetensors", "model.safetensors.index.json"]
-TEXT = ["generation_config.json", *FILES]
+SMALL = ["config.json", *BESIDE]  # BESIDE: the tokenizer's files
+WEIGHTS = ["*.safetensors", INDEX]
 
 
 def model_folder(name, weights=True):
     """The folder of a model: `name` itself if it looks like a path, otherwise the snapshot of that Hub id.
 
-    weights: False if only config.json is needed. BadInput if the model is neither here nor on the Hub.
+    weights: False if everything else is enough. BadInput if the model is neither here nor on the Hub.
     """
     hub_id = re.fullmatch(HUB_ID, str(name))
     path = Path(name)
@@ -32,7 +31,7 @@ def model_folder(name, weights=True):
         raise BadInput(f"{where}; to get it from the Hub: pip install huggingface_hub.") from None
 
     repo, revision = hub_id.groups()
-    files = CONFIG + TEXT + WEIGHTS if weights else CONFIG
+    files = SMALL + WEIGHTS if weights else SMALL
     others = ["*/*.safetensors", "consolidated*"]  # the same weights for other libraries
     try:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=files, ignore_patterns=others))

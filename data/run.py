@@ -173,10 +173,10 @@ def open_training(s, out, paths=None):
     if str(out) != str(out).encode(errors="replace").decode():
         raise BadInput(f"--out {out} is not UTF-8, which safetensors needs; give another name.")
     # Cheap checks come first, gigabytes of weights last.
-    fitting_gates(s, read_config(model_folder(s.model, weights=False)))
+    config = read_config(model_folder(s.model, weights=False))
+    fitting_gates(s, config)
     device = pick_device(s.device)
     folder = model_folder(s.model)
-    config = read_config(folder)  # again: the id that ends a turn is in a file that comes with the weights
     text = read_training_text(s, TextReader(folder, config, out), paths)
     text.inputs["model"] = digest(folder)
     model = load(folder, pick_dtype(s.dtype, device), device)

@@ -182,7 +182,7 @@ def least_squares():
     show("share that each further rank explains", gains / fit.square)
     for token in range(3):
         show(f"token {token}: what rank 1 restores", (b[:, :1] @ a[:1])[:, token].tolist())
-    say("Blocks get as many ranks as they gain from. Training goes on from there.")
+    say("Training goes on from there.")
 
 
 PARTS = (

@@ -132,9 +132,10 @@ FAULTS = {
     "no such file": (["MIX.jsonl"], "does not exist"),
     "more domains than documents allow": (
         ["mix.jsonl", "--domains", "40"],
-        "too few documents (12); --domains 40 needs 80",
+        "12 documents, which do not suit --domains 40; give a number from 1 to 6",
     ),
-    "too few for auto": (["mix.jsonl"], "--domains auto needs 30"),
+    "too few for auto": (["mix.jsonl"], "do not suit --domains auto"),
+    "no domains": (["mix.jsonl", "--domains", "0"], "give a number from 1 to 6"),
     "a broken line": (["broken.jsonl", "--domains", "2"], "broken.jsonl:1 is not a JSON object"),
     "a conversation": (["chat.jsonl", "--domains", "2"], "the model has no chat template"),
     "nothing in common": (["disjoint.jsonl", "--domains", "2"], "no document has anything in common"),

@@ -53,9 +53,8 @@ def test_only_the_files_that_are_read_are_asked_for(asked, weights):
              "chat_template.jinja", "model.safetensors", "model-00001-of-00002.safetensors", "pytorch_model.bin",
              "model.safetensors.index.json", "onnx/config.json", "onnx/model.safetensors", "training_args.bin", "special_tokens_map.json",
              "added_tokens.json", "additional_chat_templates/rag.jinja", "onnx/tokenizer.json"]  # fmt: skip
-    wanted = ["config.json"]
-    if weights:
-        wanted = [name for name in there if not name.startswith("onnx/") and not name.endswith((".bin", ".md"))]
+    others = (".bin", ".md") if weights else (".bin", ".md", ".safetensors", ".index.json")
+    wanted = [name for name in there if not name.startswith("onnx/") and not name.endswith(others)]
     assert list(huggingface_hub.utils.filter_repo_objects(there, **patterns)) == wanted
 
 
@@ -77,7 +76,7 @@ def test_a_run_on_a_hub_id_trains(asked, world, capsys):  # noqa: F811
     asked.clear()
     assert train.main([*flags(world, model="some/model"), "--dry-run"]) == 0
     assert "peak memory" in capsys.readouterr().out
-    assert asked and all(settings["allow_patterns"] == ["config.json"] for _, settings in asked)
+    assert asked and all("*.safetensors" not in settings["allow_patterns"] for _, settings in asked)
 
 
 # What goes wrong -----------------------------------------------------------------------------------------------------
