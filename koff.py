@@ -243,25 +243,22 @@ PENALTIES = {"hinge": Hinge}
 class MemoryModule(nn.Module):
     """M_d, in float32, in the blocks from `first_block` on.
 
-    LoRA A [N, r, fan-in] and B [N, channels, r]; keys and values [N, G, M, hd], keys after RoPE. Block n uses the first
-    `ranks[n]` of the r: as many everywhere, `rank`, unless they are placed (data/solve.py), for which there is `room`.
+    LoRA A [N, r, fan-in] and B [N, channels, r]; keys and values [N, G, M, hd], keys after RoPE.
     """
 
-    def __init__(self, config, first_block, rank, alpha, kv_tokens, lora=("k", "v", "gate", "up", "down"), room=1):
+    def __init__(self, config, first_block, rank, alpha, kv_tokens, lora=("k", "v", "gate", "up", "down")):
         super().__init__()
         self.first_block = first_block
         self.blocks = config.num_hidden_layers - first_block  # N
         self.rank = rank
-        self.ranks = [rank] * self.blocks
         self.scale = alpha / rank if rank else 0.0
         self.lora_a = nn.ParameterDict()
         self.lora_b = nn.ParameterDict()
         for name in lora if rank else ():  # rank 0: no LoRA
             channels, fan_in = config.shapes[name]
             bound = fan_in**-0.5  # Kaiming-uniform with a = sqrt(5), as in peft
-            r = room * rank
-            self.lora_a[name] = torch.empty(self.blocks, r, fan_in).uniform_(-bound, bound)
-            self.lora_b[name] = torch.zeros(self.blocks, channels, r)  # at first LoRA adds nothing
+            self.lora_a[name] = torch.empty(self.blocks, rank, fan_in).uniform_(-bound, bound)
+            self.lora_b[name] = torch.zeros(self.blocks, channels, rank)  # at first LoRA adds nothing
         self.keys = None
         self.values = None
         if kv_tokens:
@@ -281,8 +278,8 @@ class MemoryModule(nn.Module):
         for name in self.lora_a:
             a = self.lora_a[name].to(dtype).unbind()  # N tensors [r, fan-in]
             b = (self.scale * self.lora_b[name]).to(dtype).unbind()
-            for n, r in enumerate(self.ranks):
-                memories[self.first_block + n].lora[name] = (a[n][:r], b[n][:, :r])
+            for n in range(self.blocks):
+                memories[self.first_block + n].lora[name] = (a[n], b[n])
         if self.keys is not None:
             keys = self.keys.to(dtype).unbind()
             values = self.values.to(dtype).unbind()
@@ -290,12 +287,6 @@ class MemoryModule(nn.Module):
                 memories[self.first_block + n].keys = keys[n]
                 memories[self.first_block + n].values = values[n]
         return memories
-
-    def get_extra_state(self):  # part of a checkpoint
-        return self.ranks
-
-    def set_extra_state(self, ranks):
-        self.ranks = list(ranks)
 
 
 # Registry of kinds of memory: classes with the interface of `MemoryModule`. A fork may add a tensor field to

@@ -123,7 +123,6 @@ def estimate(s, Trainer, domains):
             recover = usage.of(trainer.recover, tokens, "one", 0)
         phases["the materialised student, and a step under the final mask"] = student + recover
         if s.solves:
-            trainer.s = replace(trainer.s, placement="uniform")  # placing ranks needs numbers, and less memory
             ids = np.zeros(s.solve_tokens + s.seq_len, dtype=np.int64)
             phases["the materialised student, and solving"] = student + usage.of(solve_module, trainer, "one", ids)
 
@@ -162,8 +161,7 @@ def dry_run(s, Trainer):
     # Without a folder of text, the fewest domains that make sense.
     domains = len(find_domains(s.data, s.domains)) if Path(s.data).is_dir() else 2
     print(f"{gates.total:,} parameters; {koff.count_parameters(gates):,} gates in {gates.blocks} blocks")
-    saved = size_of_module(replace(s, placement="uniform"), config)  # without the room in which ranks are placed
-    print(f"{saved:,} parameters a module, {domains} modules")
+    print(f"{size_of_module(s, config):,} parameters a module, {domains} modules")
     stay, phases = estimate(s, Trainer, domains)
     for what, size in (stay | phases).items():
         print(f"{size / 1e9:9.3f} GB  {what}")

@@ -21,7 +21,7 @@ from data.run import check_complete, check_model, held, open_training, texts_of
 from data.settings import Settings, flag
 
 MAY_DIFFER = (  # settings in which a module can differ from the run that it joins
-    "solve_tokens", "solve_ridge", "curvature_tokens", "placement", "rank", "alpha", "steps", "batch", "seq_len",
+    "solve_tokens", "solve_ridge", "curvature_tokens", "rank", "alpha", "steps", "batch", "seq_len",
     "text_share", "lora_rate", "kv_rate", "decay", "seed", "device", "checkpointing",
 )  # fmt: skip
 

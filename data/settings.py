@@ -111,7 +111,6 @@ class Settings:
     curvature_tokens: int = option(
         1024, "tokens per domain for the measure in which a LoRA's error is least; 0: plain squares", low=0
     )
-    placement: str = option("uniform", "ranks by block: uniform, or where they gain most", ("uniform", "gain"))
     solve_ridge: float = option(
         0.003, "ridge of least squares, relative to the mean diagonal of H^T H (measured)", low=1e-6, high=1e6
     )
@@ -225,8 +224,7 @@ class Settings:
         """A memory module of the run, at its random start."""
         _, first_memory, _ = self.first_blocks(config.num_hidden_layers)
         kind = koff.MEMORIES[self.memory_kind]
-        room = 2 if self.solves and self.placement == "gain" else 1
-        return kind(config, first_memory, self.rank, self.alpha, self.kv_tokens, LORA[self.lora], room)
+        return kind(config, first_memory, self.rank, self.alpha, self.kv_tokens, LORA[self.lora])
 
     def to_file(self, path):
         """Write the settings as JSON."""
@@ -279,7 +277,7 @@ def earlier_ramp(saved):
 
 # Settings that were not there before, as runs without them were made.
 NOT_THERE = {
-    "repair": "none", "repair_tokens": 1, "curvature_tokens": 0, "placement": "uniform", "kv_passages": 1,
+    "repair": "none", "repair_tokens": 1, "curvature_tokens": 0, "kv_passages": 1,
     "kv_places": 0,
 }  # fmt: skip
 
@@ -291,6 +289,7 @@ EARLIER = {
     "scaled": earlier_constraint,
     "tail": lambda saved: {} if saved["tail"] == "bucket" else {"objective": f"{saved['objective']}-{saved['tail']}"},
     "compile": lambda saved: {},
+    "placement": lambda saved: {},
 }
 
 

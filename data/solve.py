@@ -22,7 +22,6 @@ from data.scores import Statistics, inputs_to
 from model import NO_MEMORY, causal_mask, rope_table
 
 AT_ONCE = 2048  # tokens of a batch: without gradients more fit than in a training step
-FEWER = 8  # ranks are placed by a first solution on this fraction of the tokens
 
 
 def check_solvable(config, memories):
@@ -51,7 +50,6 @@ def solve_module(trainer, domain, ids):
     s = trainer.s
     module = trainer.modules[domain]
     context = keys_and_values(module.by_block(trainer.model.head.dtype))
-    arguments = (trainer.model, trainer.student, module, trainer.kept)
     curvature = None
     if s.curvature_tokens:
         torch.manual_seed(s.seed)  # it draws tokens
@@ -61,11 +59,9 @@ def solve_module(trainer, domain, ids):
             statistics.add(tokens)
         curvature = statistics.curvature
     with solvable(domain):
-        if s.placement == "gain":
-            few = batches_of(ids, s.solve_tokens / FEWER, trainer)
-            _, gains = solve_memories(*arguments, few, s.solve_ridge, curvature)
-            place_ranks(module, gains, trainer.kept, s.rank)
-        explained, _ = solve_memories(*arguments, batches_of(ids, s.solve_tokens, trainer), s.solve_ridge, curvature)
+        batches = batches_of(ids, s.solve_tokens, trainer)
+        model, student = trainer.model, trainer.student
+        explained = solve_memories(model, student, module, trainer.kept, batches, s.solve_ridge, curvature)
     for p in (module.lora_a["down"], module.lora_b["down"]):
         trainer.optimizers[domain].state[p] = {}  # AdamW's means belonged to other numbers
     return explained
@@ -149,8 +145,8 @@ def solve_memories(model, student, module, kept, batches, ridge, curvature=None)
     and LoRA should restore what was cut, not undo what the context adds.
 
     student, kept: from `koff.materialise` and `koff.kept_channels`; batches: token tensors [B, T] of the module's
-    domain; ridge, curvature: see `reduced_rank_regression`. Returns ({block: explained share of |R|^2}, {block: gain
-    of each rank [R], the first one first}), all float64. Memory: see `repair`.
+    domain; ridge, curvature: see `reduced_rank_regression`. Returns {block: explained share of |R|^2}, float64 scalars.
+    Memory: see `repair`.
     """
     dtype = model.head.dtype
     whole = module.by_block(dtype)
@@ -169,7 +165,6 @@ def solve_memories(model, student, module, kept, batches, ridge, curvature=None)
         students.append(student.run(shared, split, first, memories=memories))
 
     explained = {}
-    gains = {}
     for i in range(first, len(model.layers)):
         block = student.layers[i]
         lora = {name: pair for name, pair in memories[i].lora.items() if name != "down"}
@@ -184,9 +179,9 @@ def solve_memories(model, student, module, kept, batches, ridge, curvature=None)
                 after = block.add_mlp(students[n], memory=memory)
             fit.add(neurons[0], teachers[n], after, rows)
         bend = curvature[i][rows][:, rows] if curvature else None
-        a, b, gains[i] = reduced_rank_regression(fit, ridge, bend)
-        r = module.ranks[i - module.first_block]
-        a, b = a[:r], b[:, :r]
+        a, b, _ = reduced_rank_regression(fit, ridge, bend)
+        a = a[: module.rank]
+        b = b[:, : module.rank]
         beginnings = after_attention(student, i, beginnings)
         with inputs_to(block.mlp.down_proj) as first_neurons:
             beginnings = block.add_mlp(beginnings)
@@ -196,7 +191,7 @@ def solve_memories(model, student, module, kept, batches, ridge, curvature=None)
         for n in range(len(batches)):
             students[n] = block.add_mlp(students[n], memory=memory)
         explained[i] = (fit.explained_by((b @ a).T) / fit.square).nan_to_num()
-    return explained, gains
+    return explained
 
 
 def keys_and_values(memories):
@@ -238,28 +233,6 @@ def set_lora(module, i, name, a, b, columns, rows):
     whole_a[: len(a)] = 0
     whole_a[: len(a), columns] = a.to(whole_a.dtype)
     whole_b[rows, : len(a)] = (b / module.scale).to(whole_b.dtype)
-
-
-def place_ranks(module, gains, kept, mean):
-    """Give each block of a module the ranks that gain most a parameter, for the cost of rank `mean` in every block.
-
-    gains {block: [R], falling}: see `solve_memories`. A block has at least rank 1, and at most what the module holds.
-    """
-    choices = []
-    budget = 0
-    ranks = {}
-    for i, gain in gains.items():
-        cost = len(kept[i]["neuron"]) + len(kept[i]["down"])  # a row of A and a column of B
-        budget += (mean - 1) * cost
-        ranks[i] = 1
-        most = module.lora_a["down"].shape[1]
-        choices += [(value / cost, -i, cost) for value in gain[1:most].tolist()]
-    for _, minus_i, cost in sorted(choices, reverse=True):
-        if cost <= budget:
-            budget -= cost
-            ranks[-minus_i] += 1
-    for i, rank in ranks.items():
-        module.ranks[i - module.first_block] = rank
 
 
 # The regression ------------------------------------------------------------------------------------------------------

@@ -49,7 +49,6 @@ ABLATIONS = {
     "the same, not repaired": dict(repair="none"),
     "the same, mask by the Fisher score": dict(gate_init="fisher"),
     "the same, gates learned first": JOINT,
-    "the same, ranks placed": dict(placement="gain"),
     "the same, LoRA on five projections": dict(lora="kv+mlp", rank=19, alpha=19.0),
 }
 

@@ -39,7 +39,7 @@ def test_its_settings_are_read_under_todays_names(old):
     assert (saved["fix_mask"], saved["text"], saved["tail"], saved["constraint"]) == (0.5, 0.9, "renormalise", "hinge")
     s = Settings.from_file(old / "settings.json")
     assert (s.gate_share, s.text_share, s.objective, s.constraint, s.rise) == (0.5, 0.9, "kl-renormalise", "hinge", 0)
-    assert (s.repair, s.placement, s.gate_init) == ("none", "uniform", saved["gate_init"])
+    assert (s.repair, s.gate_init) == ("none", saved["gate_init"])
     assert s.gate_family == "hard-concrete"  # it had no such setting
 
 

@@ -103,6 +103,7 @@ EARLIER = dict(
     (dict(objective="blend"), dict(objective="blend")),
     (dict(objective="next-token"), dict(objective="next-token")),
     (dict(compile=True), {}),  # of the machine, it changed no number
+    (dict(placement="gain"), {}),  # the modules on the disk have the ranks
 ], ids=str)  # fmt: skip
 def test_settings_of_an_earlier_version_are_read_as_todays(earlier, today):
     usual = dict(
@@ -115,9 +116,9 @@ def test_a_ramp_is_a_share_of_the_gates_steps_also_beside_todays_name_of_their_s
     assert Settings.from_saved(dict(ramp=0.12, gate_share=0.15)).rise == pytest.approx(0.8)
 
 
-def test_a_run_from_before_the_repair_was_neither_repaired_nor_placed():
+def test_a_run_from_before_the_repair_was_not_repaired():
     before = Settings.from_saved({})
-    assert before.repair == "none" and before.placement == "uniform"
+    assert before.repair == "none"
     assert (before.curvature_tokens, before.kv_passages, before.kv_places) == (0, 1, 0)
 
 

@@ -3,7 +3,6 @@
 import json
 import signal
 from dataclasses import dataclass, replace
-from itertools import product
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import koff
 import train
 from data import BadInput, scores, solve
-from data.checkpoint import load, load_module, save_module
+from data.checkpoint import load
 from data.corpus import windows
 from data.families import parse_config
 from data.run import Run
@@ -133,47 +132,6 @@ def test_a_direction_without_curvature_is_not_free(data):
     assert (gains[3:] < 1e-3 * gains[0]).all()
 
 
-# Ranks by block -----------------------------------------------------------------------------------------------------
-
-
-def placed(gains, costs, mean, most):
-    """The ranks that `place_ranks` gives to blocks 1, 2, ... of these gains and costs."""
-    config = parse_config(CONFIG)
-    module = koff.MemoryModule(config, 1, most, 1.0, 0, ("down",))
-    module.ranks = [0] * len(gains)
-    module.first_block = 1
-    kept = {i: {"neuron": range(cost - 1), "down": range(1)} for i, cost in enumerate(costs, 1)}
-    solve.place_ranks(module, {i: torch.tensor(g) for i, g in enumerate(gains, 1)}, kept, mean)
-    return module.ranks
-
-
-@pytest.mark.parametrize("costs", [(7, 7, 7), (5, 7, 11)])
-@pytest.mark.parametrize("seed", range(5))
-def test_ranks_are_placed_as_brute_force_would_place_them(costs, seed):
-    rng = np.random.default_rng(seed)
-    gains = [np.sort(rng.exponential(scale, 6))[::-1].tolist() for scale in (1, 3, 9)]
-    ranks = placed(gains, costs, mean=3, most=5)
-    budget = 3 * sum(costs)
-
-    def cost(ranks):
-        return sum(r * c for r, c in zip(ranks, costs, strict=True))
-
-    def gain(ranks):
-        return sum(sum(g[:r]) for g, r in zip(gains, ranks, strict=True))
-
-    assert all(1 <= r <= 5 for r in ranks) and budget - max(costs) < cost(ranks) <= budget
-    allowed = budget - (max(costs) if len(set(costs)) > 1 else 0)  # of unequal costs the last one may not fit
-    best = max(gain(other) for other in product(range(1, 6), repeat=3) if cost(other) <= allowed)
-    assert gain(ranks) >= best - 1e-9
-
-
-def test_no_block_is_left_without_a_rank_nor_gets_more_than_there_is_room_for():
-    assert placed([[9.0] * 8, [1e-9] * 8, [0.0] * 8], (5, 5, 5), mean=3, most=6) == [6, 2, 1]
-    assert placed([[9.0] * 8, [1.0] * 8], (5, 5), mean=1, most=2) == [1, 1]
-    # What counts is the gain a parameter: here the budget is 55 beyond the first ranks.
-    assert placed([[9.0, 3.0, 3.0, 3.0], [9.0, 4.0, 4.0, 4.0]], (5, 50), mean=2, most=4) == [4, 1]
-
-
 # A whole module -----------------------------------------------------------------------------------------------------
 
 
@@ -192,9 +150,7 @@ def solved(model, student, kept, batches, rank=4, first=1, kv_tokens=0, ridge=0.
     torch.manual_seed(3)
     with model.head.device:
         module = koff.MemoryModule(model.config, first, rank, 2.0 * rank, kv_tokens)  # alpha / r is not 1
-    explained, gains = solve.solve_memories(model, student, module, kept, batches, ridge)
-    assert list(gains) == list(explained)
-    return module, explained
+    return module, solve.solve_memories(model, student, module, kept, batches, ridge)
 
 
 def with_copies(model):
@@ -254,7 +210,7 @@ def test_what_it_explains_is_what_is_missing_less(tiny, kind, memories):
     for p in module.parameters():
         torch.nn.init.normal_(p, std=0.2)
     before = {name: p.clone() for name, p in module.named_parameters()}
-    explained, _ = solve.solve_memories(model, student, module, kept, [tokens], 0.01)
+    explained = solve.solve_memories(model, student, module, kept, [tokens], 0.01)
     assert list(explained) == list(range(max(1, memories), 3))
     for name, p in module.named_parameters():
         assert torch.equal(p, before[name]) == ("down" not in name)
@@ -421,9 +377,8 @@ def test_a_block_of_which_nothing_is_left_and_one_that_is_whole_are_no_special_c
     statistics = scores.Statistics(model, 1)
     statistics.add(tokens)
     explained = solve.repair(model, student, kept, [tokens], 0.01)
-    module = koff.MemoryModule(model.config, 1, 4, 4.0, 0, ("down",), room=2)
-    shares, gains = solve.solve_memories(model, student, module, kept, [tokens], 0.01, statistics.curvature)
-    solve.place_ranks(module, gains, kept, 4)
+    module = koff.MemoryModule(model.config, 1, 4, 4.0, 0, ("down",))
+    shares = solve.solve_memories(model, student, module, kept, [tokens], 0.01, statistics.curvature)
     assert all(0 <= share < 1e-3 for share in [*explained.values(), *shares.values()])  # and not NaN
     memories = koff.materialise_memories(module.by_block(torch.float32), kept)
     assert torch.allclose(student(tokens, memories=memories), student(tokens), atol=1e-4)
@@ -701,34 +656,6 @@ def test_a_neuron_is_judged_by_what_can_be_repaired_and_the_rest_like_the_mean_n
         torch.testing.assert_close(surgeon[name], fisher[name] * share.mean())
 
 
-# Ranks that are placed, through every file ---------------------------------------------------------------------------
-
-
-def test_placed_ranks_pass_through_checkpoints_and_files(world, monkeypatch, tmp_path):  # noqa: F811
-    more = dict(rank=5, alpha=2.0, sparsity=0.03, lora="kv+mlp", placement="gain")
-    assert train.main(flags(world, **more)) == 0
-    run = Run(world / "runs/one", dtype=torch.float32)
-    ranks = {}
-    for name, memories in run.modules.items():
-        for i, memory in memories.items():
-            assert len({len(a) for a, _ in memory.lora.values()}) == 1
-            assert all(len(a) == b.shape[1] for a, b in memory.lora.values())
-            ranks[name, i] = len(memory.lora["down"][0])
-    assert len(set(ranks.values())) > 1 and all(1 <= r <= 10 for r in ranks.values())
-    with in_step(monkeypatch, 5, killed), pytest.raises(Killed):  # all is solved, and saved after step 3
-        train.main(flags(world, out=world / "runs/two", **more))
-    assert train.main(flags(world, out=world / "runs/two", **more)) == 0
-    assert outputs(world / "runs/two") == outputs(world / "runs/one")
-    memories = run.memories("french")
-    save_module(tmp_path / "again.safetensors", memories, run.config.raw["koff_fingerprint"])
-    again = load_module(tmp_path / "again.safetensors", run.config, torch.float32)
-    tokens = torch.arange(20)[None]
-    assert torch.equal(run.backbone(tokens, memories=again), run.backbone(tokens, memories=memories))
-    assert train.main(flags(world, out=world / "runs/uniform", **more | {"placement": "uniform"})) == 0
-    for memories in Run(world / "runs/uniform").modules.values():
-        assert {len(memory.lora["down"][0]) for memory in memories.values()} == {5}
-
-
 # What has no closed form --------------------------------------------------------------------------------------------
 
 
@@ -828,11 +755,10 @@ def test_a_run_repairs_and_solves_between_its_two_kinds_of_steps(world, monkeypa
 
 @pytest.mark.parametrize("tokens", [40, 10**6])  # some of the text, all of it
 def test_it_is_solved_on_windows_of_the_whole_text(world, monkeypatch, tokens):  # noqa: F811
-    plain = dict(placement="uniform", curvature_tokens=0)
-    trainer, text = trainer_of(world, solve_tokens=tokens, solve_ridge=0.25, steps=0, **plain)
+    trainer, text = trainer_of(world, solve_tokens=tokens, solve_ridge=0.25, steps=0, curvature_tokens=0)
     freeze(trainer)
     monkeypatch.setattr(solve.batches_of, "__defaults__", (48,))
-    monkeypatch.setattr(solve, "solve_memories", lambda *given: (given, None))
+    monkeypatch.setattr(solve, "solve_memories", lambda *given: given)
     model, student, module, kept, batches, ridge, curvature = solve.solve_module(trainer, "french", text["french"])
     assert (model, student, module) == (trainer.model, trainer.student, trainer.modules["french"])
     assert kept is trainer.kept and ridge == 0.25 and curvature is None
@@ -843,7 +769,7 @@ def test_it_is_solved_on_windows_of_the_whole_text(world, monkeypatch, tokens): 
 
 def test_the_size_of_a_module_does_not_change_the_mask(world):  # noqa: F811
     masks = []
-    for more in (dict(rank=2), dict(rank=4, lora="mlp"), dict(kv_tokens=0), dict(placement="gain")):
+    for more in (dict(rank=2), dict(rank=4, lora="mlp"), dict(kv_tokens=0)):
         trainer, text = trainer_of(world, steps=0, **more)
         start(trainer, text)
         masks.append(trainer.gates.final_mask(0.05))

@@ -846,8 +846,8 @@ def test_a_preset_fits_its_model(preset, request):
     config = read_config(s.model)
     gates = run.fitting_gates(s, config)
     with torch.device("meta"):
-        size = koff.count_parameters(replace(s, placement="uniform").new_module(config))
-        papers = koff.count_parameters(replace(s, placement="uniform", lora="kv+mlp").new_module(config))
+        size = koff.count_parameters(s.new_module(config))
+        papers = koff.count_parameters(replace(s, lora="kv+mlp").new_module(config))
     assert gates.total == pytest.approx(parameters, rel=0.02)
     assert size < 0.8 * s.sparsity * gates.total  # else nothing is gained
     name = request.node.callspec.params["preset"]
@@ -865,8 +865,7 @@ def check_dry_run(argv, s, config, capsys):
     """What a dry run prints adds up, and no knob that it names raises the peak."""
     printed, sizes = dry_run(argv, capsys)
     with torch.device("meta"):
-        one = replace(s, placement="uniform").new_module  # without the room in which ranks are placed
-        parameters, module = (koff.count_parameters(make(config)) for make in (Model, one))
+        parameters, module = (koff.count_parameters(make(config)) for make in (Model, s.new_module))
     assert printed.startswith(f"{parameters:,} parameters; ") and f"\n{module:,} parameters a module, " in printed
     peak = sizes.pop("peak memory")
     knobs = re.search("^less with: (.*)$", printed, re.M)[1].split(", ")
@@ -886,7 +885,6 @@ def test_a_dry_run_adds_up(tmp_path, capsys):
     config = shape(512, 1024, 2, 8, 4, 50_000)
     (tmp_path / "config.json").write_text(json.dumps(config))
     argv = ["--model", str(tmp_path), "--sparsity", "0.05", "--seq-len", "64", "--solve-tokens", "1024"]
-    argv += ["--placement", "gain"]  # with room for ranks that a saved module does not need
     check_dry_run(argv, train.parse(argv).settings, parse_config(config), capsys)
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]  # it was enough
 
