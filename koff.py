@@ -366,7 +366,6 @@ def kept_channels(mask, config, first_block, device):
     return kept
 
 
-@torch.no_grad()
 def materialise(model, kept):
     """`model` cut down to the channels of `kept_channels`: its output is that of `model` with the same 0/1 gates."""
     c = model.config

@@ -136,23 +136,18 @@ def write_tensors(path, tensors, **about):
         save_file(tensors, partial, {"koff": note})
 
 
-def read_tensors(path, device="cpu", ours=True):
-    """({name: tensor}, metadata) of a file that `write_tensors` wrote. BadInput if it is damaged.
-
-    ours: False for any other safetensors file; its metadata is empty.
-    """
+def read_tensors(path, device="cpu"):
+    """({name: tensor}, metadata) of a file that `write_tensors` wrote. BadInput if it is damaged."""
     try:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
             metadata = file.metadata() or {}
-        about = {}
-        if ours:
-            if "koff" not in metadata:
-                raise ValueError("this version has not written it")
-            note = json.loads(metadata["koff"])
-            about = note["about"]
-            if checksum(tensors, about) != note["checksum"]:
-                raise ValueError("it has another checksum")
+        if "koff" not in metadata:
+            raise ValueError("this version has not written it")
+        note = json.loads(metadata["koff"])
+        about = note["about"]
+        if checksum(tensors, about) != note["checksum"]:
+            raise ValueError("it has another checksum")
     except (OSError, SafetensorError, *MALFORMED) as error:
         raise BadInput(f"{path} cannot be read ({error}); name a run that train.py has finished.") from None
     for name, tensor in tensors.items():

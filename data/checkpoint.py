@@ -194,7 +194,7 @@ def tensors_of(memories):
             value = getattr(memory, f.name)
             if isinstance(value, torch.Tensor):
                 tensors[f"layers.{i}.{f.name}"] = value
-    return {name: tensor.detach().clone() for name, tensor in tensors.items()}  # safetensors refuses shared memory
+    return {name: tensor.clone() for name, tensor in tensors.items()}  # safetensors refuses shared memory
 
 
 def refuse_other_tensors(memories, consequence):

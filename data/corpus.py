@@ -50,6 +50,15 @@ def read_text(path):
         raise BadInput(f"{path} is not UTF-8 at byte {error.start}; convert it, for example with iconv.") from None
 
 
+def text_if_any(path):
+    """The text of a file; None, with a line on the screen, if it has none, like a picture."""
+    with contextlib.suppress(BadInput):
+        text = read_text(path) if path.is_file() else "\0"
+        if "\0" not in text:  # otherwise it only looks like text
+            return text
+    print(f"{path} is left out: it is no UTF-8 text", file=sys.stderr)
+
+
 def lines_of(path):
     """Yield ("file:line", text) for every line of a file that is not blank."""
     # splitlines() would also cut at separators that JSON allows within a text.
@@ -72,12 +81,9 @@ def read_documents(path, template=None):
             if format_of(file) in FORMATS:
                 documents += read_documents(file, template)[0]
                 continue
-            with contextlib.suppress(BadInput):
-                text = read_text(file) if file.is_file() else "\0"
-                if "\0" not in text:  # otherwise it only looks like text
-                    documents.append(text)
-                    continue
-            print(f"{file} is left out: it is no UTF-8 text", file=sys.stderr)
+            text = text_if_any(file)
+            if text is not None:
+                documents.append(text)
         return documents, False
     if format_of(path) not in FORMATS:
         raise BadInput(f"{path} is neither a .txt nor a .jsonl; rename it or give a folder of them.")

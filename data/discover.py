@@ -1,18 +1,19 @@
 """Find the domains of mixed documents, and write each into a file for train.py (ours; the paper's domains are given).
 
-    python data/discover.py MIX --domains 6 --out text/found              how many; auto: decide
+    python data/discover.py MIX --domains 6 --out text/found              without --domains it decides how many
     python train.py --preset solved --data text/found --out out/found
     python data/discover.py MIX --by out/found --out text/moved           move each document to the module that suits it
 
-MIX is a folder or a file. A document is a line of a .jsonl, a file of the folder, or a paragraph of a text file (or its
-line, without blank ones between). Equal documents count once. A domain is named after two words that many of its
-documents have, and few others.
+A document is a line of a .jsonl, any other file of a folder or, if MIX is one text file, a paragraph of it (a line, if
+none is blank). Equal documents count once. A domain is named after two words that many of its documents have, and few
+others.
 
-auto takes the largest number of domains for which two halves of the documents agree (`prediction_strength`). It needs
-about a hundred documents a domain. One domain is a possible answer.
+Without --domains it takes the largest number of domains, up to 15, for which two halves of the documents agree
+(`prediction_strength`). It needs about a hundred documents a domain. One domain is a possible answer.
 
---by and train.py take turns until few documents move. Modules that learned the text (--objective next-token) decide
-better than those that imitate the unpruned model: data/RESULTS.md compares them.
+Alternate --by and train.py until few documents move. A module that no document suits gets no file. Modules that learned
+the text (--objective next-token) decide better than those that imitate the unpruned model: data/RESULTS.md compares
+them.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import BadInput, atomic, fast, run_script
 from data.chat_template import ChatTemplate
-from data.corpus import VISIBLE, format_of, lines_of, read_text, text_of
+from data.corpus import format_of, lines_of, text_if_any, text_of
 from data.families import read_config
 from data.harness import BATCH, log_likelihoods
 from data.hub import model_folder
@@ -41,9 +42,9 @@ from data.tokenizer import Tokenizer
 
 DIMENSIONS = 64  # of a document's vector (measured)
 STARTS = 20  # of k-means
-MOST = 15  # domains, where we decide how many
+MOST = 15  # domains that are tried, where we decide how many
 STRENGTH = 0.8  # of the prediction: Tibshirani and Walther's bound
-READ = 1024  # tokens of a document by which modules are compared, at most
+READ = 1024  # at most so many tokens of a document are compared
 MARGIN = 0.1  # nats a token by which another module has to be better (measured)
 FAR = 0.3  # a document that is less like its domain than this share of the median fits none (measured)
 
@@ -51,21 +52,26 @@ FAR = 0.3  # a document that is less like its domain than this share of the medi
 
 
 def documents_in(mix, template):
-    """{text: its line in a .jsonl} of all documents in a file, or in a folder and those in it."""
+    """{text: its line in a .jsonl} of all documents in a file, or in a folder and its sub-folders."""
     if not mix.exists():
         raise BadInput(f"{mix} does not exist; give a folder of documents, a .jsonl or a text file.")
-    files = sorted(path for path in mix.rglob(VISIBLE) if path.is_file()) if mix.is_dir() else [mix]
+    files = sorted(path for path in mix.rglob("*") if path.is_file()) if mix.is_dir() else [mix]
     documents = {}
     for file in tqdm(files, desc="reading", disable=None):
+        if any(part.startswith(".") for part in file.relative_to(mix).parts):  # hidden, such as .git
+            continue
         if format_of(file) == ".jsonl":
             rows = {text_of(line, where, template): line for where, line in lines_of(file)}
         else:
-            text = read_text(file)
-            parts = [text]
-            if not mix.is_dir():
-                parts = regex.split(r"\n\s*\n", text) if "\n\n" in text.strip() else text.split("\n")
+            parts = [text_if_any(file) or ""]
+            if file == mix:
+                parts = regex.split(r"\n\s*\n", parts[0].strip())
+            if file == mix and len(parts) == 1:
+                parts = parts[0].split("\n")
             rows = {part: json.dumps({"text": part}, ensure_ascii=False) for part in parts}
         documents |= {text: line for text, line in rows.items() if text.strip()}
+    if not documents:
+        raise BadInput(f"{mix} has no document; give a folder of documents, a .jsonl or a text file.")
     return documents
 
 
@@ -75,7 +81,7 @@ def documents_in(mix, template):
 def tf_idf(ids):
     """The router's n-grams of documents [ids], weighted by log(1 + count) * log(n / documents that have the n-gram).
 
-    Returns a sparse tensor [n, 2 HALF] with rows of length 1, or 0 for a document that shares no n-gram with another.
+    Returns a sparse tensor [n, 2 HALF] with rows of length 1, or 0 where no n-gram is shared with some others.
     """
     n = len(ids)
     numbered = [i * 2 * HALF + Router.buckets(document[None])[0] for i, document in enumerate(ids)]
@@ -92,7 +98,7 @@ def tf_idf(ids):
 def vectors(x):
     """Unit vectors [n, d] of the rows of x: latent semantic analysis, U sqrt(S) of x = U S V^T.
 
-    The root keeps the few strongest dimensions, such as the language, from hiding the others, such as the topic.
+    The square root of S keeps the strongest dimensions, such as the language, from hiding others, such as the topic.
     """
     u, s, _ = torch.svd_lowrank(x, q=min(DIMENSIONS, *x.shape), niter=4)
     return torch.nn.functional.normalize(u * s.sqrt(), dim=1).numpy()
@@ -109,7 +115,7 @@ def kmeans(x, k, rng):
     """
     best = -np.inf
     for _ in range(STARTS):
-        centres = x[rng.integers(len(x))][None]
+        centres = x[[rng.integers(len(x))]]
         for _ in range(k - 1):
             far = np.maximum(1 - (x @ centres.T).max(1), 0) + 1e-9
             centres = np.vstack([centres, x[rng.choice(len(x), p=far / far.sum())]])
@@ -159,12 +165,13 @@ def fitting(x, domain):
     member = torch.from_numpy(np.eye(domain.max() + 1, dtype=np.float32)[domain])  # [n, domains]
     products = (x @ (x.T @ member)).numpy()[np.arange(len(domain)), domain]
     likeness = products - 1  # a document is not compared with itself
-    usual = {j: np.median(likeness[domain == j]) for j in set(domain)}
+    usual = {j: max(1e-5, np.median(likeness[domain == j])) for j in set(domain)}  # above 0, in spite of rounding
     return likeness > [FAR * usual[j] for j in domain]
 
 
 def clusters(texts, ids, k, seed):
     """{name: [numbers of its documents]}. k: "auto", or how many domains."""
+    seed %= 2**63
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)
     x = tf_idf(ids)
@@ -180,7 +187,7 @@ def names_of(texts, members):
     for numbers in members:
         words = Counter()
         for i in numbers:
-            words.update(set(regex.findall(r"\p{L}{3,30}", texts[i].lower())))
+            words.update(set(regex.findall(r"\p{L}{3,18}", texts[i].lower())))
         shares.append({word: count / len(numbers) for word, count in words.items()})
     named = {}
     for j, numbers in enumerate(members):
@@ -194,16 +201,16 @@ def names_of(texts, members):
 # Modules decide ------------------------------------------------------------------------------------------------------
 
 
-@torch.inference_mode()
 def by_modules(run, ids, lines):
     """({name: [numbers of its documents]}, how many moved): each goes to the module that predicts its tokens best.
 
-    A document that is in the text of the run moves only if another module is better by `MARGIN`.
+    A document in a .jsonl of the run moves only if another module is better by `MARGIN`.
     """
     first = run.tokenizer.bos or list(run.config.eos_token_ids[:1]) or [0]
     longest = min(READ, run.config.max_position_embeddings - run.settings.kv_tokens)
     ids = [document[:longest].tolist() for document in ids]
-    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # little padding
+    lengths = np.array([len(document) for document in ids])
+    order = lengths.argsort(kind="stable")  # little padding
     scores = np.empty((len(ids), len(run.names)))
     home = {}  # {line: the domain in whose text it is}
     for j, (name, path) in enumerate(paths_of(run).items()):
@@ -217,7 +224,7 @@ def by_modules(run, ids, lines):
     best = scores.argmax(1)
     before = np.array([home.get(line, j) for line, j in zip(lines, best, strict=True)])
     gain = scores[everyone, best] - scores[everyone, before]
-    after = np.where(gain > MARGIN * np.array([len(document) for document in ids]), best, before)
+    after = np.where(gain > MARGIN * lengths, best, before)
     return {name: np.flatnonzero(after == j) for j, name in enumerate(run.names)}, int((after != before).sum())
 
 
@@ -243,13 +250,14 @@ def discover(args):
     else:
         members = clusters(texts, ids, args.domains, args.seed)
     if not members:
-        raise BadInput(f"{args.mix}: no document has anything in common with another; give more of them.")
+        raise BadInput(f"{args.mix}: nothing tells which documents belong together; give more of them.")
     rows = {}
     with atomic(args.out) as partial:
         partial.mkdir()
         for name, numbers in members.items():
-            text = "".join(f"{lines[i]}\n" for i in numbers)
-            (partial / f"{name}.jsonl").write_text(text, encoding="utf-8")
+            if len(numbers):
+                text = "".join(f"{lines[i]}\n" for i in numbers)
+                (partial / f"{name}.jsonl").write_text(text, encoding="utf-8")
             rows[name] = [f"{len(numbers):,}", f"{sum(len(ids[i]) for i in numbers):,}"]
     print(table(str(args.out), ["documents", "tokens"], rows))
     if run:
@@ -266,10 +274,11 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("mix", type=Path, help="folder or file of documents")
     parser.add_argument("--out", type=Path, required=True, help="new folder for a <name>.jsonl per domain")
-    parser.add_argument("--domains", type=number, default="auto", help="how many, or auto [auto]")
-    parser.add_argument("--by", type=Path, metavar="RUN", help="finished run whose modules decide, instead of clusters")
-    parser.add_argument("--model", default=Settings.model, help="whose tokenizer: folder, or owner/name [data/base]")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the clusters [0]")
+    way = parser.add_mutually_exclusive_group()
+    way.add_argument("--domains", type=number, default="auto", help="how many, or auto: up to 15 [auto]")
+    way.add_argument("--by", type=Path, metavar="RUN", help="finished run whose modules decide, instead of clusters")
+    parser.add_argument("--model", default=Settings.model, help="whose tokenizer, without --by [data/base]")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the clusters, without --by [0]")
     args = parser.parse_args(argv)
     fast.enable()
     return run_script("data/discover.py", lambda: discover(args), "the same command begins again")

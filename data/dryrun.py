@@ -15,8 +15,6 @@ import torch
 import koff
 from data import BadInput, out_of_memory
 from data.corpus import find_domains
-from data.families import read_config
-from data.hub import model_folder
 from data.run import fitting_gates
 from data.scores import surgeon_scores
 from data.settings import flag
@@ -73,8 +71,8 @@ def estimate(s, Trainer, domains):
 
     `Trainer` is train.py's.
     """
-    config = read_config(model_folder(s.model, weights=False))
-    gates = fitting_gates(s, config)
+    gates = fitting_gates(s)
+    config = gates.config
     # Nobody knows yet which gates will close: here chance decides.
     torch.manual_seed(s.seed)
     spread_by_rank(gates, {name: torch.rand(a.shape) for name, a in gates.log_alpha.items()})
@@ -156,12 +154,11 @@ def dry_run(s, Trainer):
     """
     if FakeTensorMode is None:
         raise BadInput(f"--dry-run needs fake tensors, which torch {torch.__version__} has elsewhere; omit it.")
-    config = read_config(model_folder(s.model, weights=False))
-    gates = fitting_gates(s, config)
+    gates = fitting_gates(s)
     # Without a folder of text, the fewest domains that make sense.
     domains = len(find_domains(s.data, s.domains)) if Path(s.data).is_dir() else 2
     print(f"{gates.total:,} parameters; {koff.count_parameters(gates):,} gates in {gates.blocks} blocks")
-    print(f"{size_of_module(s, config):,} parameters a module, {domains} modules")
+    print(f"{size_of_module(s, gates.config):,} parameters a module, {domains} modules")
     stay, phases = estimate(s, Trainer, domains)
     for what, size in (stay | phases).items():
         print(f"{size / 1e9:9.3f} GB  {what}")

@@ -35,10 +35,10 @@ results into transformers and peft.
 from dataclasses import replace
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import koff
-from data import BadInput, atomic, fast, llamacpp, read_tensors
+from data import BadInput, atomic, fast, llamacpp
 from data.checkpoint import load, refuse_other_tensors, save_backbone
 from data.families import read_config
 from data.run import Run
@@ -58,7 +58,6 @@ def with_zeros(tensor, index, width, dim):
     return tensor.new_zeros(shape).index_copy(dim, index, tensor)
 
 
-@torch.no_grad()
 def expand(small, kept):
     """The inverse of `koff.materialise`: a model of the pretrained shapes with zeros in the closed channels.
 
@@ -144,7 +143,7 @@ def save_cartridge(folder, memories, base):
 
 
 def save_adapter(folder, tensors, config, base):
-    """Write an adapter in peft's layout, and read its tensors again to compare them.
+    """Write an adapter in peft's layout, then read it back and compare.
 
     This replaces a comparison of logits: the same tensors have just passed `check_logits`.
     """
@@ -152,8 +151,7 @@ def save_adapter(folder, tensors, config, base):
     save(folder, {"adapter_config.json": config})
     file = folder / "adapter_model.safetensors"
     save_file(tensors, file, {"format": "pt"})
-    written, _ = read_tensors(file, ours=False)
-    check_tensors(file, written, tensors)
+    check_tensors(file, load_file(file), tensors)
 
 
 # The command ---------------------------------------------------------------------------------------------------------
@@ -195,13 +193,18 @@ def lora_of(run, name, target):
     return {i: Memory(memory.lora) for i, memory in memories.items()}
 
 
+def has_lora(memories):
+    """Whether any {block: `Memory`} has LoRA. (Modules that came later may have another rank than the run.)"""
+    return any(memory.lora for memory in memories.values())
+
+
 def export_dense(folder, run, dense, kept, name):
     """Write the `dense` model of the run as a checkpoint, with the LoRA of the module `name` merged if it is given."""
     lora = None
     if name:
         # Only LoRA can be merged, so the result is compared with the run under that LoRA alone.
         lora = lora_of(run, name, "a checkpoint")
-        if not any(memory.lora for memory in lora.values()):
+        if not has_lora(lora):
             raise BadInput(f"{name} has no LoRA to merge; a checkpoint has no place for keys and values.")
         dense, _ = fast.merged(dense, expand_memories(lora, kept, dense.config))
     check_logits("the dense model", run, lora, dense)
@@ -241,7 +244,7 @@ def export_adapters(folder, run, dense, kept, names):
         memories = expand_memories(run.memories(name), kept, dense.config)
         check_logits(name, run, run.memories(name), dense, memories)
         # Two adapters: no kind in peft holds both LoRA and keys and values.
-        if run.settings.rank:
+        if has_lora(memories):
             save_lora(folder / name, memories, base)
         if tokens and len(memories) == blocks:
             save_cartridge(folder / f"{name}-kv", memories, base)
@@ -255,7 +258,7 @@ def export_adapters(folder, run, dense, kept, names):
 
 def export_gguf(folder, run, dense, kept, names, args):
     """Write backbone.gguf, unless args.module is given, and the LoRA of the modules `names` as NAME.gguf."""
-    if args.module and not run.settings.rank:
+    if args.module and not has_lora(run.memories(args.module)):
         raise BadInput(f"{args.module} has no LoRA; a GGUF has no place for keys and values.")
     folder.mkdir()
     left = llamacpp.neurons_left(kept, dense.config, args.dtype)
@@ -263,8 +266,10 @@ def export_gguf(folder, run, dense, kept, names, args):
     if not args.module:
         check_logits("backbone.gguf", run, None, model)
         check_tensors(folder, *llamacpp.write_backbone(folder / "backbone.gguf", run, model, args.dtype))
-    for name in names if run.settings.rank else ():
+    for name in names:
         lora = lora_of(run, name, "a GGUF")
+        if not has_lora(lora):
+            continue
         memories = koff.materialise_memories(expand_memories(lora, kept, dense.config), left)
         check_logits(name, run, lora, model, memories)
         check_tensors(folder, *llamacpp.write_adapter(folder / f"{name}.gguf", memories, model.config))

@@ -18,7 +18,7 @@ WEIGHTS = ["*.safetensors", INDEX]
 def model_folder(name, weights=True):
     """The folder of a model: `name` itself if it looks like a path, otherwise the snapshot of that Hub id.
 
-    weights: False if everything else is enough. BadInput if the model is neither here nor on the Hub.
+    weights=False leaves the weights out. BadInput if the model is neither here nor on the Hub.
     """
     hub_id = re.fullmatch(HUB_ID, str(name))
     path = Path(name)

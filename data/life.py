@@ -4,8 +4,6 @@ import contextlib
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
-
 import koff
 from data import BadInput, discard, discard_all, only_process, read_tensors
 from data.checkpoint import BESIDE, SINGLE, save_backbone, save_gates, save_module
@@ -97,7 +95,6 @@ def erase(out, s):
 # Saving --------------------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
 def save_run(trainer, text, pretrained, out):
     """Write backbone, gates, modules and router of a trained run. pretrained: the folder of its model."""
     about = {"koff_model": text.inputs["model"], "koff_domains": len(text.train)}
@@ -110,7 +107,6 @@ def save_run(trainer, text, pretrained, out):
     router.save(out / "router.safetensors")
 
 
-@torch.no_grad()
 def save_modules(trainer, out, fingerprint):
     for domain in trainer.modules:
         memories = koff.materialise_memories(trainer.memories(domain), trainer.kept)

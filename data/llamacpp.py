@@ -36,7 +36,7 @@ SPACES = DIGITS.replace(r"\s+(?=\p{N})|", "")
 
 
 def neurons_left(kept, config, dtype):
-    """`koff.kept_channels` for the model of `data.export.expand`, from which only neurons shall go again."""
+    """The channels with which `koff.materialise` takes only neurons out of the dense model of `data.export.expand`."""
     group = 32 if dtype == "q8_0" else 1
     places = torch.arange(config.intermediate_size)
     is_open = torch.stack([torch.isin(places, index["neuron"]) for index in kept.values()])  # [N, F]

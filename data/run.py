@@ -49,18 +49,19 @@ def pick_dtype(name, device):
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
-        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+        is_fast = torch.cuda.get_device_capability(device) >= (8, 0)
     else:
         # This name is private to torch. If a version lacks it, we take float32.
-        fast = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
-    return torch.bfloat16 if fast else torch.float32
+        is_fast = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    return torch.bfloat16 if is_fast else torch.float32
 
 
 # Before a training ---------------------------------------------------------------------------------------------------
 
 
-def fitting_gates(s, config):
-    """The gates of a run on a model. BadInput for settings that exceed the model."""
+def fitting_gates(s):
+    """The gates of a run on its model, whose weights are not needed. BadInput for settings that exceed the model."""
+    config = read_config(model_folder(s.model, weights=False))
     if any(config.rows_left):
         raise BadInput(f"{s.model} is a backbone, from which channels are gone already; name the pretrained model.")
     # The tokens of a KV memory take positions, too.
@@ -122,7 +123,7 @@ class TextReader:
             raise BadInput(f"{folder}: eos_token_id is {self.separator}, beyond the {config.vocab_size} rows; mend it.")
 
     def read(self, path, training, heldout, known=None):
-        """The `Split` of one domain. BadInput if it has fewer training or held-out tokens than these."""
+        """The `Split` of one domain. BadInput if it has fewer tokens than `training` or `heldout`."""
         need = (training, heldout)
         return load_text(path, self.tokenizer, self.cache, self.separator, self.template, need, known)
 
@@ -173,8 +174,7 @@ def open_training(s, out, paths=None):
     if str(out) != str(out).encode(errors="replace").decode():
         raise BadInput(f"--out {out} is not UTF-8, which safetensors needs; give another name.")
     # Cheap checks come first, gigabytes of weights last.
-    config = read_config(model_folder(s.model, weights=False))
-    fitting_gates(s, config)
+    config = fitting_gates(s).config
     device = pick_device(s.device)
     folder = model_folder(s.model)
     text = read_training_text(s, TextReader(folder, config, out), paths)

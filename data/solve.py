@@ -3,7 +3,8 @@
 `repair` mends the backbone: o_proj and `down` of each block get what brings the student's hidden states closest to the
 teacher's, on text of all domains. `solve_memories` does the same for one domain, by LoRA on `down`. Both are the same
 regression: H [n, F] are the inputs of a matrix, R [n, D] the teacher's hidden states minus the student's. They take
-forward passes only, block by block from the first gated one up, each on blocks that are already mended.
+forward passes only, block by block from the first gated one up, each on blocks that are already mended. (Only the
+measure of the error, `scores.Statistics`, takes backward passes.)
 """
 
 import contextlib
@@ -27,8 +28,8 @@ AT_ONCE = 2048  # tokens of a batch: without gradients more fit than in a traini
 def check_solvable(config, memories):
     """BadInput for blocks and memories in which B A h is not what LoRA on `down` adds to the hidden state."""
     if config.post_norm:
-        said = f"{config.model_type} has a norm behind down, so nothing here has a closed form"
-        raise BadInput(f"{said}; say --repair none --solve-tokens 0.")
+        fault = f"{config.model_type} has a norm behind down, so nothing here has a closed form"
+        raise BadInput(f"{fault}; say --repair none --solve-tokens 0.")
     refuse_other_tensors(memories, "solving would ignore it; say --solve-tokens 0")
 
 
@@ -157,8 +158,9 @@ def solve_memories(model, student, module, kept, batches, ridge, curvature=None)
     context = keys_and_values(whole)
     teachers = []  # hidden states before the block at hand, [B, T, D] of each batch
     students = []
-    beginnings = torch.cat([tokens[:, :1] for tokens in batches])  # first tokens of texts, behind no keys and values:
-    beginnings = student.run(student.embed_tokens(beginnings), 0, first)  # [windows, 1, D]
+    # The first token of each window, as if it began a text: nothing stands before it. Hidden states [windows, 1, D].
+    beginnings = torch.cat([tokens[:, :1] for tokens in batches])
+    beginnings = student.run(student.embed_tokens(beginnings), 0, first)
     for tokens in batches:
         shared = model.run(model.embed_tokens(tokens), 0, split)
         teachers.append(model.run(shared, split, first, memories=context))
@@ -183,10 +185,10 @@ def solve_memories(model, student, module, kept, batches, ridge, curvature=None)
         a = a[: module.rank]
         b = b[:, : module.rank]
         beginnings = after_attention(student, i, beginnings)
-        with inputs_to(block.mlp.down_proj) as first_neurons:
+        with inputs_to(block.mlp.down_proj) as at_beginning:
             beginnings = block.add_mlp(beginnings)
-        a = without_massive(a, first_neurons[0], neurons[0])
-        set_lora(module, i, "down", a, b, kept[i]["neuron"], rows)
+        a = without_massive(a, at_beginning[0], neurons[0])
+        set_lora(module, i, a, b, kept[i]["neuron"], rows)
         memory.lora["down"] = (a.to(dtype), b.to(dtype))
         for n in range(len(batches)):
             students[n] = block.add_mlp(students[n], memory=memory)
@@ -208,12 +210,12 @@ def after_attention(model, i, x, memory=NO_MEMORY):
 
 
 def without_massive(a, beginnings, usual):
-    """LoRA A [r, F] for which the massive activations of a text's first token are 0, if there are any.
+    """LoRA A [r, F] without the main direction of first tokens' inputs, where these are longer than usual ones.
 
-    In some models the inputs of `down` at a first token, `beginnings` [B, 1, F], are hundreds of times as long as the
-    usual ones, `usual` [B, T, F], and all of one direction (Sun et al. 2024, Massive Activations in LLMs). Behind keys
-    and values no token is the first, so the regression never saw these inputs. Without keys and values, the LoRA would
-    add arbitrary numbers there.
+    In some models the inputs of `down` at the first token of a text, `beginnings` [B, 1, F], are hundreds of times as
+    long as others, `usual` [B, T, F], and of one direction (massive activations, Sun et al. 2024, arXiv 2402.17762).
+    Behind keys and values no token is the first, so the regression does not see this direction. Without keys and
+    values, the LoRA would add arbitrary numbers there.
     """
     beginnings = beginnings.flatten(0, 1).float()
     _, lengths, directions = torch.linalg.svd(beginnings, full_matrices=False)
@@ -222,14 +224,13 @@ def without_massive(a, beginnings, usual):
     return a - a @ massive.T @ massive
 
 
-@torch.no_grad()
-def set_lora(module, i, name, a, b, columns, rows):
-    """Block i of a `MemoryModule` gets LoRA A [up to r, columns] and B [rows, up to r], and 0 elsewhere.
+def set_lora(module, i, a, b, columns, rows):
+    """`down` of block i gets LoRA A [up to r, columns] and B [rows, up to r] in a `MemoryModule`, and 0 elsewhere.
 
     B includes the scale alpha / r. Spare rows of A stay random: with B = 0 they add nothing, but can learn.
     """
-    whole_a = module.lora_a[name][i - module.first_block]
-    whole_b = module.lora_b[name][i - module.first_block].zero_()
+    whole_a = module.lora_a["down"][i - module.first_block]
+    whole_b = module.lora_b["down"][i - module.first_block].zero_()
     whole_a[: len(a)] = 0
     whole_a[: len(a), columns] = a.to(whole_a.dtype)
     whole_b[rows, : len(a)] = (b / module.scale).to(whole_b.dtype)

@@ -67,13 +67,13 @@ def special_tokens(folder):
     return names, tokens
 
 
-def check_special_tokens(folder, there):
-    """BadInput for a token that makes other ids than tokenizer.json alone. there: its added tokens {content: token}."""
+def check_special_tokens(folder, added):
+    """BadInput for a token that makes other ids than tokenizer.json alone. added: its added tokens {content: token}."""
     for path, token in special_tokens(folder)[1]:
         if isinstance(token, str):
-            if token not in there:
+            if token not in added:
                 refuse(path, f"the token {token!r} is not in {TOKENIZER}")
-        elif any(token.get(flag, False) != there.get(token["content"], {}).get(flag) for flag in FLAGS):
+        elif any(token.get(flag, False) != added.get(token["content"], {}).get(flag) for flag in FLAGS):
             refuse(path, f"the token {token['content']!r} is not the same in {TOKENIZER}")
 
 

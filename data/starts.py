@@ -53,12 +53,12 @@ def start_gates(gates, model, texts, s):
 
 
 @torch.no_grad()
-def spread_by_rank(gates, scores, centre=3.0, half=2.0):
-    """log alpha = centre -+ half, linear in the rank of `scores` {name: [N, channels]} over all gates."""
+def spread_by_rank(gates, scores):
+    """log alpha from 1 to 5, linear in the rank of `scores` {name: [N, channels]} over all gates."""
     flat = torch.cat([scores[name].flatten() for name in gates.log_alpha])
     rank = flat.argsort().argsort().float()  # 0 for the lowest score
     share = rank / max(1, len(flat) - 1)  # 1 for the highest
-    start = koff.split_like(centre - half + 2 * half * share, gates.log_alpha)
+    start = koff.split_like(1 + 4 * share, gates.log_alpha)
     for name, log_alpha in gates.log_alpha.items():
         log_alpha.copy_(start[name])
 

@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 
 from data import BadInput, only_process
 from data.corpus import find_domains
-from data.families import read_config
-from data.hub import model_folder
 from data.life import erase, finished
 from data.run import fitting_gates
 from data.settings import Settings
@@ -134,7 +132,7 @@ def sweep(name, given, out, fresh, train, seeds):
         settings_of |= members
     for folder, s in settings_of.items():  # refuse impossible runs now, before hours are spent
         find_domains(s.data, s.domains)
-        fitting_gates(s, read_config(model_folder(s.model, weights=False)))
+        fitting_gates(s)
         finished(s, folder, fresh)  # BadInput if the folder holds another run
     # Remove all old runs before the first new one starts. Otherwise a stopped sweep would go on with both.
     for folder, s in settings_of.items():

@@ -2,12 +2,15 @@
 
 import json
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import train
 from data import discover
+from data.corpus import domain_name
 from make_domains import mutual_information, purity
 from test_train import ROOT
 
@@ -81,9 +84,14 @@ def test_documents_come_from_files_folders_and_paragraphs(tmp_path, form):
             (mix / ("below" if i % 2 else ".") / f"{i}.md").write_text(text, encoding="utf-8")
         mixed(mix / "more.jsonl", {"": texts[75:]})  # five are there twice
         (mix / ".hidden").write_text("no document", encoding="utf-8")
+        (mix / ".git").mkdir()
+        (mix / ".git/config").write_text("no document", encoding="utf-8")
+        (mix / "picture.png").write_bytes(b"\x89PNG\0")
     else:
         mix = tmp_path / "mix.txt"
-        mix.write_text(("\n\n \n" if form == "paragraphs" else "\n").join(texts) + "\n\n\n", encoding="utf-8")
+        if form == "paragraphs":  # of several lines each
+            texts = [text.replace(" ", "\n", 2) for text in texts]
+        mix.write_text(("\n \n" if form == "paragraphs" else "\n").join(texts) + "\n\n\n", encoding="utf-8")
     assert run(mix, "--domains", 2, "--out", tmp_path / "found") == 0
     files = found(tmp_path / "found")
     groups = [[json.loads(line)["text"] for line in lines] for lines in files.values()]
@@ -122,6 +130,11 @@ def test_modules_decide_and_the_rest_of_a_line_stays(tmp_path, capsys, monkeypat
     assert np.mean([text in german for text in again["german"]]) > 0.97
     moved = len(set(again["german"]) - set(german[8:150])) + len(set(again["french"]) & set(german[8:150]))
     assert f"{moved} of 300 documents moved" in capsys.readouterr().out
+    # A module that no document suits gets no file.
+    mixed(tmp_path / "german.jsonl", {"": german[150:160]})
+    assert run(tmp_path / "german.jsonl", "--by", tmp_path / "run", "--out", tmp_path / "only") == 0
+    assert list(found(tmp_path / "only")) == ["german"]
+    capsys.readouterr()
     # A margin that no module reaches keeps all where they are.
     monkeypatch.setattr(discover, "MARGIN", 100)
     assert run(tmp_path / "again.jsonl", "--by", tmp_path / "run", "--out", tmp_path / "kept") == 0
@@ -138,8 +151,9 @@ FAULTS = {
     "no domains": (["mix.jsonl", "--domains", "0"], "give a number from 1 to 6"),
     "a broken line": (["broken.jsonl", "--domains", "2"], "broken.jsonl:1 is not a JSON object"),
     "a conversation": (["chat.jsonl", "--domains", "2"], "the model has no chat template"),
-    "nothing in common": (["disjoint.jsonl", "--domains", "2"], "no document has anything in common"),
+    "nothing in common": (["disjoint.jsonl", "--domains", "2"], "nothing tells which documents belong together"),
     "no run": (["mix.jsonl", "--by", "nowhere"], "nowhere"),
+    "no document": (["empty.md"], "empty.md has no document"),
 }
 
 
@@ -151,6 +165,7 @@ def test_bad_input_is_one_sentence(tmp_path, fault, capsys, monkeypatch):
     texts = ("qqq", "zz yy", "123", "ÄÖ")
     (tmp_path / "disjoint.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "a"}]}))
+    (tmp_path / "empty.md").write_text("\n")
     given, words = FAULTS[fault]
     assert run(*given, "--out", "found") == 2
     err = capsys.readouterr().err
@@ -162,6 +177,28 @@ def test_nothing_is_overwritten(tmp_path, capsys):
     assert run("mix", "--out", tmp_path / "found") == 2 and "is there already" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         run("mix", "--domains", "six", "--out", tmp_path / "other")
+    with pytest.raises(SystemExit):  # the run has them
+        run("mix", "--domains", "6", "--by", tmp_path / "run", "--out", tmp_path / "other")
+
+
+def test_names_are_names_of_domains():
+    texts = ["\u6f22" * 60, "\u5b57" * 60]
+    named = discover.names_of(texts, [[0], [1]])
+    assert list(named.values()) == [[0], [1]]
+    for name in named:
+        assert domain_name(Path(f"{name}.jsonl")) == name
+
+
+def test_documents_alone_in_their_domains_fit_none_whatever_the_rounding():
+    x = torch.block_diag(*[torch.rand(1, 7) for _ in range(40)])
+    x = torch.nn.functional.normalize(x, dim=1).to_sparse()
+    assert not discover.fitting(x, np.arange(40)).any()
+
+
+def test_any_whole_number_is_a_seed(tmp_path):
+    mixed(tmp_path / "mix.jsonl", {"": paragraphs("german", 12) + paragraphs("french", 12)})
+    for seed in -1, 2**70:
+        assert run(tmp_path / "mix.jsonl", "--domains", 2, "--seed", seed, "--out", tmp_path / f"found{seed}") == 0
 
 
 def test_purity_and_mutual_information_in_closed_form():

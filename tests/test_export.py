@@ -246,6 +246,21 @@ def test_a_module_without_lora_has_nothing_to_merge(world, capsys):  # noqa: F81
     assert "french has no LoRA to merge" in capsys.readouterr().err and not (out / "export/hf-french").exists()
 
 
+def without_lora(out, name):
+    """Rewrite a module of a run, as `train.py --add TEXT --rank 0` makes one."""
+    run = Run(out)
+    memories = {i: Memory(keys=memory.keys, values=memory.values) for i, memory in run.memories(name).items()}
+    save_module(out / f"modules/{name}.safetensors", memories, run.config.raw["koff_fingerprint"])
+
+
+def test_a_module_without_lora_beside_one_that_has_it(world):  # noqa: F811
+    out = finished(world, rank=2, alpha=2.0)
+    without_lora(out, "french")
+    assert evaluation.main(["export", str(out), "peft"]) == 0
+    exported = {path.name for path in (out / "export/peft").iterdir()}
+    assert "german" in exported and "french" not in exported
+
+
 def test_an_export_that_differs_is_not_kept_and_a_folder_is_not_overwritten(world, capsys, monkeypatch):  # noqa: F811
     out = finished(world, lora="kv+mlp")
     expand, expand_memories = export.expand, export.expand_memories

@@ -22,6 +22,7 @@ from multiprocessing import forkserver
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import eval as evaluation
 import train
@@ -85,7 +86,9 @@ def check_whole(folder):
         if path.is_dir() or path.name.startswith(".") or ".part" in str(path):
             continue  # what a folder of `atomic` holds has no final name
         if path.suffix == ".safetensors":
-            assert read_tensors(path, ours=path.parent.name == "modules" or path.stem in ("gates", "router"))[0]
+            assert load_file(path)
+            if path.parent.name == "modules" or path.stem in ("gates", "router"):
+                read_tensors(path)  # with their checksum
         elif path.suffix == ".json":
             json.loads(path.read_text())
         elif path.suffix == ".pt":

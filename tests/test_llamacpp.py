@@ -22,7 +22,7 @@ from data.run import Run
 from data.special_tokens import read_templates
 from data.tokenizer import DIGITS, GPT2
 from model import Memory, Model, generate
-from test_export import KINDS, Scaled, finished
+from test_export import KINDS, Scaled, finished, without_lora
 from test_train import ROOT, flags, world  # noqa: F401 (a fixture)
 
 TEXT = (ROOT / "data/handbook/german.txt").read_text(encoding="utf-8")[-1500:]
@@ -198,6 +198,13 @@ def test_a_module_without_lora_is_refused(world, capsys):  # noqa: F811
     out = finished(world, rank=0)
     capsys.readouterr()
     refused(capsys, out, "french has no LoRA", "--module", "french")
+
+
+def test_a_module_without_lora_gets_no_file_beside_one_that_has_it(world):  # noqa: F811
+    out = finished(world)
+    without_lora(out, "french")
+    assert evaluation.main(["export", str(out), "gguf"]) == 0
+    assert {path.name for path in (out / "export/gguf").iterdir()} == {"backbone.gguf", "german.gguf"}
 
 
 def test_what_a_gguf_cannot_hold_is_refused(world, capsys, monkeypatch):  # noqa: F811

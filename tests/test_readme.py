@@ -13,7 +13,6 @@ import pytest
 import eval as evaluation
 import make_results
 import train
-from data.families import read_config
 from data.run import Run, fitting_gates
 from data.settings import PRESETS, Settings
 from data.sweeps import SWEEPS
@@ -79,7 +78,7 @@ def test_every_training_command_parses_and_fits_its_model():
     for arguments in found:
         s = train.parse(arguments).settings
         if s.model == Settings().model:  # the shipped model: here it must have the blocks that the command names
-            fitting_gates(s, read_config(s.model))
+            fitting_gates(s)
 
 
 def test_every_evaluation_command_parses():

@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 import koff
 import train
 from data import run, starts, sweeps, tables
-from data.families import read_config
 from data.settings import Settings
 from data.sweeps import SWEEPS
 from test_train import (  # noqa: F401 (a fixture)
@@ -40,7 +39,7 @@ def test_every_run_of_every_sweep_can_be_made(name):
     made = [Settings(**{**chosen.common, **own}) for own in chosen.rows.values()]
     assert len(set(made)) == len(made)  # no row twice
     for s in made:
-        run.fitting_gates(s, read_config(s.model))
+        run.fitting_gates(s)
 
 
 def test_prune_first_trains_no_memory_until_the_mask_is_final(world):  # noqa: F811

@@ -844,7 +844,7 @@ def preset(request, tmp_path, monkeypatch):
 def test_a_preset_fits_its_model(preset, request):
     s, _, parameters = preset
     config = read_config(s.model)
-    gates = run.fitting_gates(s, config)
+    gates = run.fitting_gates(s)
     with torch.device("meta"):
         size = koff.count_parameters(s.new_module(config))
         papers = koff.count_parameters(replace(s, lora="kv+mlp").new_module(config))

@@ -22,7 +22,7 @@ def mmlu(rows, shots, **_):
     if folder.is_file():
         folder = folder.parent
     solved = {}
-    for example in questions(folder, "mmlu_dev*.jsonl", mmlu_questions):
+    for example in questions(folder, "mmlu_dev*.jsonl", mmlu_questions) if shots else ():
         letter = example["choices"][example["answer"][0]]
         solved.setdefault(example["subject"], []).append(f"{example['question']} {letter}\n\n")
     asked = questions(rows, "mmlu_test*.jsonl", mmlu_questions)
@@ -75,7 +75,7 @@ def arc_questions(row):
 
 
 def bbl_questions(file):
-    """Choices are sorted by the alphabet: in the file the right one may always be the first."""
+    """Choices are sorted alphabetically, because a file may always list the right one first."""
     for row in file["examples"]:
         scores = row["target_scores"]
         choices = sorted(scores)
@@ -97,14 +97,13 @@ def pair_questions(row):
 
 
 def questions(rows, pattern, questions_of):
-    """[question] of the file `rows`, or of the files in that folder that match the pattern.
+    """[question] of the file `rows` or, if it is a folder, of its files that match `pattern`.
 
     The first questions of every file and subject come first, then all second ones, and so on: --limit cuts all alike.
-    questions_of: parsed line of a .jsonl, or parsed .json -> its questions. BadInput if it fails.
+    questions_of: parsed line of a .jsonl, or parsed .json -> its questions. BadInput if `questions_of` fails.
     """
-    files = sorted(Path(rows).glob(pattern))
-    if Path(rows).is_file():
-        files = [Path(rows)]
+    rows = Path(rows)
+    files = [rows] if rows.is_file() else sorted(rows.glob(pattern))
     result = []
     count = Counter()
     for path in files:
@@ -121,8 +120,8 @@ def questions(rows, pattern, questions_of):
             except MALFORMED as error:
                 raise BadInput(f"{where} is no row of this task ({error!r}); mend or remove it.") from None
     if not result:
-        source = "python data/prepare.py benchmarks, or github.com/google/BIG-bench"
-        raise BadInput(f"{rows} has no rows in {pattern}; name the folder that has, or get them: {source}.")
+        source = "data/prepare.py benchmarks gets those of MMLU and ARC"
+        raise BadInput(f"{rows} has no rows in {pattern}; name the folder that has ({source}).")
     return sorted(result, key=itemgetter("number"))
 
 
