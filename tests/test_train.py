@@ -344,18 +344,6 @@ def test_a_loss_that_is_no_number_stops_before_the_checkpoint_is_overwritten(wor
     assert not (world / "runs/one/backbone").exists()
 
 
-def test_text_is_read_with_what_comes_with_the_weights(world, monkeypatch):
-    """Of a model on the Hub config.json comes first, alone; what ends a document may stand in a file that comes later."""
-    config = {name: value for name, value in CONFIG.items() if name != "eos_token_id"}
-    (world / "base/config.json").write_text(json.dumps(config))
-    (world / "base/generation_config.json").write_text(json.dumps({"eos_token_id": 7}))
-    whole = open_run(flags(world))[1].inputs
-    (world / "alone").mkdir()
-    shutil.copy(world / "base/config.json", world / "alone")
-    monkeypatch.setattr(run, "model_folder", lambda name, weights=True: world / ("base" if weights else "alone"))
-    assert open_run(flags(world))[1].inputs == whole
-
-
 # Stand-ins for a GPU ------------------------------------------------------------------------------------------------
 
 
