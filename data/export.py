@@ -9,7 +9,7 @@ export puts zeros in their place (`expand`), and every matrix has its pretrained
     gguf    for llama.cpp: the backbone, in which MLPs alone keep their smaller shapes, and for each module its LoRA as
             an adapter (`data/llamacpp.py`; it needs the package gguf)
 
-A LoRA that learned beside keys and values needs them: alone it may be far worse than none (data/RESULTS.md, llama.cpp).
+A LoRA that was made beside keys and values restores less without them (data/RESULTS.md, llama.cpp).
 LoRA and keys and values act together, unmerged, through two libraries (`generate` of transformers 5.24 with peft 0.21.2
 leaves keys and values out, 5.23 does not):
 
@@ -46,7 +46,7 @@ from data.special_tokens import CONFIG, LISTS, read_json, special_tokens
 from data.tables import save
 from model import Memory, Model, matrix_name
 
-ALONE = "A LoRA that learned beside them may fail without them: train with --kv-tokens 0 for this."
+ALONE = "A LoRA that was made beside them restores less alone; --kv-tokens 0 trains one for this."
 
 # From the smaller shapes back to the pretrained ones -----------------------------------------------------------------
 
