@@ -1,8 +1,8 @@
 """Turn rows on the disk into questions for the yamls beside this file and lm-evaluation-harness.
 
 The harness calls `mmlu`, `arc`, `bbl` or `pairs` with the file or folder `rows`, from `eval.py bench --rows`. Every
-question has a text, its choices, and the positions of the right ones. Nothing else imports this file, so the packages of
-the harness are there.
+question has a text, its choices, and the positions of the right ones. Nothing else imports this file, so the harness's
+packages are there.
 """
 
 import json
