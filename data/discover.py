@@ -30,7 +30,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import BadInput, atomic, fast, run_script
 from data.chat_template import ChatTemplate
-from data.corpus import format_of, lines_of, text_if_any, text_of
+from data.corpus import format_of, lines_of, read_text, text_if_any, text_of
 from data.families import read_config
 from data.harness import BATCH, log_likelihoods
 from data.hub import model_folder
@@ -51,6 +51,12 @@ FAR = 0.3  # a document that is less like its domain than this share of the medi
 # Documents -----------------------------------------------------------------------------------------------------------
 
 
+def paragraphs(text):
+    """The paragraphs of a text; its lines if none is blank."""
+    parts = regex.split(r"\n\s*\n", text.strip())
+    return parts if len(parts) > 1 else text.split("\n")
+
+
 def documents_in(mix, template):
     """{text: its line in a .jsonl} of all documents in a file, or in a folder and its sub-folders."""
     if not mix.exists():
@@ -63,11 +69,7 @@ def documents_in(mix, template):
         if format_of(file) == ".jsonl":
             rows = {text_of(line, where, template): line for where, line in lines_of(file)}
         else:
-            parts = [text_if_any(file) or ""]
-            if file == mix:
-                parts = regex.split(r"\n\s*\n", parts[0].strip())
-            if file == mix and len(parts) == 1:
-                parts = parts[0].split("\n")
+            parts = [text_if_any(file) or ""] if mix.is_dir() else paragraphs(read_text(file))
             rows = {part: json.dumps({"text": part}, ensure_ascii=False) for part in parts}
         documents |= {text: line for text, line in rows.items() if text.strip()}
     if not documents:

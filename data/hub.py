@@ -11,7 +11,7 @@ from data import BadInput
 from data.checkpoint import BESIDE, INDEX
 
 HUB_ID = r"(?a)(?!\.)([\w.-]+/[\w.-]+?)(?:@([\w.-]+))?"  # owner/model or owner/model@revision
-SMALL = ["config.json", *BESIDE]  # BESIDE: the tokenizer's files
+SMALL = ["config.json", *BESIDE]  # BESIDE: what is saved with a backbone
 WEIGHTS = ["*.safetensors", INDEX]
 
 

@@ -187,7 +187,7 @@ def solve_memories(model, student, module, kept, batches, ridge, curvature=None)
         beginnings = after_attention(student, i, beginnings)
         with inputs_to(block.mlp.down_proj) as at_beginning:
             beginnings = block.add_mlp(beginnings)
-        a = without_massive(a, at_beginning[0], neurons[0])
+        a = without_massive(a, at_beginning[0], neurons[0])  # the last batch stands for all
         set_lora(module, i, a, b, kept[i]["neuron"], rows)
         memory.lora["down"] = (a.to(dtype), b.to(dtype))
         for n in range(len(batches)):

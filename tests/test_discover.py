@@ -154,6 +154,7 @@ FAULTS = {
     "nothing in common": (["disjoint.jsonl", "--domains", "2"], "nothing tells which documents belong together"),
     "no run": (["mix.jsonl", "--by", "nowhere"], "nowhere"),
     "no document": (["empty.md"], "empty.md has no document"),
+    "one file that is no UTF-8": (["latin.txt"], "latin.txt is not UTF-8 at byte 1"),
 }
 
 
@@ -166,6 +167,7 @@ def test_bad_input_is_one_sentence(tmp_path, fault, capsys, monkeypatch):
     (tmp_path / "disjoint.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "a"}]}))
     (tmp_path / "empty.md").write_text("\n")
+    (tmp_path / "latin.txt").write_bytes("für".encode("latin-1"))
     given, words = FAULTS[fault]
     assert run(*given, "--out", "found") == 2
     err = capsys.readouterr().err
